@@ -1,0 +1,472 @@
+"""Tensors to unit vectors: the two backbones, a pooling and a projection for each route, their fusion."""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2VLModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple, is_flash_attn_2_available, is_kernels_available
+
+from .configuration_vipolyqwen import ViPolyQwenConfig
+
+
+@dataclass
+class ViPolyQwenOutput(ModelOutput):
+    """What `ViPolyQwenModel` returns.
+
+    Attributes:
+        embeddings: (batch, projection_dim) float32 unit vectors.
+        pooling_weights: (text rows, tokens) float32, each row sums to 1; with `output_pooling_weights=True`.
+        audio_pooling_weights: (clips, frames) float32, likewise, for the rows that have sound.
+        hidden_states: the language model's hidden states, with `output_hidden_states=True`.
+        attentions: the language model's attention weights, with `output_attentions=True`.
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    pooling_weights: torch.FloatTensor | None = None
+    audio_pooling_weights: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class AttentionPooling(nn.Module):
+    """A learned query decides how much each position counts (papers 000 §3.2.1, 001 §3.2)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(hidden_size))  # v ~ N(0, 0.02²), set by ViPolyQwenModel._init_weights
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools (B, N, D) `hidden` where `mask` (B, N) is true into (B, D); returns the weights (B, N) float32 too."""
+        scores = hidden @ self.query.to(hidden.dtype)  # (B, N)
+        weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        return _weighted_sum(hidden, mask, weights), weights
+
+
+class MeanPooling(nn.Module):
+    """Every position counts the same; an ablation of `AttentionPooling`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools as `AttentionPooling.forward` does."""
+        weights = mask.float() / mask.sum(dim=-1, keepdim=True)
+        return _weighted_sum(hidden, mask, weights), weights
+
+
+class LastPooling(nn.Module):
+    """Only the last position counts; an ablation of `AttentionPooling`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools as `AttentionPooling.forward` does, whichever side the padding is on."""
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (positions * mask).argmax(dim=-1)  # (B,)
+        weights = F.one_hot(last, mask.shape[1]).float()
+        return _weighted_sum(hidden, mask, weights), weights
+
+
+def _weighted_sum(hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    hidden = hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold anything, NaN too
+    return torch.einsum("bn,bnd->bd", weights, hidden.float()).to(hidden.dtype)
+
+
+POOLING_CLASSES = {"attention": AttentionPooling, "mean": MeanPooling, "last": LastPooling}
+
+
+class LinearProjection(nn.Module):
+    """p = LayerNorm(W c), W without bias (papers 001, 003, 004)."""
+
+    def __init__(self, hidden_size: int, projection_dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, projection_dim, bias=False)
+        self.norm = nn.LayerNorm(projection_dim)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Projects (B, D) to (B, projection_dim)."""
+        return self.norm(self.dense(pooled))
+
+
+class MLPProjection(nn.Module):
+    """p = LayerNorm(W2 · GELU(LayerNorm(W1 c))) (paper 000 §3.2.2)."""
+
+    def __init__(self, hidden_size: int, projection_dim: int) -> None:
+        super().__init__()
+        self.dense_in = nn.Linear(hidden_size, hidden_size)
+        self.norm_in = nn.LayerNorm(hidden_size)
+        self.dense_out = nn.Linear(hidden_size, projection_dim)
+        self.norm = nn.LayerNorm(projection_dim)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Projects (B, D) to (B, projection_dim)."""
+        return self.norm(self.dense_out(F.gelu(self.norm_in(self.dense_in(pooled)))))
+
+
+PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
+
+
+class PaddedAudio(NamedTuple):
+    """Waveforms of different lengths in one tensor, with the lengths that the padding hides."""
+
+    values: torch.Tensor  # (clips, samples) float, right-padded
+    lengths: torch.Tensor  # (clips,) long
+
+
+class PaddingInvariantFeatureEncoder(nn.Module):
+    """The convolutional stack of a wav2vec2-like encoder, made blind to padding.
+
+    The stock stack gets no mask, and the group norm over time of its first layer (HuBERT-base, wav2vec2-base,
+    wavlm-base) mixes padding into every frame. Here that norm counts real frames only; the strided convolutions after
+    it take no padding of their own, so real frames never see anything else. Parameter names stay the stock ones.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.conv_layers = stock.conv_layers
+
+    def forward(self, audio: PaddedAudio) -> torch.Tensor:
+        """Turns (clips, samples) waveforms into (clips, channels, frames) features."""
+        hidden = audio.values[:, None]  # (clips, 1, samples)
+        lengths = audio.lengths
+        for layer in self.conv_layers:
+            if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
+                hidden = layer.conv(hidden)
+                lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+                hidden = layer.activation(_masked_group_norm(hidden, lengths, layer.layer_norm))
+            else:
+                hidden = layer(hidden)
+        return hidden
+
+
+def _masked_group_norm(hidden: torch.Tensor, lengths: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+    """Group norm with one channel a group over the first `lengths` frames of (clips, channels, frames) `hidden`."""
+    mask = (torch.arange(hidden.shape[-1], device=hidden.device) < lengths[:, None])[:, None]  # (clips, 1, frames)
+    count = lengths[:, None, None]
+    values = hidden.float().masked_fill(~mask, 0.0)
+    mean = values.sum(dim=-1, keepdim=True) / count
+    centred = (values - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum(dim=-1, keepdim=True) / count
+    normalised = (centred * torch.rsqrt(variance + norm.eps)).to(hidden.dtype)
+    return normalised * norm.weight[:, None] + norm.bias[:, None]
+
+
+class ViPolyQwenPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to build, load, shard and checkpoint the model."""
+
+    config_class = ViPolyQwenConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "audio", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # forward takes **kwargs, but computes no loss: the Trainer averages over accumulation
+    _no_split_modules = [
+        "Qwen2VLDecoderLayer",
+        "Qwen2VLVisionBlock",
+        "HubertEncoderLayer",
+        "HubertEncoderLayerStableLayerNorm",
+        "Wav2Vec2EncoderLayer",
+        "Wav2Vec2EncoderLayerStableLayerNorm",
+        "WavLMEncoderLayer",
+        "WavLMEncoderLayerStableLayerNorm",
+    ]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AttentionPooling):
+            init.normal_(module.query, mean=0.0, std=self.config.initializer_range)
+
+
+class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
+    """Text, images, audio and mixes of them to one unit vector each."""
+
+    def __init__(self, config: ViPolyQwenConfig) -> None:
+        super().__init__(config)
+        self.vlm = Qwen2VLModel._from_config(config)
+        self.pooling, self.projection = self._new_route(config.text_config.hidden_size)
+        if config.audio_config is not None:
+            self.audio_tower = _make_padding_invariant(AutoModel.from_config(config.audio_config))
+            self.audio_pooling, self.audio_projection = self._new_route(config.audio_config.hidden_size)
+        self.post_init()
+
+    def _new_route(self, hidden_size: int) -> tuple[nn.Module, nn.Module]:
+        config = self.config
+        pooling = POOLING_CLASSES[config.pooling](hidden_size)
+        return pooling, PROJECTION_CLASSES[config.projection](hidden_size, config.projection_dim)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vlm: str | PathLike | PreTrainedConfig,
+        audio: str | PathLike | PreTrainedConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        **config_kwargs: Any,
+    ) -> "ViPolyQwenModel":
+        """Builds a model from pretrained backbones, with new poolings and projections on top.
+
+        Args:
+            vlm: a Qwen2-VL checkpoint (Hub id or folder), or its configuration for random weights.
+            audio: a speech encoder's checkpoint or configuration; `None` gives the bimodal model.
+            dtype: dtype of all parameters.
+            attn_implementation: passed to every tower; `None` leaves the choice to transformers.
+            **config_kwargs: fields of `ViPolyQwenConfig` (`pooling`, `projection`, …).
+
+        Raises:
+            ValueError: a backbone's checkpoint lacks a weight, has one too many, or one of another shape.
+        """
+        vlm_config = vlm if isinstance(vlm, PreTrainedConfig) else AutoConfig.from_pretrained(vlm)
+        audio_config = audio
+        if audio is not None and not isinstance(audio, PreTrainedConfig):
+            audio_config = AutoConfig.from_pretrained(audio)
+        config = _joint_config(vlm_config, audio_config, **config_kwargs)
+        options = {"dtype": dtype}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+
+        towers = {"vlm": _backbone(Qwen2VLModel, vlm, config, options)}
+        if config.audio_config is not None:
+            tower = _backbone(AutoModel, audio, config.audio_config, options)
+            towers["audio_tower"] = _make_padding_invariant(tower)
+        with torch.device("meta"):  # random backbones would only be thrown away
+            model = cls._from_config(config, **options)
+        for name, module in model.named_children():
+            if name in towers:
+                setattr(model, name, towers[name])
+            else:
+                module.to_empty(device=towers["vlm"].device).apply(model._init_weights)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding of the language model."""
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding of the language model."""
+        self.vlm.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_attention_mask: torch.Tensor | None = None,
+        has_audio: torch.BoolTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_pooling_weights: bool = False,
+        **kwargs: Any,
+    ) -> ViPolyQwenOutput:
+        """Embeds a batch whose rows may be text, images, audio or any mix of them.
+
+        Args:
+            input_ids: (batch, tokens) long; an image is a run of `image_token_id`, one for each merged patch.
+            attention_mask: (batch, tokens), 1 for real tokens, padding on either side; a row of zeros has no text.
+            pixel_values: (patches, patch values) float, all images of the batch one after the other.
+            image_grid_thw: (images, 3) long, patches of each image in time, height and width.
+            audio_features: (clips, samples) float, 16 kHz mono, scaled as the processor does it, right-padded.
+            audio_attention_mask: (clips, samples), 1 for real samples.
+            has_audio: (batch,) bool, the rows to which the clips belong, in order; `None`: one clip a row.
+            position_ids: (3, batch, tokens) long; computed from the tokens and the grids when absent.
+            inputs_embeds: (batch, tokens, hidden) float in place of `input_ids`, for inputs without images.
+            output_pooling_weights: return the pooling weights of every position.
+            **kwargs: passed to the language model (`output_hidden_states`, `output_attentions`, …).
+
+        Returns:
+            `ViPolyQwenOutput` with one unit vector a row.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None and audio_features is None:
+            raise ValueError("There is nothing to embed: pass `input_ids`, `inputs_embeds` or `audio_features`.")
+        batch = len(tokens) if tokens is not None else len(audio_features)
+        routes, extras = [], {}
+        if tokens is not None:
+            mask = torch.ones(tokens.shape[:2], device=tokens.device) if attention_mask is None else attention_mask
+            rows = mask.any(dim=-1).nonzero().flatten()  # rows without tokens (sound alone) skip the language model
+            if len(rows) > 0:
+                vectors, extras = self._embed_text(
+                    _take_rows(input_ids, rows, batch),
+                    _take_rows(mask, rows, batch).bool(),
+                    _take_rows(inputs_embeds, rows, batch),
+                    _take_rows(position_ids, rows, batch, dim=1),
+                    pixel_values=pixel_values,
+                    image_grid_thw=image_grid_thw,
+                    **kwargs,
+                )
+                routes.append((rows, vectors))
+        if audio_features is not None:
+            vectors, extras["audio_pooling_weights"] = self._embed_audio(audio_features, audio_attention_mask)
+            routes.append((_audio_rows(has_audio, len(vectors), batch, vectors.device), vectors))
+        if not output_pooling_weights:
+            extras = {key: value for key, value in extras.items() if not key.endswith("pooling_weights")}
+        return ViPolyQwenOutput(embeddings=self._fuse(routes, batch), **extras)
+
+    def _embed_text(
+        self,
+        input_ids: torch.LongTensor | None,
+        mask: torch.BoolTensor,
+        inputs_embeds: torch.FloatTensor | None,
+        position_ids: torch.LongTensor | None,
+        image_grid_thw: torch.LongTensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
+        if position_ids is None:
+            position_ids = self._position_ids(input_ids, mask, image_grid_thw)
+        backbone = self.vlm(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            image_grid_thw=image_grid_thw,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+        pooled, weights = self.pooling(backbone.last_hidden_state, mask)  # (rows, D), (rows, N)
+        extras = {
+            "pooling_weights": weights,
+            "hidden_states": backbone.hidden_states,
+            "attentions": backbone.attentions,
+        }
+        return F.normalize(self.projection(pooled).float(), dim=-1), extras
+
+    def _position_ids(
+        self, input_ids: torch.LongTensor | None, mask: torch.BoolTensor, image_grid_thw: torch.LongTensor | None
+    ) -> torch.LongTensor:
+        """Positions that count real tokens only, (3, rows, tokens), so that padding moves nothing."""
+        if image_grid_thw is None:
+            return (mask.long().cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)
+        token_types = (input_ids == self.config.image_token_id).int()
+        return self.vlm.get_rope_index(input_ids, token_types, image_grid_thw, attention_mask=mask)[0]
+
+    def _embed_audio(
+        self, audio_features: torch.FloatTensor, audio_attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.audio_config is None:
+            raise ValueError("This model is bimodal (`audio_config` is None): it embeds text and images, not audio.")
+        if audio_attention_mask is None:
+            audio_attention_mask = torch.ones_like(audio_features, dtype=torch.long)
+        audio_attention_mask = audio_attention_mask.long()
+        lengths = audio_attention_mask.sum(dim=-1)
+        hidden = self.audio_tower(
+            PaddedAudio(audio_features.to(self.audio_tower.dtype), lengths),
+            attention_mask=audio_attention_mask,
+            return_dict=True,
+        ).last_hidden_state  # (clips, K, D_audio)
+        frames = self.audio_tower._get_feat_extract_output_lengths(lengths)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]  # (clips, K)
+        pooled, weights = self.audio_pooling(hidden, mask)
+        return F.normalize(self.audio_projection(pooled).float(), dim=-1), weights
+
+    def _fuse(self, routes: list[tuple[torch.Tensor, torch.Tensor]], batch: int) -> torch.Tensor:
+        """Puts each route's unit vectors on its rows; a row with two gets what `audio_fusion` says."""
+        rows = torch.cat([rows for rows, _ in routes]) if routes else torch.empty(0)
+        missing = batch - len(rows.unique())
+        if missing:
+            raise ValueError(
+                f"{missing} of the {batch} rows have neither tokens nor audio, so there is nothing to embed. "
+                "Give each row text, an image or a sound."
+            )
+        vectors = [vectors for _, vectors in routes]
+        if len(routes) == 2 and self.config.audio_fusion == "audio":
+            text_rows, audio_rows = routes[0][0], routes[1][0]
+            vectors[0] = vectors[0] * ~torch.isin(text_rows, audio_rows)[:, None]
+        total = vectors[0].new_zeros(batch, self.config.projection_dim)
+        return F.normalize(total.index_add(0, rows, torch.cat(vectors)), dim=-1)
+
+
+def choose_attn_implementation(dtype: torch.dtype, device: str = "cuda") -> str:
+    """The fastest attention that is there: FlashAttention-2, its build from the `kernels` package, or sdpa.
+
+    Args:
+        dtype: dtype the model will run in; FlashAttention has no float32.
+        device: device type the model will run on.
+    """
+    if device == "cuda" and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+        if is_kernels_available():
+            return "kernels-community/flash-attn2"
+    return "sdpa"
+
+
+def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
+    return tensor if tensor is None or len(rows) == batch else tensor.index_select(dim, rows)
+
+
+def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: torch.device) -> torch.Tensor:
+    if has_audio is None:
+        if clips != batch:
+            raise ValueError(
+                f"{clips} clips for a batch of {batch} rows: pass `has_audio`, (batch,) bool, to say whose they are."
+            )
+        return torch.arange(batch, device=device)
+    rows = has_audio.bool().nonzero().flatten()
+    if len(rows) != clips:
+        raise ValueError(f"`has_audio` marks {len(rows)} rows, but {clips} clips were passed.")
+    return rows.to(device)
+
+
+def _make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
+    """Swaps in `PaddingInvariantFeatureEncoder` and freezes the vector that only SpecAugment would train."""
+    if not hasattr(tower, "feature_extractor") or not hasattr(tower, "_get_feat_extract_output_lengths"):
+        raise ValueError(
+            f"{type(tower).__name__} does not map waveforms to frames through a convolutional feature extractor; "
+            "use a speech encoder such as hubert, wav2vec2 or wavlm as `audio_config`."
+        )
+    tower.feature_extractor = PaddingInvariantFeatureEncoder(tower.feature_extractor)
+    if hasattr(tower, "masked_spec_embed"):
+        tower.masked_spec_embed.requires_grad_(False)
+    return tower
+
+
+def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **config_kwargs: Any) -> ViPolyQwenConfig:
+    """One configuration from two.
+
+    SpecAugment and LayerDrop, which the speech encoder's own pretraining used, are off: they draw from another random
+    generator than torch's and leave parameters without a gradient, so that a step could be neither redone nor shared.
+    """
+    fields = {key: value for key, value in vlm.to_dict().items() if key not in ("model_type", "architectures")}
+    if audio is not None:
+        audio = AutoConfig.for_model(**{**audio.to_dict(), "apply_spec_augment": False, "layerdrop": 0.0})
+    return ViPolyQwenConfig(**{**fields, "audio_config": audio, **config_kwargs})
+
+
+def _backbone(
+    auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, options: dict[str, Any]
+) -> PreTrainedModel:
+    """A backbone from its checkpoint, whole or not at all, or with random weights from its configuration."""
+    if isinstance(source, PreTrainedConfig):
+        build = auto_class.from_config if auto_class is AutoModel else auto_class._from_config
+        return build(config, **options)
+    model, report = auto_class.from_pretrained(source, output_loading_info=True, **options)
+    problems = [
+        f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[name]
+    ]
+    if problems:
+        raise ValueError(
+            f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {'; '.join(problems)}. "
+            "Nothing was re-initialised: use a whole checkpoint of this architecture."
+        )
+    return model
+
+
+ViPolyQwenModel.register_for_auto_class("AutoModel")
+
+__all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel"]

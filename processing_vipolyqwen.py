@@ -1,0 +1,536 @@
+"""Text, images, audio and a task to tensors, in a way that user content can never pass for structure."""
+
+import io
+import math
+import os
+import struct
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, Wav2Vec2FeatureExtractor
+from transformers.image_utils import load_image as load_image_string
+from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import is_scipy_available, is_soundfile_available, logging
+
+if is_soundfile_available():
+    import soundfile
+if is_scipy_available():
+    from scipy.signal import resample_poly
+
+logger = logging.get_logger(__name__)
+
+TASK_PREFIXES = {
+    "text_pair": "<text_pair>",
+    "instr": "<instr>",
+    "ocr": "<ocr>",
+    "vqa_single": "<vqa_single>",
+    "vqa_multi": "<vqa_multi>",
+    "audio": "<audio>",
+}
+VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+MAX_LENGTH = 8192  # tokens
+MAX_ASPECT_RATIO = 200  # the image processor's own limit
+MAX_IMAGE_PIXELS = 2**28  # decoded; more is a decompression bomb
+
+# What the processor does with a conversation, written as a string for those who want to read it. A system message is
+# the task prefix; sounds leave no token. The processor itself goes from the parts to the ids, not through this string.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'text' -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}{{ eos_token }}"""
+
+
+class ViPolyQwenProcessorKwargs(ProcessingKwargs, total=False):
+    """Stock keyword arguments; batches are padded and long texts truncated unless told otherwise."""
+
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
+
+
+@dataclass
+class EmbeddingInput:
+    """One input: texts and images in their order, at most one sound, and the task prefix."""
+
+    parts: list[str | Any] = field(default_factory=list)  # a str is text, anything else a loaded image
+    audio: np.ndarray | None = None  # (samples,) float32 in [-1, 1], mono, at the feature extractor's rate
+    prefix: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The text parts."""
+        return [part for part in self.parts if isinstance(part, str)]
+
+    @property
+    def images(self) -> list[Any]:
+        """The image parts."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+class ViPolyQwenProcessor(ProcessorMixin):
+    """Turns text, image(s), audio and every mix of them into the tensors of `ViPolyQwenModel`.
+
+    Args:
+        image_processor: Qwen2-VL's image processor; its `min_pixels`/`max_pixels` bound what an image costs.
+        tokenizer: a byte-level BPE tokenizer of the Qwen2 kind; `model_max_length` bounds an input.
+        feature_extractor: the speech encoder's feature extractor (16 kHz, zero mean and unit variance a clip).
+        chat_template: how a conversation reads as a string.
+        task_prefixes: task name -> prefix token.
+        min_audio_samples: the fewest samples the speech encoder makes a frame of.
+        max_audio_seconds: longer sounds are cut here (refused with `truncation=False`).
+    """
+
+    valid_processor_kwargs = ViPolyQwenProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        feature_extractor: Any = None,
+        chat_template: str | None = None,
+        task_prefixes: dict[str, str] | None = None,
+        min_audio_samples: int = 400,
+        max_audio_seconds: float = 30.0,
+    ) -> None:
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.task_prefixes: dict[str, str] = {}
+        self.min_audio_samples = min_audio_samples
+        self.max_audio_seconds = max_audio_seconds
+        super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
+        for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
+            self.add_task(task, prefix)
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str | os.PathLike, audio: str | os.PathLike | None = None, **kwargs: Any
+    ) -> "ViPolyQwenProcessor":
+        """The processor that belongs to `ViPolyQwenModel.from_backbones(vlm, audio)`."""
+        tokenizer = AutoTokenizer.from_pretrained(vlm)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
+        feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+        if audio is not None:
+            feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
+            kwargs.setdefault("min_audio_samples", receptive_field(AutoConfig.from_pretrained(audio)))
+        return cls(AutoImageProcessor.from_pretrained(vlm), tokenizer, feature_extractor, **kwargs)
+
+    def add_task(self, task: str, prefix: str) -> None:
+        """Makes `prefix` the prefix token of `task`; the model's embedding may need to grow after it."""
+        if self.tokenizer.convert_tokens_to_ids(prefix) in (None, self.tokenizer.unk_token_id):
+            self.tokenizer.add_tokens([AddedToken(prefix, special=True, normalized=False)])
+        self.task_prefixes[task] = prefix
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The keys of a batch."""
+        return [
+            "input_ids",
+            "attention_mask",
+            "pixel_values",
+            "image_grid_thw",
+            "audio_features",
+            "audio_attention_mask",
+            "has_audio",
+        ]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        task: str | list[str | None] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares a batch of inputs.
+
+        Args:
+            images: one image, a list with one image a text, or a list of lists; they stand before the text. An image
+                is a PIL image, a path, the bytes of a file or an array.
+            text: one text or a list of texts. Tokens such as `<|image_pad|>` or `<ocr>` in them are plain characters.
+            videos: not supported.
+            audio: one sound or a list with one sound (or `None`) an input: a path, the bytes of a file,
+                `{"array", "sampling_rate"}`, a decoder, or an array with `sampling_rate=` among the keywords.
+            task: name of the task whose prefix steers the embedding, for all inputs or one for each.
+            **kwargs: stock keyword arguments, flat or as `text_kwargs`, `images_kwargs`, `audio_kwargs`,
+                `common_kwargs`.
+
+        Returns:
+            `input_ids`, `attention_mask` (batch, tokens), unless all inputs are sound alone; `pixel_values`,
+            `image_grid_thw` if there are images; `audio_features`, `audio_attention_mask` (clips, samples) and
+            `has_audio` (batch,) if there are sounds.
+        """
+        if videos is not None:
+            raise ValueError(
+                "`videos` were passed, but this model embeds text, images and audio; pass frames as images."
+            )
+        if text is None and images is None and audio is None:
+            raise ValueError("There is nothing to embed: pass `text`, `images` or `audio`.")
+        merged = self._merge(kwargs)
+        texts = [text] if isinstance(text, str) else text
+        image_lists = _nest_images(images, None if texts is None else len(texts))
+        sounds = audio if audio is None or (isinstance(audio, list) and not _is_samples(audio)) else [audio]
+        size = len(next(given for given in (texts, image_lists, sounds) if given is not None))
+        for name, given in (("text", texts), ("images", image_lists), ("audio", sounds)):
+            if given is not None and len(given) != size:
+                raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
+        tasks = [task] * size if task is None or isinstance(task, str) else task
+        inputs = [
+            EmbeddingInput(
+                parts=[*map(load_image, image_lists[i] if image_lists else []), *(texts[i : i + 1] if texts else [])],
+                audio=self._prepare_audio(sounds[i] if sounds else None, merged),
+                prefix=self._prefix_of(tasks[i]),
+            )
+            for i in range(size)
+        ]
+        return self._encode(inputs, merged)
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | BatchFeature | list[list[int]]:
+        """Prepares conversations: a system message is the task prefix, every other part is content in its order.
+
+        With `tokenize=False` it returns the conversation as a string; with `tokenize=True` it goes from the parts to
+        the tensors without that string, so that no content can forge a token.
+        """
+        if not tokenize:
+            return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **kwargs)
+        options = {**kwargs, **(processor_kwargs or {})}
+        for name in ("add_generation_prompt", "continue_final_message", "load_audio_from_video", "tools", "documents"):
+            options.pop(name, None)  # generation's own options, which sentence-transformers and others always pass
+        if return_tensors is not None:
+            options["return_tensors"] = return_tensors
+        merged = self._merge(options)
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        inputs = [self._from_messages(messages, merged) for messages in (conversation if batched else [conversation])]
+        encoded = self._encode(inputs, merged)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def _merge(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return self._merge_kwargs(
+            ViPolyQwenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+
+    def _prefix_of(self, task: str | None) -> str | None:
+        if task is not None and task not in self.task_prefixes:
+            raise ValueError(f"Unknown task {task!r}; this processor knows {', '.join(self.task_prefixes)}.")
+        return None if task is None else self.task_prefixes[task]
+
+    def _from_messages(self, messages: list[dict[str, Any]], merged: dict[str, dict]) -> EmbeddingInput:
+        """One conversation as one input."""
+        result = EmbeddingInput()
+        sounds = []
+        for message in messages:
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                kind = part["type"]
+                if kind == "text" and message["role"] == "system":
+                    result.prefix, rest = self._split_prefix(part["text"])
+                    result.parts.extend([rest] if rest else [])
+                elif kind == "text":
+                    result.parts.append(part["text"])
+                elif kind == "image":
+                    source = next(part[key] for key in ("image", "url", "path", "base64") if key in part)
+                    result.parts.append(load_image(source))
+                elif kind == "audio":
+                    source = next(part[key] for key in ("audio", "url", "path") if key in part)
+                    sounds.append(source)
+                else:
+                    raise ValueError(f"A message part of type {kind!r}; this model takes text, image and audio parts.")
+        if len(sounds) > 1:
+            raise ValueError(f"{len(sounds)} sounds in one input; the limit is 1. Join them or embed them one by one.")
+        result.audio = self._prepare_audio(sounds[0] if sounds else None, merged)
+        return result
+
+    def _split_prefix(self, system: str) -> tuple[str | None, str]:
+        """A system text that begins with a task prefix selects that task; what follows it is content."""
+        prefix = next((prefix for prefix in self.task_prefixes.values() if system.startswith(prefix)), None)
+        return prefix, system.removeprefix(prefix or "")
+
+    def _prepare_audio(self, sound: Any, merged: dict[str, dict]) -> np.ndarray | None:
+        """Loads a sound, brings it to the encoder's rate and checks that the encoder can take it."""
+        if sound is None:
+            return None
+        rate = self.feature_extractor.sampling_rate
+        samples = resample(*load_audio(sound, merged["audio_kwargs"].get("sampling_rate")), rate)
+        if len(samples) < self.min_audio_samples:
+            raise ValueError(
+                f"The sound has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
+                f"{self.min_audio_samples}. Pad it with silence or leave it out."
+            )
+        limit = int(self.max_audio_seconds * rate)
+        if len(samples) > limit:
+            seconds = f"{len(samples) / rate:.1f} s of sound; the limit is {self.max_audio_seconds} s"
+            if not merged["text_kwargs"].get("truncation"):
+                raise ValueError(f"{seconds}. Split it, or raise `max_audio_seconds`.")
+            logger.warning_once(
+                f"{seconds}: the rest is cut off. Split long recordings, or raise `max_audio_seconds`."
+            )
+        return samples[:limit]
+
+    def _encode(self, inputs: list[EmbeddingInput], merged: dict[str, dict]) -> BatchFeature:
+        data = {}
+        tensors = merged["text_kwargs"].get("return_tensors")
+        images = [image for item in inputs for image in item.images]
+        image_tokens: list[int] = []
+        if images:
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+            merge = self.image_processor.merge_size**2
+            image_tokens = [int(np.prod(grid)) // merge for grid in np.asarray(data["image_grid_thw"])]
+        if any(item.parts or item.audio is None for item in inputs):
+            data.update(self._encode_tokens(inputs, image_tokens, merged["text_kwargs"]))
+        if any(item.audio is not None for item in inputs):
+            clips = [item.audio for item in inputs if item.audio is not None]
+            options = {
+                **merged["audio_kwargs"],
+                "padding": True,
+                "sampling_rate": self.feature_extractor.sampling_rate,
+            }
+            options.update(return_attention_mask=True, return_tensors=tensors, truncation=False)
+            encoded = self.feature_extractor(clips, **options)
+            data["audio_features"] = encoded["input_values"]
+            data["audio_attention_mask"] = encoded["attention_mask"]
+            data["has_audio"] = [item.audio is not None for item in inputs]
+        return BatchFeature(data, tensor_type=tensors)
+
+    def _encode_tokens(
+        self, inputs: list[EmbeddingInput], image_tokens: list[int], text_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Ids of prefix, texts, image slots and end token for each input, truncated and padded."""
+        texts = [_clean_text(text) for item in inputs for text in item.texts]
+        ids = iter(self._tokenize(texts))
+        counts = iter(image_tokens)
+        truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
+        limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        rows = []
+        for item in inputs:
+            # a sound alone has no text: its prefix and end token would only stand in for one
+            alone = item.audio is not None and not any(item.texts) and not item.images
+            segments = [
+                (next(ids), True) if isinstance(part, str) else (self._image_slot(next(counts)), False)
+                for part in item.parts
+            ]
+            rows.append([] if alone else self._join(segments, item.prefix, limit if truncation else math.inf))
+        names = ("padding", "pad_to_multiple_of", "padding_side")
+        padding = {name: text_kwargs[name] for name in names if name in text_kwargs}
+        if padding.get("padding") == "max_length":
+            padding["max_length"] = limit
+        return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain text, in which special tokens are split into ordinary characters."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    def _image_slot(self, count: int) -> list[int]:
+        start, end = self.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
+        return [start, *[self.image_token_id] * count, end]
+
+    def _join(self, segments: list[tuple[list[int], bool]], prefix: str | None, limit: float) -> list[int]:
+        """Joins the segments of one input; text is cut from the end to fit `limit`, an image slot never is."""
+        head = [] if prefix is None else [self.tokenizer.convert_tokens_to_ids(prefix)]
+        fixed = len(head) + 1 + sum(len(ids) for ids, is_text in segments if not is_text)
+        if fixed > limit:
+            raise ValueError(
+                f"Images, prefix and end token take {fixed} tokens; the limit is {limit}. "
+                "Pass fewer images or a lower `max_pixels`, or raise `max_length`."
+            )
+        room = limit - fixed
+        joined = head
+        for ids, is_text in segments:
+            if is_text:
+                ids = ids[: int(min(room, len(ids)))]
+                room -= len(ids)
+            joined = joined + ids
+        return [*joined, self.tokenizer.eos_token_id]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """How many tokens images of these (height, width) take."""
+        data = {}
+        if image_sizes is not None:
+            options = self._merge(kwargs)["images_kwargs"]
+            merge = options.get("merge_size") or self.image_processor.merge_size
+            patches = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
+            data = {"num_image_tokens": [count // merge**2 for count in patches], "num_image_patches": patches}
+        return MultiModalData(**data)
+
+
+def receptive_field(audio_config: Any) -> int:
+    """The fewest samples of which a wav2vec2-like convolutional stack makes one frame (400 for HuBERT-base)."""
+    samples = 1
+    for kernel, stride in zip(reversed(audio_config.conv_kernel), reversed(audio_config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def load_image(source: Any) -> Any:
+    """Opens an image from a path, bytes, base64 or a PIL image and checks its size; arrays pass through."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return source
+    name = repr(source)[:120] if not isinstance(source, bytes) else f"<{len(source)} bytes>"
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ValueError(f"The image {name} is a URL; download it and pass the path or the bytes.")
+    try:
+        if isinstance(source, (bytes, bytearray)):
+            source = Image.open(io.BytesIO(source))
+        elif isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
+            source = Image.open(source)
+        width, height = source.size if isinstance(source, Image.Image) else (1, 1)
+        if width * height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width}×{height} is more than {MAX_IMAGE_PIXELS} pixels; scale it down first")
+        if min(width, height) == 0 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+            raise ValueError(
+                f"it is {width}×{height}; an image needs pixels and an aspect ratio up to {MAX_ASPECT_RATIO}: crop it"
+            )
+        return load_image_string(source)
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The image {name} cannot be read: {error}.") from error
+
+
+def load_audio(source: Any, sampling_rate: int | None = None) -> tuple[np.ndarray, int]:
+    """Loads a sound as mono float32 samples in [-1, 1] and its sampling rate.
+
+    Args:
+        source: a path, the bytes of a file, `{"array", "sampling_rate"}`, `{"path"}` or `{"bytes"}`, a decoder with
+            `get_all_samples()`, or an array of samples, (samples,), (channels, samples) or (samples, channels).
+        sampling_rate: rate of an array that does not carry its own.
+
+    Raises:
+        ValueError: it cannot be read, is empty or truncated, has no sampling rate or has non-finite samples.
+    """
+    if isinstance(source, dict):
+        if source.get("array") is not None:
+            return load_audio(source["array"], source.get("sampling_rate", sampling_rate))
+        return load_audio(source["bytes"] if source.get("bytes") is not None else source["path"])
+    if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
+        decoded = source.get_all_samples()
+        return load_audio(decoded.data, decoded.sample_rate)
+    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        return load_audio(*_decode_audio_file(source))
+    return _mono_samples(np.asarray(source), sampling_rate)
+
+
+def _mono_samples(samples: np.ndarray, sampling_rate: int | None) -> tuple[np.ndarray, int]:
+    if not sampling_rate:
+        raise ValueError(
+            "The sound is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
+        )
+    if np.issubdtype(samples.dtype, np.integer):
+        samples = samples / -float(np.iinfo(samples.dtype).min or -1)
+    samples = samples.astype(np.float32)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1:
+        raise ValueError(f"The sound has shape {samples.shape}; pass (samples,) or (channels, samples).")
+    if samples.size == 0:
+        raise ValueError("The sound is empty: 0 samples. Leave it out or pass a recording.")
+    if not np.isfinite(samples).all():
+        count = int((~np.isfinite(samples)).sum())
+        raise ValueError(f"The sound has {count} NaN or infinite samples of {samples.size}; repair or drop it.")
+    return samples, int(sampling_rate)
+
+
+def _decode_audio_file(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
+    if not is_soundfile_available():
+        raise ImportError("Reading sound files needs the soundfile package: pip install soundfile.")
+    is_bytes = isinstance(source, (bytes, bytearray))
+    name = f"<{len(source)} bytes>" if is_bytes else repr(os.fspath(source))
+    try:
+        with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
+            _check_wav_is_whole(file)
+            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (OSError, ValueError, soundfile.SoundFileError) as error:
+        raise ValueError(f"The sound {name} cannot be read: {error}.") from error
+    return samples.mean(axis=1), rate  # (samples, channels) -> (samples,)
+
+
+def _check_wav_is_whole(file: Any) -> None:
+    """Refuses a truncated WAV file, of which libsndfile would read what is left without a word."""
+    header = file.read(8)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if header[:4] == b"RIFF":
+        declared = struct.unpack("<I", header[4:])[0] + 8
+        if size < declared < 2**32 - 2**16:  # writers that stream leave about 2**32 there
+            raise ValueError(f"the file is truncated: {size} of {declared} bytes")
+
+
+def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Resamples (samples,) float32 from `rate` to `target` Hz with a polyphase filter."""
+    if rate == target:
+        return samples
+    if not is_scipy_available():
+        raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
+    common = math.gcd(rate, target)
+    return resample_poly(samples, target // common, rate // common).astype(np.float32)
+
+
+def _clean_text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"A text is a {type(text).__name__}, {text!r:.80}; pass a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text has a lone surrogate, {text[error.start]!r}, at position {error.start}; decode it as UTF-8."
+        ) from error
+    return unicodedata.normalize("NFC", text)
+
+
+def _is_samples(sound: list) -> bool:
+    return bool(sound) and isinstance(sound[0], (int, float))
+
+
+def _nest_images(images: Any, texts: int | None) -> list[list[Any]] | None:
+    """`images` as one list an input."""
+    if images is None:
+        return None
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    nested = any(isinstance(entry, (list, tuple)) for entry in images)
+    if texts == 1 and not nested:
+        return [list(images)]
+    if not nested and texts is not None and texts != len(images):
+        raise ValueError(
+            f"{len(images)} images for {texts} texts: pass a list of lists to say which images belong to which text."
+        )
+    return [_as_list(entry) for entry in images]
+
+
+def _as_list(entry: Any) -> list[Any]:
+    if entry is None:
+        return []
+    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
+
+
+ViPolyQwenProcessor.register_for_auto_class()
+
+__all__ = ["ViPolyQwenProcessor"]
