@@ -1,0 +1,163 @@
+"""Pairs to tensors: both sides of a mixed batch in one set of model inputs, and parts of such a batch."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vipolyqwen.data.schema import DataType
+
+PREFIX_SIDES = ("a", "both")
+
+
+@dataclass
+class MixedBatchCollator:
+    """Makes one batch of 2B model inputs of B pairs: rows [0, B) are the sides a, rows [B, 2B) the sides b.
+
+    Whether a pair loses its prefix is a hash of the seed, the ids of the batch and its place in it: the same for any
+    number of workers and after resuming, and new in every epoch as shuffled batches are, without telling the workers
+    which epoch it is.
+
+    Attributes:
+        processor: the model's processor; it must know the prefix of every data type.
+        data_types: the data types in the order of their task ids.
+        prefix_sides: `"a"` or `"both"`, the sides before which the prefix stands.
+        prefix_dropout: probability that a pair goes without its prefix, which trains the general embedding f(x, None);
+            0 in evaluation.
+        seed: seed of the prefix dropout.
+    """
+
+    processor: Any
+    data_types: Mapping[str, DataType]
+    prefix_sides: str = "a"
+    prefix_dropout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prefix_sides not in PREFIX_SIDES:
+            raise ValueError(f"prefix_sides is {self.prefix_sides!r}; choose one of {', '.join(PREFIX_SIDES)}.")
+        if not 0.0 <= self.prefix_dropout <= 1.0:
+            raise ValueError(f"prefix_dropout is {self.prefix_dropout}; a probability is in [0, 1].")
+        for name, data_type in self.data_types.items():
+            if self.processor.task_prefixes.get(name) != data_type.prefix:
+                raise ValueError(
+                    f"The processor knows no prefix {data_type.prefix!r} of {name!r}; call "
+                    f"`processor.add_task({name!r}, {data_type.prefix!r})` first."
+                )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collates B rows of a `PairDataset`.
+
+        Returns:
+            `input_ids`, `attention_mask` (2B, tokens) long; `pixel_values` (patches, patch values) float and
+            `image_grid_thw` (images, 3) long if there are images; `audio_features` (clips, samples) float,
+            `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if there are sounds;
+            `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
+            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, and the list `ids`.
+        """
+        prefixes = self._prefixes([row["id"] for row in rows], [row["data_type"] for row in rows])
+        on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
+        conversations = [
+            *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
+            *(_conversation(prefix, [_text(row["b"])]) for prefix, row in zip(on_b, rows, strict=True)),
+        ]
+        batch = dict(
+            self.processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt")
+        )
+        task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
+        images_per_row = torch.tensor([*(len(row["images"]) for row in rows), *[0] * len(rows)])
+        scores = [float("nan") if row["score"] is None else row["score"] for row in rows]
+        return {
+            **batch,
+            "images_per_row": images_per_row,
+            "has_image": images_per_row > 0,
+            "data_type": torch.tensor([task_ids[row["data_type"]] for row in rows]),
+            "similarity_scores": torch.tensor(scores, dtype=torch.float32),
+            "a_keys": torch.tensor([row["a_key"] for row in rows]),
+            "b_keys": torch.tensor([row["b_key"] for row in rows]),
+            "ids": [row["id"] for row in rows],
+        }
+
+    def _prefixes(self, ids: list[str], data_types: list[str]) -> list[str | None]:
+        """The prefix of each pair, `None` where it is dropped."""
+        batch = hashlib.blake2b(repr((self.seed, ids)).encode(), digest_size=16)
+        prefixes: list[str | None] = []
+        for place, name in enumerate(data_types):
+            drawn = batch.copy()
+            drawn.update(place.to_bytes(8))
+            uniform = int.from_bytes(drawn.digest()[:8]) / 2**64  # in [0, 1)
+            prefixes.append(None if uniform < self.prefix_dropout else self.data_types[name].prefix)
+        return prefixes
+
+
+def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of tokens of each row of a collated batch, (2B,) long; 0 for a sound alone."""
+    return batch["attention_mask"].sum(dim=1)
+
+
+def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The model inputs of some rows of a collated batch, without the padding that none of them needs.
+
+    Args:
+        batch: what `MixedBatchCollator` returns.
+        rows: (rows,) long, numbers in [0, 2B) in the order wanted, on the batch's device.
+    """
+    inputs = {}
+    mask = batch["attention_mask"][rows]  # (rows, tokens)
+    used = mask.any(dim=0)
+    if used.any():
+        inputs["input_ids"] = batch["input_ids"][rows][:, used]
+        inputs["attention_mask"] = mask[:, used]
+    if batch["images_per_row"][rows].any():
+        images = _members(batch["images_per_row"], rows)
+        patches = _members(batch["image_grid_thw"].prod(dim=-1), images)
+        inputs["pixel_values"] = batch["pixel_values"][patches]
+        inputs["image_grid_thw"] = batch["image_grid_thw"][images]
+    if "has_audio" in batch and batch["has_audio"][rows].any():
+        clips = _members(batch["has_audio"].long(), rows)
+        mask = batch["audio_attention_mask"][clips]  # (clips, samples)
+        used = mask.any(dim=0)
+        inputs["audio_features"] = batch["audio_features"][clips][:, used]
+        inputs["audio_attention_mask"] = mask[:, used]
+        inputs["has_audio"] = batch["has_audio"][rows]
+    return inputs
+
+
+def _members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
+    sizes = counts[groups]
+    starts = (counts.cumsum(0) - counts)[groups]
+    within = torch.arange(int(sizes.sum()), device=counts.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return starts.repeat_interleave(sizes) + within
+
+
+def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    system = [] if prefix is None else [{"role": "system", "content": [_text(prefix)]}]
+    return [*system, {"role": "user", "content": parts}]
+
+
+def _side_a(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of side a: images at their placeholders or else first, text, sound."""
+    parts = list(_interleave(row["a"], row["images"], row["image_placeholder"]))
+    if row["audio"] is not None:
+        parts.append({"type": "audio", "audio": row["audio"]})
+    return parts
+
+
+def _interleave(text: str, images: list[Any], placeholder: str) -> Iterator[dict[str, Any]]:
+    places = [{"type": "image", "image": image} for image in images]
+    pieces = text.split(placeholder) if images else [text]
+    if len(pieces) == 1:
+        yield from places
+        places = []
+    for number, piece in enumerate(pieces):
+        if piece:
+            yield _text(piece)
+        if number < len(places):
+            yield places[number]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}

@@ -1,0 +1,351 @@
+"""One entry of a recipe's data: which files it names, and what their records say in the terms of the schema."""
+
+import csv
+import difflib
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+from datasets.exceptions import DatasetGenerationError
+
+from vipolyqwen.data.schema import COLUMNS, DataType, Place, Row, RowError, clean_row
+from vipolyqwen.losses_vipolyqwen import canonical_data_type
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
+# Part of every cache key: other reading or checking code must not find its predecessor's results.
+CODE = hashlib.blake2b(
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("schema.py", "readers.py", "sources.py")),
+    digest_size=16,
+).hexdigest()
+
+TEXT_FEATURES = datasets.Features(
+    {
+        **{name: datasets.Value("string") for name in ("id", "data_type", "a", "b", "group")},
+        "images": datasets.List(datasets.Value("string")),
+        "audio": {
+            "path": datasets.Value("string"),
+            "array": datasets.List(datasets.Value("float32")),
+            "sampling_rate": datasets.Value("int64"),
+        },
+        "score": datasets.Value("float64"),
+        "line": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One entry of a recipe's `train_data` or `eval_data`.
+
+    Attributes:
+        path: a .jsonl, .json, .csv, .parquet or .arrow file, a glob or a folder of them, a folder written by
+            `save_to_disk`, or the id of a Hub dataset.
+        data_type: the data type of all rows; or
+        data_type_column: the column that holds each row's (`data_type` if neither is given).
+        map: value of that column -> data type; a value that is a data type already needs no entry.
+        columns: a, b, images, audio, score, id, group -> the user's column (default: the same name; null: none).
+        media_root: folder of relative media paths (default: the folder of the file that names them).
+        weight: how many times an epoch visits each row.
+        split: split of a Hub dataset or a folder.
+        name: configuration of a Hub dataset.
+        image_placeholder: what marks the place of an image in the text of side a.
+    """
+
+    path: str
+    data_type: str | None = None
+    data_type_column: str | None = None
+    map: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | None] = field(default_factory=dict)
+    media_root: str | None = None
+    weight: float = 1.0
+    split: str = "train"
+    name: str | None = None
+    image_placeholder: str = "<image>"
+
+    def __post_init__(self) -> None:
+        if self.data_type is not None and (self.data_type_column is not None or self.map):
+            raise ValueError(
+                f"{self.path}: `data_type: {self.data_type}` fixes the data type of all rows; drop it, or "
+                "`data_type_column` and `map`."
+            )
+        for name in ("map", "columns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{self.path}: `{name}` is {getattr(self, name)!r}; write {{NAME: NAME, …}}.")
+        _check_keys(self.columns, [name for name in COLUMNS if name != "data_type"], f"{self.path}: columns")
+        is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not is_number or not 0 < self.weight < math.inf:
+            raise ValueError(f"{self.path}: the weight is {self.weight!r}; it must be above 0 (or drop the source).")
+        if not self.image_placeholder:
+            raise ValueError(f"{self.path}: image_placeholder is empty; write a marker such as '<image>'.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":
+        """Reads an entry of a recipe; an unknown key is an error that suggests the nearest known one."""
+        _check_keys(values, [field.name for field in fields(cls)], str(values.get("path", "a data source")))
+        if "path" not in values:
+            raise ValueError(f"A data source has no `path`: {dict(values)}; name a file, a folder or a Hub dataset.")
+        given = {key: value for key, value in values.items() if value is not None}
+        if isinstance(given.get("map"), Mapping):
+            given["map"] = {str(key): value for key, value in given["map"].items()}  # YAML reads 1 as a number
+        return cls(**given)
+
+    def column_names(self) -> dict[str, str]:
+        """Column of the schema -> the user's column."""
+        names = {name: self.columns.get(name, name) for name in COLUMNS if name != "data_type"}
+        if self.data_type is None:
+            names["data_type"] = self.data_type_column or "data_type"
+        return {name: column for name, column in names.items() if column is not None}
+
+    def check_columns(self, existing: Iterable[str], data_types: Mapping[str, DataType], file: str) -> None:
+        """Checks that a file has the columns that are named or that its rows cannot do without."""
+        names, existing = self.column_names(), set(existing)
+        required = {name for name, column in self.columns.items() if column is not None} | {"b"}
+        if self.data_type is None:
+            required.add("data_type")
+        else:
+            data_type = data_types[canonical_data_type(self.data_type)]
+            needs = {"score": data_type.needs_score, "images": data_type.needs_image, "audio": data_type.needs_audio}
+            required.update(name for name, needed in needs.items() if needed)
+        if not existing & {names.get("images"), names.get("audio")}:
+            required.add("a")
+        for name in sorted(required):
+            if names.get(name) not in existing:
+                remedy = "data_type_column: NAME" if name == "data_type" else f"columns: {{{name}: NAME}}"
+                raise ValueError(
+                    f"{file}: the column {names.get(name, name)!r} is missing; the file has {sorted(existing)}. "
+                    f"Say where it is with `{remedy}`."
+                )
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Turns the records of one file into rows."""
+
+    source: SourceConfig
+    file: str  # what an error calls the file
+    columns: dict[str, str]  # column of the schema -> column of the table
+    root: str  # folder of relative media paths
+
+    def read(self, record: Mapping[str, Any], index: int) -> tuple[Row, Place]:
+        """The row of `record`, the table's record number `index`, and the place to name if it is wrong."""
+        values = {name: record[column] for name, column in self.columns.items()}
+        place = _place(self.source, self.file, record.get("line", index + 1), values.get("id"))
+        row = clean_row(values, place, self.root)
+        data_type = self.source.data_type or row.data_type
+        row.data_type = canonical_data_type(self.source.map.get(data_type, data_type))
+        return row, place
+
+
+def read_source(
+    source: SourceConfig, data_types: Mapping[str, DataType]
+) -> Iterator[tuple[datasets.Dataset, RowReader]]:
+    """The table and the reader of each file of a source."""
+    for file in _find_files(source) or [source.path]:
+        if Path(file).suffix in TEXT_READERS:
+            table = _convert_text_file(file, source, data_types)
+            columns = {name: name for name in COLUMNS}
+        else:
+            try:
+                table = _open_table(file, source, data_types)
+            except pyarrow.ArrowInvalid as error:
+                raise ValueError(f"{file}: this cannot be read as a table: {error}. Write it anew.") from error
+            columns = {name: column for name, column in source.column_names().items() if column in table.column_names}
+        if len(table) == 0:
+            raise _no_rows(file)
+        root = source.media_root or (os.path.dirname(file) if os.path.isfile(file) else "")
+        yield table.with_format("arrow"), RowReader(source, file, columns, os.path.abspath(os.path.expanduser(root)))
+
+
+def _no_rows(file: str) -> ValueError:
+    return ValueError(f"{file} has no rows; add some or drop the source.")
+
+
+def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{hint}")
+
+
+def _find_files(source: SourceConfig) -> list[str]:
+    """The local files of a source, or one folder written by `save_to_disk`; empty if it is a Hub dataset."""
+    path = os.path.expanduser(source.path)
+    is_folder = os.path.isdir(path)
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        return [path]
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "*") if is_folder else path, recursive=True))
+    if os.path.isfile(path):
+        files = [path]
+    if is_folder:
+        files = _of_split([file for file in files if Path(file).suffix in FORMATS], source)
+    elif files and source.split != "train":
+        raise ValueError(f"{source.path}: `split: {source.split}` is for folders and Hub datasets; name its files.")
+    if files and source.name is not None:
+        raise ValueError(f"{source.path}: `name: {source.name}` is for Hub datasets; drop it.")
+    if not files and (is_folder or glob.has_magic(path) or os.path.isabs(path) or Path(path).suffix in FORMATS):
+        raise FileNotFoundError(f"{source.path}: there is no such file, and no {', '.join(FORMATS)} file in it.")
+    for file in files:
+        if Path(file).suffix not in FORMATS:
+            raise ValueError(f"{file}: files of this kind cannot be read; known: {', '.join(FORMATS)}.")
+    return files
+
+
+def _of_split(files: list[str], source: SourceConfig) -> list[str]:
+    """The files of a folder that belong to the split; all of them if no name says to which split it belongs."""
+    words = {file: set(re.split(r"[\W_]", Path(file).stem.lower())) for file in files}
+    if source.split == "train" and not any(words[file] & set().union(*SPLIT_WORDS.values()) for file in files):
+        return files
+    chosen = [file for file in files if words[file] & SPLIT_WORDS.get(source.split, {source.split})]
+    if files and not chosen:
+        names = [os.path.basename(file) for file in files]
+        raise ValueError(f"{source.path}: no file is of the split {source.split!r} by its name; there are {names}.")
+    return chosen
+
+
+def _open_table(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> datasets.Dataset:
+    """Opens what is a table already and keeps the columns that are used."""
+    suffix = Path(file).suffix
+    columns = set(source.column_names().values())
+    if suffix == ".parquet":  # only the columns that are used are converted
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            existing, rows = opened.schema_arrow.names, opened.metadata.num_rows
+        source.check_columns(existing, data_types, file)
+        if rows == 0:  # `datasets` cannot load it
+            raise _no_rows(file)
+        columns = [name for name in existing if name in columns]
+        return datasets.load_dataset("parquet", data_files=glob.escape(file), split="train", columns=columns)
+    if suffix == ".arrow":
+        table = datasets.Dataset.from_file(file)
+    elif os.path.isdir(file):
+        table = _load_saved(file, source)
+    else:
+        table = _load_from_hub(source)
+    source.check_columns(table.column_names, data_types, file)
+    return table.select_columns([name for name in table.column_names if name in columns])
+
+
+def _load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
+    loaded = datasets.load_from_disk(folder)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if source.split not in loaded:
+        raise ValueError(f"{folder}: there is no split {source.split!r}; known: {list(loaded)}.")
+    return loaded[source.split]
+
+
+def _load_from_hub(source: SourceConfig) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source.path}: this is no file or folder here, and it cannot be loaded from the Hub (name "
+            f"{source.name!r}, split {source.split!r}): {error}"
+        ) from error
+
+
+def _convert_text_file(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> datasets.Dataset:
+    """Converts JSONL, JSON or CSV to a table of the schema, once for each state of the file.
+
+    The stock readers infer a type for every column and fail where an unused one is of mixed types.
+    """
+    state = os.stat(file)
+    used = (os.path.abspath(file), state.st_size, state.st_mtime_ns, source.column_names(), source.data_type)
+    fingerprint = hashlib.blake2b(repr((*used, dict(data_types), CODE)).encode(), digest_size=16).hexdigest()
+    try:
+        return datasets.Dataset.from_generator(
+            _text_rows,
+            features=TEXT_FEATURES,
+            gen_kwargs={"file": file, "source": source, "data_types": data_types},
+            fingerprint=fingerprint,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def _text_rows(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> Iterator[dict[str, Any]]:
+    """The rows of a text file as `TEXT_FEATURES` has them, data types and paths as they are written."""
+    names, existing = source.column_names(), {}
+    for line, record in TEXT_READERS[Path(file).suffix](file):
+        existing.update(dict.fromkeys(record))
+        values = {name: record.get(column) for name, column in names.items()}
+        row = clean_row(values, _place(source, file, line, values.get("id")))
+        audio = row.audio if isinstance(row.audio, dict) else {"path": row.audio}
+        stored = {"path": None, "array": None, "sampling_rate": None, **audio}
+        yield {
+            **vars(row),
+            "id": None if values.get("id") is None else str(values["id"]),
+            "audio": None if row.audio is None else stored,
+            "line": line,
+        }
+    if existing:
+        source.check_columns(existing, data_types, file)
+    else:
+        raise _no_rows(file)
+
+
+def _place(source: SourceConfig, file: str, row: int, row_id: Any) -> Place:
+    return Place(file, row, None if row_id is None else str(row_id), source.column_names())
+
+
+def _json_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parse_object(line, file, number)
+
+
+def _parse_object(line: bytes, file: str, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RowError(f"{file}, line {number}: this is no JSON: {error}. Repair or drop the line.") from error
+    if not isinstance(record, dict):
+        raise RowError(f"{file}, line {number}: {record!r:.100} is no JSON object; write {{column: value, …}}.")
+    return record
+
+
+def _json_records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A JSON array of objects, or JSON lines."""
+    content = Path(file).read_bytes()
+    if not content.lstrip().startswith(b"["):
+        yield from _json_lines(file)
+        return
+    try:
+        records = json.loads(content)
+    except ValueError as error:
+        raise RowError(f"{file}: this is no JSON: {error}. Repair it.") from error
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise RowError(f"{file}, row {number}: {record!r:.100} is no JSON object; write {{column: value, …}}.")
+        yield number, record
+
+
+def _csv_records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for record in reader:
+                if None in record:
+                    raise RowError(
+                        f"{file}, line {reader.line_num}: {record[None]!r:.100} is beyond the last column; "
+                        "quote fields that hold commas."
+                    )
+                yield reader.line_num, record
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise RowError(f"{file}, line {reader.line_num}: this is no CSV in UTF-8: {error}. Repair it.") from error
+
+
+TEXT_READERS = {".jsonl": _json_lines, ".json": _json_records, ".csv": _csv_records}

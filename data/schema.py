@@ -1,0 +1,305 @@
+"""What a pair is: the data types, the columns of a row, and everything that can be wrong with one."""
+
+import io
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import soundfile
+from PIL import Image
+
+from vipolyqwen.losses_vipolyqwen import canonical_data_type
+from vipolyqwen.processing_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, TASK_PREFIXES, load_audio
+
+COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group")
+ENCODER_RATE = 16_000  # Hz, of the speech encoder
+PREFIX_PATTERN = re.compile(r"<\w+>")
+
+
+@dataclass(frozen=True)
+class DataType:
+    """A kind of pair: the prefix token that stands before it and what its rows must have besides text."""
+
+    name: str
+    prefix: str
+    needs_score: bool = False
+    needs_image: bool = False
+    needs_audio: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prefix, str) or not PREFIX_PATTERN.fullmatch(self.prefix):
+            raise ValueError(
+                f"data_types.{self.name}: the prefix is {self.prefix!r}; write one word in angle brackets, "
+                f"such as '<{self.name}>'."
+            )
+        for need in ("needs_score", "needs_image", "needs_audio"):
+            if not isinstance(getattr(self, need), bool):
+                raise ValueError(f"data_types.{self.name}.{need} is {getattr(self, need)!r}; write true or false.")
+
+
+DATA_TYPES = {
+    name: DataType(
+        name,
+        prefix,
+        needs_score=name == "text_pair",
+        needs_image=name in ("ocr", "vqa_single", "vqa_multi"),
+        needs_audio=name == "audio",
+    )
+    for name, prefix in TASK_PREFIXES.items()
+}
+
+
+def declare_data_types(declared: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, DataType]:
+    """The six data types and those that a recipe declares; a type's place in the result is its task id.
+
+    Args:
+        declared: name -> `{prefix, needs_score, needs_image, needs_audio, loss}`; `loss` is for the loss to read.
+    """
+    data_types = dict(DATA_TYPES)
+    known = [field.name for field in fields(DataType) if field.name != "name"]
+    for name, settings in (declared or {}).items():
+        if canonical_data_type(name) in data_types:
+            raise ValueError(f"data_types.{name}: there is a data type of this name already; choose another name.")
+        if unknown := sorted(set(settings) - {*known, "loss"}):
+            raise ValueError(f"data_types.{name} has unknown keys {unknown}; known: {[*known, 'loss']}.")
+        if "prefix" not in settings:
+            raise ValueError(f"data_types.{name} has no prefix; add one, such as prefix: '<{name}>'.")
+        data_type = DataType(name, **{key: value for key, value in settings.items() if key != "loss"})
+        for other in data_types.values():
+            if other.prefix == data_type.prefix:
+                raise ValueError(
+                    f"data_types.{name}: the prefix {data_type.prefix!r} is that of {other.name}; choose another one."
+                )
+        data_types[name] = data_type
+    return data_types
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message names file, row, column, value and remedy."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row was read: what an error says about it."""
+
+    file: str
+    row: int  # counted from 1; in a JSONL or CSV file the line
+    id: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)  # this package's column name -> the user's
+
+    def error(self, column: str, value: Any, problem: str) -> RowError:
+        """The error for `value` in `column`; `problem` says what is wrong with it and what to do."""
+        shown = repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "…"
+        row = f"row {self.row}" + (f" (id {self.id!r})" if self.id else "")
+        return RowError(f"{self.file}, {row}, column {self.columns.get(column, column)!r} is {shown}: {problem}")
+
+
+@dataclass
+class Row:
+    """One pair. An image or a sound is a path, the bytes of a file, or samples as `{"array", "sampling_rate"}`."""
+
+    id: str
+    data_type: str
+    a: str
+    b: str
+    images: list[str | bytes]
+    audio: str | bytes | dict[str, Any] | None
+    score: float | None
+    group: str | None
+
+
+def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
+    """Brings the values of one record to the types of `Row`.
+
+    Args:
+        record: column (of `COLUMNS`) -> value; an absent column is empty.
+        place: where it was read.
+        root: folder to which paths are relative.
+
+    Raises:
+        RowError: a value is of a kind that cannot be brought to its type.
+    """
+    data_type, group = record.get("data_type"), record.get("group")
+    return Row(
+        id=place.id or f"{os.path.basename(place.file)}:{place.row}",
+        data_type="" if data_type is None else str(data_type),
+        a=_clean_text("a", record.get("a"), place),
+        b=_clean_text("b", record.get("b"), place),
+        images=_clean_images(record.get("images"), place, root),
+        audio=_clean_audio(record.get("audio"), place, root),
+        score=_clean_score(record.get("score"), place),
+        group=None if group is None else str(group),
+    )
+
+
+def check_row(row: Row, data_types: Mapping[str, DataType], place: Place, image_placeholder: str) -> None:
+    """Checks what can be known without opening a file: data type, score, texts, and what the data type needs.
+
+    Raises:
+        RowError: the first thing that is wrong.
+    """
+    if row.data_type not in data_types:
+        raise place.error(
+            "data_type",
+            row.data_type,
+            f"this is no data type; known: {', '.join(data_types)}. Give it one with `map`, or declare it in "
+            "`data_types`.",
+        )
+    data_type = data_types[row.data_type]
+    _check_score(row, data_type, place)
+    has_a = bool(row.a.strip() or row.images or row.audio is not None)
+    if not has_a and not row.b.strip():
+        raise place.error("a", row.a, "the text is empty on both sides; fill it in or drop the row.")
+    if not row.b.strip():
+        raise place.error("b", row.b, "side b has no text; fill it in or drop the row.")
+    if data_type.needs_image and not row.images:
+        raise place.error("images", row.images, f"{row.data_type} needs an image; name one or change the data type.")
+    if data_type.needs_audio and row.audio is None:
+        raise place.error("audio", row.audio, f"{row.data_type} needs a sound; name one or change the data type.")
+    if not has_a:
+        raise place.error("a", row.a, "side a has no text, image or sound; fill it in or drop the row.")
+    markers = row.a.count(image_placeholder) if row.images else 0
+    if markers not in (0, len(row.images)):
+        raise place.error(
+            "a",
+            row.a,
+            f"{markers} placeholders {image_placeholder} for {len(row.images)} images; write one for each image, or "
+            "none to have the images first.",
+        )
+
+
+def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = True) -> None:
+    """Checks that images and sound exist and, by their headers, that they can be read and are of a usable size.
+
+    Args:
+        row: the row.
+        place: where it was read.
+        min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
+        headers: whether to open the files; if not, files must only exist.
+
+    Raises:
+        RowError: the first thing that is wrong.
+    """
+    files = [("images", image) for image in row.images] + [("audio", row.audio)]
+    for column, path in files:
+        if isinstance(path, str) and not os.path.isfile(path):
+            raise place.error(
+                column, path, "there is no such file; correct the path or `media_root` (URLs are not fetched)."
+            )
+    if headers:
+        for image in row.images:
+            _check_image_header(image, place)
+    if row.audio is not None and (headers or isinstance(row.audio, dict)):
+        frames, rate = _sound_header(row.audio, place)
+        samples = math.ceil(frames * ENCODER_RATE / rate)
+        if samples < max(1, min_audio_samples):
+            raise place.error(
+                "audio",
+                show_media(row.audio),
+                f"the sound has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder "
+                f"needs at least {max(1, min_audio_samples)}. Pad it with silence or drop the row.",
+            )
+
+
+def show_media(source: str | bytes | dict[str, Any]) -> str:
+    """How an error writes an image or a sound."""
+    if isinstance(source, bytes):
+        return f"<{len(source)} bytes>"
+    return source if isinstance(source, str) else f"<{len(source['array'])} samples>"
+
+
+def _clean_text(column: str, value: Any, place: Place) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise place.error(column, value, f"a text is expected, this is of type {type(value).__name__}; quote it.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise place.error(
+            column, value, f"it has a lone surrogate at position {error.start}; write it anew as UTF-8."
+        ) from error
+    return value
+
+
+def _clean_images(value: Any, place: Place, root: str) -> list[str | bytes]:
+    if value is None or value == "":
+        return []
+    return [_clean_file("images", entry, place, root) for entry in (value if isinstance(value, list) else [value])]
+
+
+def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes:
+    if isinstance(value, dict):  # as `datasets` stores an image or a sound
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        return os.path.join(root, value)
+    if not isinstance(value, bytes) or not value:
+        raise place.error(column, value, "a path or the bytes of a file are expected.")
+    return value
+
+
+def _clean_audio(value: Any, place: Place, root: str) -> str | bytes | dict[str, Any] | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, list):
+        value = {"array": value}
+    if not isinstance(value, dict) or value.get("array") is None:
+        return _clean_file("audio", value, place, root)
+    array = value["array"]
+    if isinstance(array, list) and array and all(isinstance(sample, int) for sample in array):
+        raise place.error("audio", array, "these samples are whole numbers; scale them to [-1, 1].")
+    try:
+        samples, rate = load_audio({"array": array, "sampling_rate": value.get("sampling_rate")})
+    except (ValueError, TypeError) as error:
+        raise place.error("audio", array, str(error)) from error
+    return {"array": samples, "sampling_rate": rate}
+
+
+def _clean_score(value: Any, place: Place) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (ValueError, TypeError) as error:
+        raise place.error("score", value, "a number in [0, 1] is expected.") from error
+
+
+def _check_score(row: Row, data_type: DataType, place: Place) -> None:
+    if row.score is None:
+        if data_type.needs_score:
+            raise place.error("score", None, f"{row.data_type} needs a score in [0, 1]; fill it in or drop the row.")
+    elif not 0.0 <= row.score <= 1.0:
+        raise place.error(
+            "score",
+            row.score,
+            "a score is in [0, 1]; rescale it, or leave the column out with `columns: {score: null}`.",
+        )
+
+
+def _check_image_header(source: str | bytes, place: Place) -> None:
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise place.error("images", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise place.error(
+            "images",
+            show_media(source),
+            f"it is {width}×{height}; the limits are {MAX_IMAGE_PIXELS} pixels and an aspect ratio of "
+            f"{MAX_ASPECT_RATIO}. Scale or crop it.",
+        )
+
+
+def _sound_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
+    """Number of samples of a channel, and sampling rate in Hz."""
+    if isinstance(source, dict):
+        return len(source["array"]), source["sampling_rate"]
+    try:
+        info = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except (OSError, ValueError, soundfile.SoundFileError) as error:
+        raise place.error("audio", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
+    return info.frames, info.samplerate

@@ -1,0 +1,226 @@
+"""Pairs from JSONL, CSV, Parquet, Arrow and Hub datasets, checked before training, one after the other."""
+
+import bisect
+import hashlib
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from vipolyqwen.data.readers import CODE, RowReader, SourceConfig, read_source
+from vipolyqwen.data.schema import DataType, Place, Row, check_media, check_row, show_media
+from vipolyqwen.losses_vipolyqwen import canonical_data_type
+from vipolyqwen.processing_vipolyqwen import load_audio, load_image
+
+
+@dataclass(frozen=True)
+class RowChecker:
+    """Checks a batch of records; `Dataset.map` caches its result under a hash of these fields."""
+
+    reader: RowReader
+    data_types: dict[str, DataType]
+    min_audio_samples: int
+    check_media: bool
+    code: str = CODE
+
+    def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
+        """The task ids of the rows, or a `RowError`."""
+        task_ids = list(self.data_types)
+        checked = []
+        for index, record in zip(indices, table.to_pylist(), strict=True):
+            row, place = self.reader.read(record, index)
+            check_row(row, self.data_types, place, self.reader.source.image_placeholder)
+            check_media(row, place, self.min_audio_samples, self.check_media)
+            checked.append(task_ids.index(row.data_type))
+        return {"data_type": checked}
+
+
+@dataclass
+class Piece:
+    """The checked rows of one file."""
+
+    table: datasets.Dataset  # in arrow format: media are never decoded here
+    reader: RowReader
+    task_ids: np.ndarray  # (rows,) int64
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """The rows of all sources, one after the other.
+
+    Args:
+        sources: the recipe's entries.
+        pieces: the checked files of each source.
+        data_types: the data types in the order of their task ids.
+    """
+
+    def __init__(
+        self, sources: list[SourceConfig], pieces: list[list[Piece]], data_types: Mapping[str, DataType]
+    ) -> None:
+        self.sources = sources
+        self.data_types = dict(data_types)
+        self.pieces = [piece for of_source in pieces for piece in of_source]
+        self.piece_sources = [index for index, of_source in enumerate(pieces) for _ in of_source]
+        self.source_lengths = [sum(len(piece.table) for piece in of_source) for of_source in pieces]
+        self.source_weights = [float(source.weight) for source in sources]
+        self.ends = np.cumsum([len(piece.table) for piece in self.pieces]).tolist()
+        self.task_ids = np.concatenate([piece.task_ids for piece in self.pieces])  # (rows,) int64
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One pair with its media decoded.
+
+        Returns:
+            `id`, `data_type`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
+            (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `score` (or `None`), `group`
+            (or `None`), `source` (index of the recipe's entry), `a_key`, `b_key` (`content_key` of each side).
+
+        Raises:
+            RowError: an image or a sound cannot be decoded.
+        """
+        number, row, place = self._read(index)
+        images = [_read_file(image, "images", place) for image in row.images]
+        audio = _read_file(row.audio, "audio", place) if isinstance(row.audio, str) else row.audio
+        return {
+            "id": row.id,
+            "data_type": row.data_type,
+            "a": row.a,
+            "b": row.b,
+            "images": [
+                _decode(load_image, content, "images", source, place)
+                for content, source in zip(images, row.images, strict=True)
+            ],
+            "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
+            "audio": None if audio is None else _decode(_load_sound, audio, "audio", row.audio, place),
+            "score": row.score,
+            "group": row.group,
+            "source": self.piece_sources[number],
+            "a_key": content_key(row.a, [*images, *_sound_bytes(audio)]),
+            "b_key": content_key(row.b),
+        }
+
+    def data_type_counts(self) -> dict[str, int]:
+        """Number of rows of each data type that occurs."""
+        counts = np.bincount(self.task_ids, minlength=len(self.data_types))
+        return {name: int(count) for name, count in zip(self.data_types, counts, strict=True) if count}
+
+    def groups(self) -> list[str | None]:
+        """The `group` of every row, without decoding anything."""
+        groups: list[str | None] = []
+        for piece in self.pieces:
+            column = piece.reader.columns.get("group")
+            values = [None] * len(piece.table)
+            if column is not None:
+                values = piece.table.select_columns(column)[:][column].to_pylist()
+            groups.extend(None if value is None else str(value) for value in values)
+        return groups
+
+    def _read(self, index: int) -> tuple[int, Row, Place]:
+        """Number of the piece in which row `index` is, the row and its place."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Row {index} of {len(self)}.")
+        number = bisect.bisect_right(self.ends, index)
+        piece = self.pieces[number]
+        local = int(index) - (self.ends[number] - len(piece.table))
+        row, place = piece.reader.read(piece.table[local].to_pylist()[0], local)
+        return number, row, place
+
+
+def load_pairs(
+    configs: Sequence[Mapping[str, Any]],
+    data_types: Mapping[str, DataType],
+    min_audio_samples: int,
+    check_media: bool = True,
+) -> PairDataset:
+    """Loads a recipe's `train_data` or `eval_data` and checks every row.
+
+    What was read and checked is cached by `datasets`: a second run of the same files and settings takes no time. The
+    cache knows the files of the rows, not the media: a picture that vanishes afterwards is an error when it is read.
+
+    Args:
+        configs: the recipe's entries, see `SourceConfig`.
+        data_types: the data types in the order of their task ids, from `declare_data_types`.
+        min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
+        check_media: whether to open every image and sound as far as its header.
+
+    Raises:
+        RowError: a row that cannot be used.
+        ValueError: a setting, a file or a column that is wrong.
+    """
+    if not configs:
+        raise ValueError("There is no data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
+    sources = [SourceConfig.from_dict(config) for config in configs]
+    pieces = []
+    for source in sources:
+        _check_data_types(source, data_types)
+        pieces.append([])
+        for table, reader in read_source(source, data_types):
+            checker = RowChecker(reader, dict(data_types), min_audio_samples, check_media)
+            pieces[-1].append(Piece(table, reader, _check_rows(table, checker)))
+    return PairDataset(sources, pieces, data_types)
+
+
+def content_key(text: str, media: Sequence[bytes] = ()) -> int:
+    """A number in [−2⁶³, 2⁶³) that two sides share if their text (NFC) and the bytes of their media are the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (unicodedata.normalize("NFC", text).encode(), *media):
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), signed=True)
+
+
+def _check_data_types(source: SourceConfig, data_types: Mapping[str, DataType]) -> None:
+    for name in [*source.map.values()] if source.data_type is None else [source.data_type]:
+        if canonical_data_type(name) not in data_types:
+            raise ValueError(
+                f"{source.path}: unknown data type {name!r}; known: {', '.join(data_types)}. "
+                "Correct it, or declare it in `data_types`."
+            )
+
+
+def _check_rows(table: datasets.Dataset, checker: RowChecker) -> np.ndarray:
+    """Checks every row; returns the task ids, (rows,) int64."""
+    checked = table.map(
+        checker,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=datasets.Features({"data_type": datasets.Value("int64")}),
+        desc=f"Checking {checker.reader.file}",
+    )
+    return checked.with_format("numpy")[:]["data_type"]
+
+
+def _read_file(source: str | bytes, column: str, place: Place) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise place.error(column, source, f"it cannot be read: {error}. Restore it or drop the row.") from error
+
+
+def _decode(decoder: Callable[[Any], Any], content: Any, column: str, source: Any, place: Place) -> Any:
+    try:
+        return decoder(content)
+    except ValueError as error:
+        raise place.error(column, show_media(source), f"{error} Repair it or drop the row.") from error
+
+
+def _load_sound(content: bytes | dict[str, Any]) -> dict[str, Any]:
+    samples, rate = load_audio(content)
+    return {"array": samples, "sampling_rate": rate}
+
+
+def _sound_bytes(audio: bytes | dict[str, Any] | None) -> list[bytes]:
+    if isinstance(audio, dict):
+        return [audio["array"].tobytes(), str(audio["sampling_rate"]).encode()]
+    return [] if audio is None else [audio]
