@@ -27,6 +27,7 @@ class MixedBatchCollator:
         prefix_dropout: probability that a pair goes without its prefix, which trains the general embedding f(x, None);
             0 in evaluation.
         seed: seed of the prefix dropout.
+        extra_parts: message parts of one more row after the pairs, for towers that every batch must pass through.
     """
 
     processor: Any
@@ -34,6 +35,7 @@ class MixedBatchCollator:
     prefix_sides: str = "a"
     prefix_dropout: float = 0.1
     seed: int = 0
+    extra_parts: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.prefix_sides not in PREFIX_SIDES:
@@ -55,7 +57,8 @@ class MixedBatchCollator:
             `image_grid_thw` (images, 3) long if there are images; `audio_features` (clips, samples) float,
             `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if there are sounds;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
-            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, and the list `ids`.
+            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, and the list `ids`. With
+            `extra_parts` the model's inputs have one row more, 2B + 1.
         """
         prefixes = self._prefixes([row["id"] for row in rows], [row["data_type"] for row in rows])
         on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
@@ -63,11 +66,15 @@ class MixedBatchCollator:
             *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
             *(_conversation(prefix, [_text(row["b"])]) for prefix, row in zip(on_b, rows, strict=True)),
         ]
+        if self.extra_parts:
+            conversations.append(_conversation(None, list(self.extra_parts)))
         batch = dict(
             self.processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt")
         )
         task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
-        images_per_row = torch.tensor([*(len(row["images"]) for row in rows), *[0] * len(rows)])
+        images_per_row = torch.tensor(
+            [sum(part["type"] == "image" for part in turns[-1]["content"]) for turns in conversations]
+        )
         scores = [float("nan") if row["score"] is None else row["score"] for row in rows]
         return {
             **batch,

@@ -2,9 +2,10 @@
 
     python -m vipolyqwen.data.demo_world OUTPUT_FOLDER [--seed 0]
 
-The folder gets train.jsonl, eval.jsonl (scenes no training row knows), trimodal.jsonl (the held-out scenes as text,
-drawing and speech) and media/. What a scene is stands in `demo_scenes`, what is asked about it in `demo_phrasebook`,
-how that becomes rows in `demo_rows`, how it is drawn and written in `demo_images`, how it is said in `demo_speech`.
+The folder gets train.jsonl, captions.jsonl (pictures of it with a description), eval.jsonl (scenes no training row
+knows), trimodal.jsonl (the held-out scenes as text, drawing and speech) and media/. What a scene is stands in
+`demo_scenes`, what is asked about it in `demo_phrasebook`, how that becomes rows in `demo_rows`, how it is drawn and
+written in `demo_images`, how it is said in `demo_speech`.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
         "eval": evaluation_rows(held_out, seed),
         "trimodal": [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)],
     }
+    built["captions"] = [caption_row(row, seed) for row, _ in built["train"] if row["data_type"] == "vqa_single"]
     media = [medium for pairs in built.values() for _, files in pairs for medium in files]
     for parent in {(folder / medium.path).parent for medium in media}:
         parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,14 @@ def trimodal_row(draft: Draft) -> Built:
         "audio": speech.path,
     }
     return row, (drawing, speech)
+
+
+def caption_row(row: Row, seed: int) -> Built:
+    """The drawing of a vqa_single row with a description in place of the question: a data type the recipe declares."""
+    template = int(generator(seed, f"{row['id']}/caption").integers(3))
+    caption = describe(Scene.from_code(row["scene"]), row["language"], template)
+    kept = {name: row[name] for name in ("id", "language", "scene")}
+    return {**kept, "image": row["images"][0], "caption": caption}, ()
 
 
 def make_medium(folder: Path, seed: int, medium: Medium) -> None:

@@ -4,14 +4,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig, PreTrainedConfig
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base, tiny_audio_config
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, 20 times longer on a busy machine
 
 TEXTS = [
     "Hai ngôi sao đỏ lớn trên bãi cỏ.",
@@ -47,3 +52,11 @@ def random_sound(rng: np.random.Generator, seconds: float = 0.5, sampling_rate: 
     """A sound of noise, as `{"array", "sampling_rate"}`."""
     samples = rng.uniform(-0.5, 0.5, int(seconds * sampling_rate)).astype(np.float32)
     return {"array": samples, "sampling_rate": sampling_rate}
+
+
+def speech_config(kind: str = "hubert", norm: str = "group", **fields: Any) -> PreTrainedConfig:
+    """A tiny speech encoder, `hubert`, `wav2vec2`, `wavlm`, …, of the base ("group") or the large ("layer") design."""
+    tiny = tiny_audio_config(32, 2).to_diff_dict()
+    if norm == "layer":
+        tiny.update(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+    return AutoConfig.for_model(**{**tiny, **fields, "model_type": kind})

@@ -223,8 +223,13 @@ def test_a_written_corpus_is_complete(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo_world, "train_scenes", lambda seed: train_scenes(seed)[::90])
     monkeypatch.setattr(demo_world, "held_out_scenes", lambda seed: held_out_scenes(seed)[::24])
     demo_world.write_corpus(tmp_path, seed=3, variations=2)
-    rows = {name: _read(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "trimodal")}
-    assert {name: len(found) for name, found in rows.items()} == {"train": 11 * 2 * 6, "eval": 10 * 7, "trimodal": 10}
+    rows = {name: _read(tmp_path / f"{name}.jsonl") for name in ("train", "captions", "eval", "trimodal")}
+    assert {name: len(found) for name, found in rows.items()} == {
+        "train": 11 * 2 * 6,
+        "captions": 11 * 2,
+        "eval": 10 * 7,
+        "trimodal": 10,
+    }
     for row in (*rows["train"], *rows["eval"]):
         _check_media(tmp_path, row["images"], row["audio"])
     for row in rows["trimodal"]:

@@ -1,0 +1,116 @@
+"""What a training run can be told: a recipe (YAML or JSON) and flags, read into dataclasses."""
+
+import argparse
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Where the model comes from: a viPolyQwen repository, or the backbones to build a new one on."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "viPolyQwen repository (Hub id or folder) to go on from"}
+    )
+    vlm: str | None = field(default=None, metadata={"help": "Qwen2-VL checkpoint, without `model`"})
+    audio: str | None = field(default=None, metadata={"help": "speech encoder's checkpoint; none: bimodal"})
+    pooling: str | None = field(default=None, metadata={"help": "attention, mean or last"})
+    projection: str | None = field(default=None, metadata={"help": "linear or mlp"})
+    audio_fusion: str | None = field(default=None, metadata={"help": "mean or audio"})
+    attn_implementation: str = field(default="auto", metadata={"help": "auto: the fastest that is installed"})
+    max_length: int = field(default=8192, metadata={"help": "most tokens of an input"})
+    min_pixels: int | None = field(default=None, metadata={"help": "fewest pixels of an image"})
+    max_pixels: int | None = field(default=None, metadata={"help": "most pixels of an image"})
+    max_audio_seconds: float | None = field(default=None, metadata={"help": "longest sound"})
+
+    def __post_init__(self) -> None:
+        """Refuses two origins, or none."""
+        if (self.model is None) == (self.vlm is None):
+            raise ValueError(
+                f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "
+                "repository to go on from or a Qwen2-VL checkpoint to build on."
+            )
+
+
+@dataclass
+class DataArguments:
+    """Which pairs the model learns from, and how their task reaches it."""
+
+    train_data: Any = field(default=None, metadata={"help": "list of sources, see README"})
+    eval_data: Any = field(default=None, metadata={"help": "held-out pairs, as `train_data`"})
+    data_types: Any = field(default_factory=dict, metadata={"help": "further data types: prefix and loss of each"})
+    prefix_sides: str = field(default="a", metadata={"help": "which side carries the task prefix: a or both"})
+    prefix_dropout: float = field(default=0.1, metadata={"help": "share of rows trained without prefix"})
+    check_media: bool = field(default=True, metadata={"help": "read every file's header before training"})
+
+
+@dataclass
+class LossArguments:
+    """The loss of each task and the weights between tasks."""
+
+    loss_table: str = field(default="mixed", metadata={"help": "mixed, dle, nce or sum"})
+    temperature: float = field(default=0.07, metadata={"help": "T of InfoNCE and Triplet"})
+    mask_duplicates: bool = field(default=True, metadata={"help": "equal content is no negative"})
+    nce_min_score: float | None = field(default=0.5, metadata={"help": "pairs scored lower are no positives"})
+    task_weighting: str = field(default="none", metadata={"help": "none or table"})
+    task_weight_table: Any = field(default=None, metadata={"help": "{epoch: {task: weight}} for `table`"})
+
+
+@dataclass
+class ViPolyQwenTrainingArguments(TrainingArguments):
+    """Stock training arguments plus a learning rate for each part of the model."""
+
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "vision tower; none: learning_rate"})
+    audio_learning_rate: float | None = field(default=None, metadata={"help": "speech encoder; none: learning_rate"})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "poolings and projections"})
+    remove_unused_columns: bool = False  # the collator needs all of a row
+    logging_nan_inf_filter: bool = False  # a NaN must be seen, not logged as 0
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments)
+Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments]
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """Reads `[RECIPE.yaml] [--argument value …]`; a flag wins over the recipe."""
+    recipe = {}
+    if argv and not argv[0].startswith("--"):
+        recipe, argv = read_recipe(argv[0]), argv[1:]
+    parser = HfArgumentParser(ARGUMENT_CLASSES)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # so that only what was given comes back
+        action.required = False
+    flags = vars(parser.parse_args(argv))
+    for name in ("train_data", "eval_data", "data_types", "task_weight_table"):
+        if isinstance(flags.get(name), str):
+            flags[name] = json.loads(flags[name])
+    resume = flags.get("resume_from_checkpoint")
+    if resume is not None and resume.lower() in ("true", "false"):
+        flags["resume_from_checkpoint"] = resume.lower() == "true"
+    return parser.parse_dict({**recipe, **flags})
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML or JSON recipe; an unknown key is an error that suggests the nearest known one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no recipe at {str(path)!r}; see recipes/ for examples.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds {type(recipe).__name__}, not `key: value` lines.")
+    known = [item.name for cls in ARGUMENT_CLASSES for item in fields(cls) if item.init]
+    for key in recipe:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "See README, `Recipes`, or --help for the keys."
+            raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}). {hint}")
+    return recipe

@@ -1,0 +1,60 @@
+"""What a person sees of a run while it goes."""
+
+import time
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+
+class RateCallback(TrainerCallback):
+    """Counts pairs and tokens, and turns them into rates since the last time it was asked."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.pairs, self.tokens, self.since = 0, 0, time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock."""
+        self._reset()
+
+    def count(self, pairs: int, inputs: dict[str, Any]) -> None:
+        """Adds one batch: pairs of all processes, tokens of this one."""
+        self.pairs += pairs
+        self.tokens += int(inputs["attention_mask"].sum())
+
+    def rates(self) -> dict[str, float]:
+        """Pairs and tokens a second since the last call."""
+        seconds = time.perf_counter() - self.since
+        rates = {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
+        self._reset()
+        return rates
+
+
+class CompactProgressCallback(ProgressCallback):
+    """The stock progress bar, with loss and rates in its postfix instead of a dictionary on a line of its own."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows what a person looks for; everything else is in the log history and in `report_to`."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['pairs_per_second']:.0f} pairs/s, "
+                f"{logs['tokens_per_second']:.0f} tokens/s"
+            )
+        elif any(name.startswith("eval_") for name in logs):
+            shown = {name: value for name, value in logs.items() if name.endswith(("recall@1", "spearman"))}
+            line = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in sorted(shown.items()))
+            self.training_bar.write(f"step {state.global_step}: {line}")

@@ -1,0 +1,82 @@
+"""One command through the whole system: corpus, tiny base, training, repository, search, report (`make demo`).
+
+    python demo_vipolyqwen.py [--output_dir outputs/demo] [--recipe recipes/demo.yaml]
+
+The model is trained by `train_vipolyqwen.py` in a process of its own, and judged in another one that knows the
+repository alone: it loads it through `AutoModel` and `SentenceTransformer`, as a user would.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from transformers import set_seed
+
+from vipolyqwen.data.demo_world import write_corpus
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+
+ROOT = Path(__file__).parent
+BASE_SIZES = {"hidden_size": 128, "layers": 3, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
+
+
+def main() -> None:
+    """Runs the four steps and says where the results are."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "demo.yaml")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    folder = options.output_dir
+    write_corpus(folder / "corpus")
+    build_base(folder / "corpus", folder / "base")
+    train(options.recipe, folder)
+    save_trained(folder / "run", folder / "model")
+    judge(folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for group in ("directions", "tasks"):
+        for name, values in metrics[group].items():
+            chance = f"chance {values['chance']:.3f}, {values['candidates']} candidates"
+            print(f"{name:15} recall@1 {values['recall@1']:.3f}  recall@10 {values['recall@10']:.3f}  ({chance})")
+    print(f"{time.perf_counter() - started:.0f} s. The model: {folder / 'model'}. Open {folder / 'report.html'}.")
+
+
+def build_base(corpus: Path, folder: Path) -> None:
+    """An untrained tiny trimodal model whose tokenizer was trained on the corpus."""
+    set_seed(0)
+    rows = [json.loads(line) for path in sorted(corpus.glob("train*.jsonl")) for line in path.open(encoding="utf-8")]
+    model, processor = build_tiny_base((text for row in rows for text in (row["a"], row["b"]) if text), **BASE_SIZES)
+    save_repository(model, processor, folder)
+
+
+def train(recipe: Path, folder: Path) -> None:
+    """`train_vipolyqwen.py RECIPE`, with the recipe's paths moved to `folder`."""
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    moved = json.loads(json.dumps(settings).replace("outputs/demo", folder.as_posix()))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(moved, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    subprocess.run([sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"], check=True)
+
+
+def save_trained(run: Path, folder: Path) -> None:
+    """The trained weights as a repository, without what only training needs."""
+    save_repository(
+        ViPolyQwenModel.from_pretrained(run), ViPolyQwenProcessor.from_pretrained(run, trust_remote_code=False), folder
+    )
+
+
+def judge(folder: Path) -> None:
+    """Measures the repository in a fresh process, outside this folder, so that only the saved files speak."""
+    command = [sys.executable, "-m", "vipolyqwen.report_vipolyqwen", folder.resolve()]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        subprocess.run(command, check=True, cwd=elsewhere)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,601 @@
+"""The model: a row's vector depends on that row alone, and every switch of the configuration does what it says."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_image, random_sound, speech_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from vipolyqwen import modeling_vipolyqwen as modeling
+from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
+from vipolyqwen.modeling_vipolyqwen import (
+    AttentionPooling,
+    LastPooling,
+    LinearProjection,
+    MeanPooling,
+    MLPProjection,
+    PaddedAudio,
+    PaddingInvariantFeatureEncoder,
+    ViPolyQwenModel,
+    choose_attn_implementation,
+)
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
+
+NAN = float("nan")
+TOLERANCE = 1e-5  # SPEC §1: largest absolute difference in float32
+Row = dict[str, Any]  # "text", "images", "audio", "task": one input
+
+
+def build(processor: ViPolyQwenProcessor, audio_config: Any = None, *, attn: str | None = None, **fields: Any) -> Any:
+    """A tiny model whose weights are far from their initial values, so that nothing is nearly uniform by accident."""
+    torch.manual_seed(0)
+    vlm_config = tiny_vlm_config(processor.tokenizer, 64, 2, 32)
+    model = ViPolyQwenModel.from_backbones(vlm_config, audio_config, attn_implementation=attn, **fields)
+    return shake(model).eval()
+
+
+def shake(module: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.fixture(scope="module")
+def processor(tiny: tuple) -> ViPolyQwenProcessor:
+    return tiny[1]
+
+
+@pytest.fixture(scope="module")
+def model(processor: ViPolyQwenProcessor) -> ViPolyQwenModel:
+    return build(processor, speech_config())
+
+
+def mixed_rows(rng: np.random.Generator) -> list[Row]:
+    """One input of every kind, no two of the same length."""
+    image = lambda width, height: random_image(rng, width, height)  # noqa: E731
+    return [
+        {"text": "Huế"},
+        {"text": "Trên biển ghi gì? 沙滩上有四个绿色的小方块。 " * 3},
+        {"text": "What colour are the stars?", "task": "instr"},
+        {"images": [image(60, 48)]},
+        {"text": "So sánh hai bức ảnh.", "images": [image(40, 90), image(60, 60)], "task": "vqa_multi"},
+        {"audio": random_sound(rng, 0.05)},
+        {"audio": random_sound(rng, 0.31)},
+        {"text": "tiếng sóng biển", "audio": random_sound(rng, 0.12)},
+        {"images": [image(90, 40)], "audio": random_sound(rng, 0.2)},
+        {"text": "cả ba", "images": [image(50, 50)], "audio": random_sound(rng, 0.08), "task": "audio"},
+    ]
+
+
+def collate(processor: ViPolyQwenProcessor, rows: list[Row], padding_side: str = "right") -> dict[str, Tensor]:
+    def column(name: str) -> list | None:
+        return [row.get(name) for row in rows] if any(name in row for row in rows) else None
+
+    return processor(
+        text=[row.get("text", "") for row in rows],
+        images=column("images"),
+        audio=column("audio"),
+        task=column("task"),
+        padding_side=padding_side,
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def embed(model: Any, processor: ViPolyQwenProcessor, rows: list[Row], padding_side: str = "right") -> Tensor:
+    return model(**collate(processor, rows, padding_side)).embeddings
+
+
+# --- a row's vector depends on that row alone -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "norm"), product(["hubert", "wav2vec2", "wavlm"], ["group", "layer"]))
+@pytest.mark.parametrize(("pooling", "projection", "fusion"), product(POOLINGS, PROJECTIONS, AUDIO_FUSIONS))
+def test_a_row_gets_the_same_vector_in_every_batch(
+    kind: str, norm: str, pooling: str, projection: str, fusion: str, processor: Any, rng: np.random.Generator
+) -> None:
+    heads = {"pooling": pooling, "projection": projection, "audio_fusion": fusion}
+    model = build(processor, speech_config(kind, norm), **heads)
+    rows = mixed_rows(rng)
+    alone = torch.cat([embed(model, processor, [row]) for row in rows])
+    assert alone.dtype == torch.float32
+    torch.testing.assert_close(alone.norm(dim=-1), torch.ones(len(rows)))
+    assert (alone @ alone.T - torch.eye(len(rows))).max() < 0.999  # no two inputs are alike
+    for side, size in (("right", len(rows)), ("left", len(rows)), ("right", 4), ("left", 3)):
+        order = rng.permutation(len(rows))[:size]  # every time other neighbours, in another order
+        together = embed(model, processor, [rows[i] for i in order], side)
+        assert (together - alone[order]).abs().max() <= TOLERANCE, (side, order)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_mixed_batches_agree_on_every_row(seed: int, model: Any, processor: Any) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [*mixed_rows(rng), *mixed_rows(rng)]
+    vectors = embed(model, processor, rows)
+    for side in ("left", "right", "left"):
+        order = rng.integers(0, len(rows), rng.integers(1, len(rows)))  # rows may come twice
+        together = embed(model, processor, [rows[i] for i in order], side)
+        assert (together - vectors[torch.from_numpy(order)]).abs().max() <= TOLERANCE
+
+
+def test_longer_padding_than_needed_changes_nothing(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    rows = [{"text": "Huế", "audio": random_sound(rng, 0.1)}]
+    batch = dict(collate(processor, rows))
+    vector = model(**batch).embeddings
+    for name in ("audio_features", "audio_attention_mask"):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, 4321))
+    batch["audio_features"][:, 1600:] = 1e4  # what hides behind the mask does not count
+    assert (model(**batch).embeddings - vector).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_nothing_is_remembered_between_calls(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    text, image = {"text": "Three small blue circles"}, {"images": [random_image(rng, 90, 40)]}
+    before = embed(model, processor, [text])
+    embed(model, processor, [image, {**image, "text": "?"}])
+    assert torch.equal(embed(model, processor, [text]), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("unispeech", {}),
+        ("unispeech-sat", {}),
+        ("data2vec-audio", {"feat_extract_norm": "layer"}),
+        ("sew", {}),
+        ("wav2vec2-conformer", {}),
+        ("hubert", {"conv_pos_batch_norm": True}),
+        ("wav2vec2", {"add_adapter": True, "output_hidden_size": 48}),
+        ("wavlm", {"add_adapter": True}),
+    ],
+)
+def test_any_other_speech_encoder_is_blind_to_padding_or_refused(
+    kind: str, fields: dict, processor: Any, rng: np.random.Generator
+) -> None:
+    try:
+        model = build(processor, speech_config(kind, **fields))
+    except ValueError as error:
+        assert kind in str(error)
+        return
+    rows = [{"audio": random_sound(rng, seconds)} for seconds in (0.3, 0.5, 0.1)]
+    alone = torch.cat([embed(model, processor, [row]) for row in rows])
+    assert (embed(model, processor, rows) - alone).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "norm"), product(["hubert", "wav2vec2", "wavlm"], ["group", "layer"]))
+@torch.no_grad()
+def test_a_single_clip_goes_through_the_speech_encoder_as_through_the_stock_one(kind: str, norm: str) -> None:
+    torch.manual_seed(0)
+    tower = shake(AutoModel.from_config(speech_config(kind, norm))).eval()
+    clip, longer = torch.randn(1, 5000), torch.zeros(1, 8000)
+    longer[:, :5000] = clip
+    stock = tower(clip).last_hidden_state
+    tower.feature_extractor = PaddingInvariantFeatureEncoder(tower.feature_extractor)
+    ours = tower(PaddedAudio(clip, torch.tensor([5000])), attention_mask=torch.ones(1, 5000)).last_hidden_state
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    padded = tower(PaddedAudio(longer, torch.tensor([5000])), attention_mask=(longer != 0).long()).last_hidden_state
+    torch.testing.assert_close(padded[:, : stock.shape[1]], stock, atol=1e-5, rtol=1e-5)
+
+
+# --- pooling, projection, fusion: the formulas -------------------------------------------------------------------
+
+HIDDEN = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]])  # (1, 3, 2)
+
+
+def test_attention_pooling_is_the_softmax_of_the_scores_with_the_query() -> None:
+    pooling = AttentionPooling(2)
+    pooling.query.data = torch.tensor([1.0, 0.5])  # u = 1, 1, 5; e^1 : e^1 : e^5 = 1 : 1 : e^4
+    pooled, weights = pooling(HIDDEN, torch.ones(1, 3, dtype=torch.bool))
+    total = 2 + np.exp(4)
+    expected = torch.tensor([[1 / total, 1 / total, np.exp(4) / total]], dtype=torch.float32)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(pooled, torch.tensor([[1 + 3 * np.exp(4), 2 + 4 * np.exp(4)]]).float() / total)
+
+
+def test_attention_pooling_computes_its_softmax_in_float32() -> None:
+    pooling = AttentionPooling(2).bfloat16()
+    pooling.query.data = torch.tensor([1.0, 0.5], dtype=torch.bfloat16)
+    pooled, weights = pooling(HIDDEN.bfloat16(), torch.ones(1, 3, dtype=torch.bool))
+    assert pooled.dtype == torch.bfloat16
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, np.exp(4)]], dtype=torch.float32) / (2 + np.exp(4)))
+
+
+def test_mean_pooling_is_the_mean_of_the_real_positions() -> None:
+    pooled, weights = MeanPooling(2)(HIDDEN, torch.tensor([[False, True, True]]))
+    torch.testing.assert_close(pooled, torch.tensor([[1.5, 3.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5]]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "last"), [([1, 1, 1], 2), ([1, 1, 0], 1), ([1, 0, 0], 0), ([0, 1, 1], 2), ([0, 0, 1], 2)]
+)
+def test_last_pooling_takes_the_last_real_position_on_either_padding_side(mask: list, last: int) -> None:
+    pooled, weights = LastPooling(2)(HIDDEN, torch.tensor([mask]).bool())
+    torch.testing.assert_close(pooled, HIDDEN[:, last])
+    assert weights[0].tolist() == [float(i == last) for i in range(3)]
+
+
+@pytest.mark.parametrize("pooling_class", [AttentionPooling, MeanPooling, LastPooling])
+@pytest.mark.parametrize("junk", [NAN, float("inf"), -1e30])
+def test_pooling_ignores_whatever_a_masked_position_holds(pooling_class: type, junk: float) -> None:
+    pooling = pooling_class(2)
+    for parameter in pooling.parameters():
+        torch.nn.init.constant_(parameter, 0.3)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    clean = HIDDEN.repeat(2, 1, 1)
+    dirty = clean.masked_fill(~mask[..., None], junk).requires_grad_()
+    pooled, weights = pooling(dirty, mask)
+    expected, _ = pooling(clean, mask)
+    torch.testing.assert_close(pooled, expected)
+    assert (weights[~mask] == 0).all()
+    pooled.sum().backward()
+    assert dirty.grad[mask].isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in pooling.parameters())
+
+
+def test_linear_projection_is_a_layer_norm_of_a_matrix_without_bias() -> None:
+    projection = LinearProjection(2, 4)
+    assert [name for name, _ in projection.named_parameters()] == ["dense.weight", "norm.weight", "norm.bias"]
+    projection.dense.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
+    expected = torch.tensor([[3.0, 1.0, 4.0, 2.0]])  # W (3, 1); mean 2.5, variance 1.25
+    torch.testing.assert_close(projection(torch.tensor([[3.0, 1.0]])), (expected - 2.5) / np.sqrt(1.25 + 1e-5))
+
+
+def test_mlp_projection_is_two_layers_with_norms_and_gelu() -> None:
+    torch.manual_seed(0)
+    projection = shake(MLPProjection(6, 4))
+    weights = dict(projection.named_parameters())
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scale = torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+        return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    pooled = torch.randn(3, 6)
+    inner = norm(pooled @ weights["dense_in.weight"].T + weights["dense_in.bias"], "norm_in")
+    inner = inner * 0.5 * (1 + torch.erf(inner / np.sqrt(2)))
+    expected = norm(inner @ weights["dense_out.weight"].T + weights["dense_out.bias"], "norm")
+    torch.testing.assert_close(projection(pooled), expected)
+
+
+@pytest.mark.parametrize("fusion", AUDIO_FUSIONS)
+def test_fusion_of_sound_and_text_is_what_the_configuration_says(
+    fusion: str, processor: Any, rng: np.random.Generator
+) -> None:
+    model = build(processor, speech_config(), audio_fusion=fusion)
+    sound, other = random_sound(rng, 0.2), random_sound(rng, 0.1)
+    rows = [{"text": "biển"}, {"audio": sound}, {"text": "biển", "audio": sound}, {"text": "cỏ", "audio": other}]
+    text, audio, both, _ = embed(model, processor, rows)
+    expected = {"mean": torch.nn.functional.normalize((text + audio) / 2, dim=-1), "audio": audio}[fusion]
+    torch.testing.assert_close(both, expected, atol=TOLERANCE, rtol=0)
+
+
+# --- what comes in and out ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_pooling_weights_sum_to_one_and_are_zero_on_padding(
+    model: Any, processor: Any, rng: np.random.Generator
+) -> None:
+    rows = mixed_rows(rng)
+    for side in ("left", "right"):
+        batch = collate(processor, rows, side)
+        output = model(**batch, output_pooling_weights=True)
+        mask = batch["attention_mask"].bool()
+        mask = mask[mask.any(dim=-1)]  # sounds alone have no row here
+        assert output.pooling_weights.shape == mask.shape
+        torch.testing.assert_close(output.pooling_weights.sum(dim=-1), torch.ones(len(mask)))
+        assert (output.pooling_weights[~mask] == 0).all()
+        assert (output.pooling_weights[mask] > 0).all()
+
+        frames = model.audio_tower._get_feat_extract_output_lengths(batch["audio_attention_mask"].sum(dim=-1))
+        heard = torch.arange(int(frames.max())) < frames[:, None]
+        assert output.audio_pooling_weights.shape == heard.shape
+        torch.testing.assert_close(output.audio_pooling_weights.sum(dim=-1), torch.ones(len(heard)))
+        assert (output.audio_pooling_weights[~heard] == 0).all()
+
+
+@torch.no_grad()
+def test_hidden_states_attentions_and_weights_come_only_on_request(processor: Any) -> None:
+    model = build(processor, attn="eager")
+    batch = collate(processor, [{"text": "Huế"}, {"text": "Hà Nội, Đà Nẵng"}])
+    assert list(model(**batch).keys()) == ["embeddings"]
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    rows, tokens = batch["input_ids"].shape
+    assert [tuple(state.shape) for state in output.hidden_states] == [(rows, tokens, 64)] * 3
+    assert [tuple(weights.shape) for weights in output.attentions] == [(rows, 2, tokens, tokens)] * 2
+    assert output.pooling_weights is None
+    assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_embeddings_of_tokens_can_stand_in_for_their_ids(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    for row in ({"text": "Huế"}, {"text": "Huế", "images": [random_image(rng)]}):
+        batch = dict(collate(processor, [row, {"text": "Hà Nội, Đà Nẵng"}]))
+        expected = model(**batch).embeddings
+        ids = batch.pop("input_ids")
+        given = model(inputs_embeds=model.get_input_embeddings()(ids), **batch).embeddings
+        torch.testing.assert_close(given, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_bimodal_model_has_no_audio_parts_and_refuses_sound(processor: Any, rng: np.random.Generator) -> None:
+    model = build(processor)
+    assert not [name for name, _ in model.named_parameters() if "audio" in name]
+    rows = [{"text": "Huế"}, {"images": [random_image(rng)]}]
+    assert embed(model, processor, rows).shape == (2, 1024)
+    with pytest.raises(ValueError, match="bimodal"):
+        embed(model, processor, [{"audio": random_sound(rng)}])
+
+
+def test_a_row_with_neither_tokens_nor_sound_is_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "Hà Nội"}, {"audio": random_sound(rng)}]))
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="1 of the 3 rows have neither tokens nor audio"):
+        model(**batch)
+    with pytest.raises(ValueError, match="nothing to embed"):
+        model()
+
+
+def test_clips_that_do_not_match_the_rows_are_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "biển", "audio": random_sound(rng)}]))
+    with pytest.raises(ValueError, match="marks 2 rows, but 1 clips"):
+        model(**{**batch, "has_audio": torch.tensor([True, True])})
+    del batch["has_audio"]
+    with pytest.raises(ValueError, match="1 clips for a batch of 2 rows"):
+        model(**batch)
+
+
+@torch.no_grad()
+def test_bfloat16_gives_float32_unit_vectors_close_to_the_exact_ones(processor: Any, rng: np.random.Generator) -> None:
+    model = build(processor, speech_config())
+    rows = mixed_rows(rng)
+    exact = embed(model, processor, rows)
+    vectors = embed(model.bfloat16(), processor, rows)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(rows)))
+    assert (vectors * exact).sum(dim=-1).min() > 0.98
+
+
+# --- configuration -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pooling": "max"}, "`pooling` is 'max'; it must be one of attention, mean, last"),
+        ({"projection": "none"}, "`projection` is 'none'; it must be one of linear, mlp"),
+        ({"audio_fusion": "text"}, "`audio_fusion` is 'text'; it must be one of mean, audio"),
+        ({"projection_dim": 0}, "`projection_dim` is 0"),
+        ({"audio_config": {"hidden_size": 32}}, "`audio_config`.*model_type"),
+        ({"audio_config": {"model_type": "no-such-model"}}, "no-such-model"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViPolyQwenConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "bert"])
+def test_a_model_that_takes_no_waveforms_is_refused_as_speech_encoder(kind: str, processor: Any) -> None:
+    audio_config = modeling.AutoConfig.for_model(kind)
+    with torch.device("meta"), pytest.raises(ValueError, match="use a speech encoder such as hubert"):
+        ViPolyQwenModel(ViPolyQwenConfig(audio_config=audio_config))
+
+
+def test_a_configuration_survives_its_file(model: Any, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    loaded = ViPolyQwenConfig.from_pretrained(tmp_path)
+    assert type(loaded.audio_config) is type(model.config.audio_config)
+    assert loaded.to_dict() == model.config.to_dict() | {"_name_or_path": loaded.to_dict().get("_name_or_path")}
+    assert ViPolyQwenConfig(**{**model.config.to_dict(), "audio_config": None}).audio_config is None
+
+
+def test_speech_encoders_of_pretraining_lose_their_own_randomness(processor: Any) -> None:
+    vlm_config = tiny_vlm_config(processor.tokenizer, 64, 2, 32)
+    audio_config = speech_config(apply_spec_augment=True, layerdrop=0.5)
+    model = ViPolyQwenModel.from_backbones(vlm_config, audio_config)
+    assert (model.config.audio_config.apply_spec_augment, model.config.audio_config.layerdrop) == (False, 0.0)
+    assert (audio_config.apply_spec_augment, audio_config.layerdrop) == (True, 0.5)  # the caller's own is not touched
+
+
+# --- building, saving, loading -----------------------------------------------------------------------------------
+
+
+def tiny_config(processor: ViPolyQwenProcessor, **fields: Any) -> ViPolyQwenConfig:
+    vlm = tiny_vlm_config(processor.tokenizer, 64, 2, 32).to_dict()
+    return ViPolyQwenConfig(**{**vlm, "audio_config": speech_config(), **fields})
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_new_parts_start_as_the_papers_say(projection: str, processor: Any) -> None:
+    config = tiny_config(processor, projection=projection)
+    config.text_config.hidden_size = 4096  # enough numbers for statistics
+    config.text_config.num_hidden_layers = config.vision_config.depth = 0
+    config.vision_config.hidden_size = 4096
+    torch.manual_seed(0)
+    model = ViPolyQwenModel(config)
+    assert model.pooling.query.mean().abs() < 0.002
+    assert model.pooling.query.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, parameter in model.projection.named_parameters():
+        if name.startswith("norm"):
+            assert (parameter == (1 if name.endswith("weight") else 0)).all()
+        elif name.endswith("weight"):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
+        else:
+            assert (parameter == 0).all()
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("kind", ["hubert", "wavlm", None])
+def test_a_model_built_on_the_meta_device_has_the_same_parameters(
+    projection: str, kind: str | None, processor: Any
+) -> None:
+    config = tiny_config(processor, projection=projection, audio_config=kind and speech_config(kind))
+
+    def describe(model: ViPolyQwenModel) -> dict[str, tuple]:
+        return {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+
+    scratch = ViPolyQwenModel(config)
+    with torch.device("meta"):
+        meta = ViPolyQwenModel(config)
+    real = {name for name, parameter in meta.named_parameters() if not parameter.is_meta}
+    assert real <= {"audio_tower.masked_spec_embed"}  # stock code builds this one wherever it is
+    assert describe(meta) == describe(scratch)
+    backbones = tiny_vlm_config(processor.tokenizer, 64, 2, 32), kind and speech_config(kind)
+    assert describe(ViPolyQwenModel.from_backbones(*backbones, projection=projection)) == describe(scratch)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("audio_config", [None, speech_config(), speech_config("wavlm", "layer")])
+def test_a_saved_model_loads_bit_for_bit(pooling: str, audio_config: Any, processor: Any, tmp_path: Path) -> None:
+    model = build(processor, audio_config, pooling=pooling)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    loaded, report = ViPolyQwenModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = {**dict(model.named_buffers()), **model.state_dict()}
+    for name, value in {**dict(loaded.named_buffers()), **loaded.state_dict()}.items():
+        assert torch.equal(value, expected[name]), name
+    row = {"text": "Huế", **({} if audio_config is None else {"audio": random_sound(np.random.default_rng(0), 0.1)})}
+    torch.testing.assert_close(embed(loaded, processor, [row]), embed(model, processor, [row]), atol=1e-6, rtol=0)
+
+
+def test_parts_that_a_checkpoint_lacks_are_initialised_not_left_as_garbage(processor: Any, tmp_path: Path) -> None:
+    model = build(processor, speech_config(), projection="mlp")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    new = ("pooling.", "projection.", "audio_pooling.", "audio_projection.")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(new)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = ViPolyQwenModel.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        if name.startswith(new):
+            size = {"query": 0.02, "dense": 0.02}.get(next((key for key in ("query", "dense") if key in name), ""), 1)
+            assert parameter.abs().max() <= 6 * size, name
+            assert parameter.isfinite().all(), name
+    assert loaded.pooling.query.std().item() == pytest.approx(0.02, rel=0.5)
+
+
+def test_the_embedding_table_can_grow(processor: Any) -> None:
+    model = build(processor)
+    before = model.get_input_embeddings().weight.detach().clone()
+    vector = embed(model, processor, [{"text": "Huế"}])
+    model.resize_token_embeddings(len(before) + 8)
+    assert len(model.get_input_embeddings().weight) == model.config.text_config.vocab_size == len(before) + 8
+    assert torch.equal(model.get_input_embeddings().weight[: len(before)], before)
+    assert torch.equal(embed(model, processor, [{"text": "Huế"}]), vector)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def gradients(model: ViPolyQwenModel, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    vectors = model(**batch).embeddings
+    (vectors * torch.randn(vectors.shape)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize(("kind", "norm"), product(["hubert", "wav2vec2", "wavlm"], ["group", "layer"]))
+def test_a_gradient_reaches_every_trainable_parameter(
+    kind: str, norm: str, projection: str, processor: Any, rng: np.random.Generator
+) -> None:
+    model = build(processor, speech_config(kind, norm), projection=projection).train()
+    found = gradients(model, collate(processor, mixed_rows(rng)))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen <= {"audio_tower.masked_spec_embed"}  # only SpecAugment would train it
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        if not ("audio_tower" in name and name.endswith("k_proj.bias")):  # it moves every score of a row alike
+            assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *product(["hubert", "wav2vec2", "wavlm"], [None, {"use_reentrant": False}]),
+        *product(["hubert", "wav2vec2"], [{"use_reentrant": True}]),  # stock WavLM recurses for ever with it
+    ],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(
+    kind: str, options: dict | None, processor: Any, rng: np.random.Generator
+) -> None:
+    model = build(processor, speech_config(kind)).train()
+    batch = collate(processor, mixed_rows(rng))
+    expected = {name: gradient.clone() for name, gradient in gradients(model, batch).items()}
+    model.gradient_checkpointing_enable(options)
+    towers = (model.vlm.language_model, model.vlm.visual, model.audio_tower.encoder)
+    assert all(tower.gradient_checkpointing for tower in towers)
+    for name, gradient in gradients(model, batch).items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def attention_of_every_tower(model: Any) -> set[str]:
+    towers = (model, model.vlm, model.vlm.language_model, model.vlm.visual, model.audio_tower)
+    return {tower.config._attn_implementation for tower in towers}
+
+
+@pytest.mark.parametrize("kind", ["hubert", "wav2vec2"])
+def test_the_attention_switch_reaches_every_tower_and_changes_no_vector(
+    kind: str, processor: Any, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    build(processor, speech_config(kind)).save_pretrained(tmp_path)
+    rows, vectors = mixed_rows(rng), {}
+    for attn in ("eager", "sdpa"):
+        loaded = ViPolyQwenModel.from_pretrained(tmp_path, attn_implementation=attn).eval()
+        assert attention_of_every_tower(loaded) == {attn}
+        vectors[attn] = embed(loaded, processor, rows)
+        assert attention_of_every_tower(build(processor, speech_config(kind), attn=attn)) == {attn}
+    assert (vectors["eager"] - vectors["sdpa"]).abs().max() <= TOLERANCE
+
+
+def test_the_attention_of_every_tower_can_be_switched_later(processor: Any) -> None:
+    model = build(processor, speech_config())
+    model.set_attn_implementation("eager")
+    assert attention_of_every_tower(model) == {"eager"}
+
+
+def test_a_speech_encoder_with_one_attention_only_keeps_it(processor: Any, tmp_path: Path) -> None:
+    model = build(processor, speech_config("wavlm"), attn="sdpa")  # WavLM has neither sdpa nor FlashAttention
+    model.save_pretrained(tmp_path)
+    for built in (model, ViPolyQwenModel.from_pretrained(tmp_path, attn_implementation="sdpa")):
+        assert built.vlm.language_model.config._attn_implementation == "sdpa"
+        assert built.vlm.visual.config._attn_implementation == "sdpa"
+        assert built.audio_tower.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "flash", "kernels", "dtype", "device", "expected"),
+    [
+        (True, True, True, torch.bfloat16, "cuda", "flash_attention_2"),
+        (True, True, False, torch.float16, "cuda", "flash_attention_2"),
+        (True, False, True, torch.bfloat16, "cuda", "kernels-community/flash-attn2"),
+        (True, False, False, torch.bfloat16, "cuda", "sdpa"),
+        (True, True, True, torch.float32, "cuda", "sdpa"),
+        (True, True, True, torch.bfloat16, "cpu", "sdpa"),
+        (False, True, True, torch.bfloat16, "cuda", "sdpa"),
+    ],
+)
+def test_the_fastest_attention_that_is_there_is_chosen(
+    cuda: bool, flash: bool, kernels: bool, dtype: Any, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr(modeling, "is_kernels_available", lambda: kernels)
+    assert choose_attn_implementation(dtype, device) == expected

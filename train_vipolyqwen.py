@@ -1,0 +1,149 @@
+"""Trains a model: `python train_vipolyqwen.py RECIPE.yaml [--any_argument value]`, also under `accelerate launch`."""
+
+import sys
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
+
+from vipolyqwen.arguments_vipolyqwen import (
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    ViPolyQwenTrainingArguments,
+    read_arguments,
+)
+from vipolyqwen.callbacks_vipolyqwen import CompactProgressCallback
+from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.schema import DataType, declare_data_types
+from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, WEIGHTINGS, MixedLoss, TaskLoss
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, choose_attn_implementation
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the arguments, trains, evaluates and saves a whole repository to `output_dir`."""
+    model_args, data_args, loss_args, args = read_arguments(sys.argv[1:] if argv is None else argv)
+    set_seed(args.seed)
+    data_types = declare_data_types(data_args.data_types)
+    mixed_loss = build_loss(loss_args, data_args.data_types, list(data_types))
+    model, processor = load_model(model_args, args, data_types)
+    train_pairs = read_pairs(data_args.train_data, data_types, processor, data_args.check_media)
+    eval_pairs = read_pairs(data_args.eval_data, data_types, processor, data_args.check_media)
+    trainer = ViPolyQwenTrainer(
+        model=model,
+        args=args,
+        processor=processor,
+        mixed_loss=mixed_loss,
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs,
+        train_collator=build_collator(processor, data_types, data_args, args, data_args.prefix_dropout),
+        eval_collator=build_collator(processor, data_types, data_args, args, prefix_dropout=0.0),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(CompactProgressCallback)
+    if train_pairs is not None:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    if eval_pairs is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+
+
+def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], tasks: list[str]) -> MixedLoss:
+    """The loss of each task: the table's rows and those that the recipe declares, in the order of the task ids."""
+    if loss_args.loss_table not in LOSS_TABLES:
+        raise ValueError(f"`loss_table` is {loss_args.loss_table!r}; it must be one of {', '.join(LOSS_TABLES)}.")
+    if loss_args.task_weighting not in WEIGHTINGS:
+        raise ValueError(
+            f"`task_weighting` is {loss_args.task_weighting!r}; it must be one of {', '.join(WEIGHTINGS)}."
+        )
+    losses = dict(LOSS_TABLES[loss_args.loss_table])
+    for task, fields in declared.items():
+        if "loss" not in fields:
+            raise ValueError(f"data_types.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
+        losses[task] = TaskLoss.from_dict(fields["loss"])
+    options = {} if loss_args.task_weight_table is None else {"table": loss_args.task_weight_table}
+    return MixedLoss(
+        {task: losses[task] for task in tasks},
+        temperature=loss_args.temperature,
+        weighting=WEIGHTINGS[loss_args.task_weighting](tasks, **options),
+        mask_duplicates=loss_args.mask_duplicates,
+        nce_min_score=loss_args.nce_min_score,
+    )
+
+
+def load_model(
+    model_args: ModelArguments, args: ViPolyQwenTrainingArguments, data_types: dict[str, DataType]
+) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
+    """A model to go on from, or a new one on its backbones, that knows the prefix of every data type."""
+    attention = model_args.attn_implementation
+    if attention == "auto":
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        attention = choose_attn_implementation(dtype, args.device.type)
+    names = ("pooling", "projection", "audio_fusion")
+    options = {name: value for name in names if (value := getattr(model_args, name)) is not None}
+    if model_args.model is not None:
+        model = ViPolyQwenModel.from_pretrained(model_args.model, attn_implementation=attention, **options)
+        processor = ViPolyQwenProcessor.from_pretrained(model_args.model, trust_remote_code=False)
+    else:
+        backbones = (model_args.vlm, model_args.audio)
+        model = ViPolyQwenModel.from_backbones(*backbones, attn_implementation=attention, **options)
+        processor = ViPolyQwenProcessor.from_backbones(*backbones)
+    _bound_inputs(processor, model_args)
+    for data_type in data_types.values():
+        processor.add_task(data_type.name, data_type.prefix)
+    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(processor.tokenizer))
+    logger.info(f"{model.num_parameters():,} parameters, attention: {attention}")
+    return model, processor
+
+
+def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) -> None:
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, model_args.max_length)
+    if model_args.min_pixels is not None:
+        processor.image_processor.size["shortest_edge"] = model_args.min_pixels
+    if model_args.max_pixels is not None:
+        processor.image_processor.size["longest_edge"] = model_args.max_pixels
+    if model_args.max_audio_seconds is not None:
+        processor.max_audio_seconds = model_args.max_audio_seconds
+
+
+def read_pairs(
+    sources: list[dict[str, Any]] | None,
+    data_types: dict[str, DataType],
+    processor: ViPolyQwenProcessor,
+    check_media: bool,
+) -> PairDataset | None:
+    """All rows of all sources, checked; `None` if no source is given."""
+    if sources is None:
+        return None
+    return load_pairs(sources, data_types, processor.min_audio_samples, check_media=check_media)
+
+
+def build_collator(
+    processor: ViPolyQwenProcessor,
+    data_types: dict[str, DataType],
+    data_args: DataArguments,
+    args: ViPolyQwenTrainingArguments,
+    prefix_dropout: float,
+) -> MixedBatchCollator:
+    """Rows to a joint batch of both sides."""
+    return MixedBatchCollator(
+        processor,
+        data_types,
+        prefix_sides=data_args.prefix_sides,
+        prefix_dropout=prefix_dropout,
+        seed=args.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""A transformers Trainer for pairs of six tasks in one batch: only what differs from the stock one."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
+from vipolyqwen.callbacks_vipolyqwen import RateCallback
+from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.data.sampler import MixtureSampler
+from vipolyqwen.data.sources import PairDataset
+from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, spearman
+from vipolyqwen.losses_vipolyqwen import MixedLoss, gather_with_grad
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.publish_vipolyqwen import save_repository
+
+PADDING_TOLERANCE = 1.5  # rows of one forward differ in length by at most this factor, measured in benchmarks/
+
+
+class ViPolyQwenTrainer(Trainer):
+    """Embeds both sides of each pair, looks up the losses of each row's task, weights, and logs every component.
+
+    Args:
+        model: the model to train.
+        args: training arguments.
+        processor: its processor; saved into every checkpoint.
+        mixed_loss: the loss of each task and the weighting between tasks.
+        train_dataset: pairs to learn from.
+        eval_dataset: held-out pairs.
+        train_collator: rows to a joint batch of both sides, with prefix dropout.
+        eval_collator: the same without dropout.
+    """
+
+    def __init__(
+        self,
+        model: ViPolyQwenModel,
+        args: ViPolyQwenTrainingArguments,
+        processor: ViPolyQwenProcessor,
+        mixed_loss: MixedLoss,
+        train_dataset: PairDataset | None,
+        eval_dataset: PairDataset | None,
+        train_collator: MixedBatchCollator,
+        eval_collator: MixedBatchCollator,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processor,
+            data_collator=train_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
+                f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
+            )
+        self.eval_collator = eval_collator
+        if args.world_size > 1:
+            for collator in (train_collator, eval_collator):
+                collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
+        self.mixed_loss = mixed_loss.to(args.device)
+        self.rates = RateCallback()
+        self.add_callback(self.rates)
+        self._logged: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mixed loss of the joined batch of all processes (SPEC §3)."""
+        pairs = len(inputs["data_type"])
+        embeddings = self.embed(model, inputs)  # (2 · pairs, D): side a, then side b
+        a, b = (gather_with_grad(side) for side in (embeddings[:pairs], embeddings[pairs:]))
+        names = ("data_type", "similarity_scores", "a_keys", "b_keys")
+        output = self.mixed_loss(
+            a, b, *(gather_with_grad(inputs[name]) for name in names), epoch=self.state.epoch or 0
+        )
+        summary = self.mixed_loss.summarise(output)
+        self._refuse_non_finite(summary, inputs["ids"])
+        for name, value in summary.items():
+            self._logged[name].append(value)
+        self.rates.count(pairs * self.args.world_size, inputs)
+        return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
+
+    def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Unit vectors of both sides, (2 · pairs, D) float32.
+
+        In one process, rows of like length go through the model together, since padding short answers to the longest
+        question costs more than further calls. With several processes it is one call that passes through every tower,
+        so that all ranks take part in the same collectives in the same order.
+        """
+        device = inputs["attention_mask"].device
+        if self.args.world_size > 1:
+            vectors = model(**take_rows(inputs, torch.arange(len(inputs["attention_mask"]), device=device))).embeddings
+            rows = 2 * len(inputs["data_type"])
+            return vectors[:rows] + 0.0 * vectors[rows:].sum()
+        buckets = [torch.tensor(bucket, device=device) for bucket in length_buckets(row_lengths(inputs).tolist())]
+        vectors = torch.cat([model(**take_rows(inputs, bucket)).embeddings for bucket in buckets])
+        return torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
+
+    def _refuse_non_finite(self, summary: dict[str, float], ids: Sequence[str]) -> None:
+        broken = [name for name, value in summary.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: {', '.join(f'{name} is {summary[name]}' for name in broken)}. "
+                f"Rows of this process: {', '.join(ids)}. Lower the learning rate, or look at these rows."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss component since the last log."""
+        if "loss" in logs:
+            logs.update({name: sum(values) / len(values) for name, values in sorted(self._logged.items())})
+            logs.update(self.rates.rates())
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return MixtureSampler(dataset.source_lengths, dataset.source_weights, seed=seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for each part of the model."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups[self._learning_rate_of(name), name in decayed].append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for (rate, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def _learning_rate_of(self, name: str) -> float:
+        rates = {
+            "vlm.visual.": self.args.vision_learning_rate,
+            "vlm.": None,
+            "audio_tower.": self.args.audio_learning_rate,
+            "": self.args.head_learning_rate,
+        }
+        rate = next(rate for prefix, rate in rates.items() if name.startswith(prefix))
+        return self.args.learning_rate if rate is None else rate
+
+    def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> torch.utils.data.DataLoader:
+        """The stock loader with the collator that drops no prefix."""
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Retrieval of side b by side a within each task, and Spearman's ρ where pairs are scored."""
+        self.model.eval()
+        columns = defaultdict(list)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            pairs = len(inputs["data_type"])
+            with self.compute_loss_context_manager():
+                embeddings = self.embed(self.model, inputs)
+            row = {"a": embeddings[:pairs], "b": embeddings[pairs:]}
+            row |= {name: inputs[name] for name in ("data_type", "similarity_scores", "a_keys", "b_keys")}
+            for name, value in self.accelerator.gather_for_metrics(row).items():
+                columns[name].append(value.cpu())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        rows = {name: torch.cat(values) for name, values in columns.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._pair_metrics(rows).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows["data_type"]))
+
+    def _pair_metrics(self, rows: dict[str, torch.Tensor]) -> dict[str, float]:
+        metrics = {}
+        for task_id in rows["data_type"].unique().tolist():
+            task = self.mixed_loss.tasks[task_id]
+            of_task = {name: value[rows["data_type"] == task_id] for name, value in rows.items()}
+            scores = of_task["similarity_scores"]
+            retrieval = pair_retrieval(
+                of_task["a"],
+                of_task["b"],
+                of_task["a_keys"],
+                of_task["b_keys"],
+                scores=scores,
+                min_score=self.mixed_loss.nce_min_score or 0.0,
+            )
+            metrics.update({f"{task}_{name}": value for name, value in retrieval.items()})
+            scored = ~scores.isnan()
+            if scored.sum() > 1:
+                metrics[f"{task}_spearman"] = spearman(of_task["a"][scored], of_task["b"][scored], scores[scored])
+        for name in ("recall@1", "mrr"):
+            values = [value for key, value in metrics.items() if key.endswith(f"_{name}")]
+            metrics[name] = sum(values) / len(values)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """A checkpoint is a whole repository: code, processor and sentence-transformers files included."""
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            save_repository(model, self.processing_class, output_dir or self.args.output_dir, state_dict)
+
+
+def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:
+    """Message parts that pass through all towers at little cost: a rank whose rows lack a modality would else hang."""
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    parts = [{"type": "image", "image": Image.new("RGB", (side, side))}]
+    if with_audio:
+        silence = np.zeros(2 * processor.min_audio_samples, dtype=np.float32)
+        rate = processor.feature_extractor.sampling_rate
+        parts.append({"type": "audio", "audio": {"array": silence, "sampling_rate": rate}})
+    return parts
+
+
+def length_buckets(lengths: Sequence[int], tolerance: float = PADDING_TOLERANCE) -> list[list[int]]:
+    """Groups row numbers so that within a group no row is longer than `tolerance` times the shortest.
+
+    Rows without any token (sound alone) go with the shortest ones: they take no part in the language model.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    buckets: list[list[int]] = []
+    for row in order:
+        if not buckets or 0 < lengths[row] * tolerance < lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(row)
+    return buckets
