@@ -73,6 +73,7 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False  # a NaN must be seen, not logged as 0
 
 
+JSON_ARGUMENTS = ("train_data", "eval_data", "data_types", "task_weight_table")  # nested, so JSON as a flag
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments)
 Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments]
 
@@ -86,10 +87,9 @@ def read_arguments(argv: list[str]) -> Arguments:
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that only what was given comes back
         action.required = False
+        if action.dest in JSON_ARGUMENTS:
+            action.type = json.loads
     flags = vars(parser.parse_args(argv))
-    for name in ("train_data", "eval_data", "data_types", "task_weight_table"):
-        if isinstance(flags.get(name), str):
-            flags[name] = json.loads(flags[name])
     resume = flags.get("resume_from_checkpoint")
     if resume is not None and resume.lower() in ("true", "false"):
         flags["resume_from_checkpoint"] = resume.lower() == "true"

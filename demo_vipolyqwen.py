@@ -66,9 +66,8 @@ def train(recipe: Path, folder: Path) -> None:
 
 def save_trained(run: Path, folder: Path) -> None:
     """The trained weights as a repository, without what only training needs."""
-    save_repository(
-        ViPolyQwenModel.from_pretrained(run), ViPolyQwenProcessor.from_pretrained(run, trust_remote_code=False), folder
-    )
+    model = ViPolyQwenModel.from_pretrained(run)
+    save_repository(model, ViPolyQwenProcessor.from_pretrained(run, config=model.config), folder)
 
 
 def judge(folder: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import (
@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         train_collator=build_collator(processor, data_types, data_args, args, data_args.prefix_dropout),
         eval_collator=build_collator(processor, data_types, data_args, args, prefix_dropout=0.0),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CompactProgressCallback)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgressCallback)
     if train_pairs is not None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
@@ -92,7 +92,7 @@ def load_model(
     options = {name: value for name in names if (value := getattr(model_args, name)) is not None}
     if model_args.model is not None:
         model = ViPolyQwenModel.from_pretrained(model_args.model, attn_implementation=attention, **options)
-        processor = ViPolyQwenProcessor.from_pretrained(model_args.model, trust_remote_code=False)
+        processor = ViPolyQwenProcessor.from_pretrained(model_args.model, config=model.config)
     else:
         backbones = (model_args.vlm, model_args.audio)
         model = ViPolyQwenModel.from_backbones(*backbones, attn_implementation=attention, **options)

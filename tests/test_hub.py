@@ -178,7 +178,9 @@ def test_another_process_gets_the_same_vectors(way: str, tiny: tuple, cases: dic
 def test_a_prompt_steers_the_vector_of_everything_that_has_tokens(cases: dict, read: tuple) -> None:
     vectors, _ = read
     for task in TASK_PREFIXES:
-        moved = np.abs(vectors[f"{task}: mixed|SentenceTransformer"] - vectors["mixed|SentenceTransformer"]).max(axis=1)
+        moved = np.abs(vectors[f"{task}: mixed|SentenceTransformer"] - vectors["mixed|SentenceTransformer"]).max(
+            axis=1
+        )
         for row, distance in zip(cases["mixed"]["rows"], moved, strict=True):
             assert (distance > 1e-4) == (list(row) != ["audio"]), (task, list(row))
 

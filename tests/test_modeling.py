@@ -412,6 +412,7 @@ def test_speech_encoders_of_pretraining_lose_their_own_randomness(processor: Any
 
 def tiny_config(processor: ViPolyQwenProcessor, **fields: Any) -> ViPolyQwenConfig:
     vlm = tiny_vlm_config(processor.tokenizer, 64, 2, 32).to_dict()
+    del vlm["model_type"]
     return ViPolyQwenConfig(**{**vlm, "audio_config": speech_config(), **fields})
 
 

@@ -629,9 +629,7 @@ def test_every_layout_of_images_means_the_same(processor: Any, rng: np.random.Ge
     assert ids_of(processor, images=[first, second], text=[""]) == [both]
 
 
-def test_rows_without_an_image_or_a_sound_say_none(
-    model: Any, processor: Any, rng: np.random.Generator
-) -> None:
+def test_rows_without_an_image_or_a_sound_say_none(model: Any, processor: Any, rng: np.random.Generator) -> None:
     image, sound = random_image(rng), random_sound(rng, 0.2)
     batch = processor(
         text=["a", "b", "", ""], images=[None, [], [image], None], audio=[None, sound, None, sound],

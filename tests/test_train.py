@@ -1,0 +1,254 @@
+"""Training through the real command: recipes, one mixed batch, checkpoints, resuming, several processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import TEXTS, random_image, random_sound
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from vipolyqwen.arguments_vipolyqwen import read_arguments, read_recipe
+from vipolyqwen.data.collator import MixedBatchCollator, take_rows
+from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.train_vipolyqwen import build_loss, main
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer, length_buckets
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base, pairs of all six tasks and of a seventh, and a recipe for them."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 56, "vocab_size": 400}
+    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "base")
+    write_pairs(folder)
+    recipe = {
+        "model": str(folder / "base"),
+        "train_data": [
+            {"path": str(folder / "pairs.jsonl")},
+            {
+                "path": str(folder / "captions.jsonl"),
+                "data_type": "caption",
+                "columns": {"images": "picture", "b": "said"},
+            },
+        ],
+        "eval_data": [{"path": str(folder / "pairs.jsonl")}],
+        "data_types": {"caption": {"prefix": "<caption>", "loss": {"nce": 1.0, "cosine": 0.5}, "needs_image": True}},
+        "loss_table": "dle",
+        "task_weighting": "table",
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1.0e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "recall@1",
+        "greater_is_better": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def write_pairs(folder: Path) -> None:
+    """Four rows of each task and eight captions."""
+    rng = np.random.default_rng(0)
+    rows, captions = [], []
+    for number in range(4):
+        random_image(rng).save(folder / f"{number}.png")
+        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.1 * number)["array"], 16_000)
+        picture = {"images": [f"{number}.png"]}
+        rows += [
+            {"data_type": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},
+            {"data_type": "instr", "a": f"Nói lại: {TEXTS[number]}", "b": f"{number} {TEXTS[number]}"},
+            {"data_type": "ocr", "a": "Biển ghi gì?", "b": f"số {number}", **picture},
+            {"data_type": "vqa_single", "a": "What is it?", "b": f"noise {number}", **picture},
+            {"data_type": "vqa_multi", "a": "User: A?\nAssistant: B.\nUser: C?", "b": f"D {number}", **picture},
+            {"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"},
+        ]
+        captions += [{"picture": f"{number}.png", "said": f"{word} {number}"} for word in ("một hình", "a picture")]
+    for name, content in (("pairs", rows), ("captions", captions)):
+        lines = [json.dumps({"id": f"{name}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(content)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def run(world: Path, output: Path, *flags: str) -> list[dict]:
+    """Trains in this process and returns the log."""
+    main([str(world / "recipe.yaml"), "--output_dir", str(output), *flags])
+    return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> tuple[Path, list[dict]]:
+    """One run of the recipe and its log."""
+    return world / "run", run(world, world / "run")
+
+
+def test_every_component_of_every_task_is_logged(trained: tuple[Path, list[dict]]) -> None:
+    logged = {name for entry in trained[1] for name in entry}
+    for name in ("text_pair/nce", "text_pair/mse", "text_pair/rank", "instr/cosine", "ocr/triplet", "vqa_single/nce"):
+        assert f"loss/{name}" in logged
+    for name in ("vqa_multi/triplet", "audio/nce", "audio/cosine", "audio/triplet", "caption/nce", "caption/cosine"):
+        assert f"loss/{name}" in logged
+    assert {"weight/text_pair", "pairs_per_second", "tokens_per_second", "grad_norm"} <= logged
+
+
+def test_evaluation_gives_retrieval_for_each_task_and_spearman_for_scored_pairs(
+    trained: tuple[Path, list[dict]],
+) -> None:
+    evaluated = next(entry for entry in trained[1] if "eval_recall@1" in entry)
+    for task in ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio"):
+        for metric in ("recall@1", "recall@5", "recall@10", "mrr", "candidates", "chance"):
+            assert math.isfinite(evaluated[f"eval_{task}_{metric}"])
+    assert -1 <= evaluated["eval_text_pair_spearman"] <= 1
+
+
+def test_a_checkpoint_is_a_repository_that_sentence_transformers_loads(trained: tuple[Path, list[dict]]) -> None:
+    checkpoint = str(trained[0] / "checkpoint-4")
+    vectors = SentenceTransformer(checkpoint, trust_remote_code=True).encode(["xin chào", "hello"], prompt_name="ocr")
+    assert vectors.shape == (2, 1024)
+    assert "caption" in SentenceTransformer(checkpoint, trust_remote_code=True).prompts
+    assert not list(trained[0].glob("**/training_args.bin"))
+
+
+def test_resuming_ends_where_the_uninterrupted_run_ends(
+    world: Path, trained: tuple[Path, list[dict]], tmp_path: Path
+) -> None:
+    run(world, tmp_path, "--resume_from_checkpoint", str(trained[0] / "checkpoint-2"))
+    straight, resumed = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (trained[0], tmp_path))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
+    flags = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    flags += ["--max_steps", "3", "--prefix_dropout", "0", "--max_grad_norm", "0", "--optim", "sgd"]
+    run(world, tmp_path / "one", *flags)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, ROOT / "train_vipolyqwen.py", world / "recipe.yaml", "--output_dir", tmp_path / "two"]
+    command += [*flags, "--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    base = load_file(world / "base" / "model.safetensors")
+    moved = sum((one[name] - base[name]).square().sum() for name in base if base[name].shape == one[name].shape)
+    apart = sum((one[name] - two[name]).square().sum() for name in one)
+    assert moved > 0
+    assert apart.sqrt() <= 1e-4 * moved.sqrt()
+
+
+def test_rows_of_like_length_together_give_the_vectors_of_one_batch(world: Path) -> None:
+    model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
+    data_types = declare_data_types(None)
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], data_types, processor.min_audio_samples)
+    collator = MixedBatchCollator(processor, data_types)
+    arguments = read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--report_to", "none"])[3]
+    loss = build_loss(
+        read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true"])[2], {}, list(data_types)
+    )
+    trainer = ViPolyQwenTrainer(model, arguments, processor, loss, pairs, None, collator, collator)
+    batch = collator([pairs[number] for number in range(len(pairs))])
+    with torch.no_grad():
+        model.eval()
+        together = model(**take_rows(batch, torch.arange(2 * len(pairs)))).embeddings
+        assert (trainer.embed(model, batch) - together).abs().max() <= 1e-5
+
+
+def test_length_buckets_keep_every_row_and_bound_the_padding() -> None:
+    lengths = [80, 3, 40, 0, 79, 2, 41, 5, 0]
+    buckets = length_buckets(lengths, tolerance=1.5)
+    assert sorted(row for bucket in buckets for row in bucket) == list(range(9))
+    for bucket in buckets:
+        present = [lengths[row] for row in bucket if lengths[row]]
+        assert max(present) <= 1.5 * min(present)
+    assert buckets[0] == [0, 4]
+
+
+def test_each_part_of_the_model_has_its_learning_rate(world: Path, tmp_path: Path) -> None:
+    flags = ["--vision_learning_rate", "2e-6", "--audio_learning_rate", "3e-6", "--head_learning_rate", "5e-4"]
+    model_args, _, loss_args, args = read_arguments(
+        ["--model", "x", "--output_dir", str(tmp_path), "--use_cpu", "true", "--learning_rate", "1e-5", *flags]
+    )
+    model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
+    data_types = declare_data_types(None)
+    collator = MixedBatchCollator(processor, data_types)
+    loss = build_loss(loss_args, {}, list(data_types))
+    optimizer = ViPolyQwenTrainer(model, args, processor, loss, None, None, collator, collator).create_optimizer()
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert rate_of[id(named["vlm.visual.patch_embed.proj.weight"])] == 2e-6
+    assert rate_of[id(named["vlm.language_model.norm.weight"])] == 1e-5
+    assert rate_of[id(named["audio_tower.feature_projection.projection.weight"])] == 3e-6
+    assert rate_of[id(named["pooling.query"])] == rate_of[id(named["audio_projection.dense.weight"])] == 5e-4
+    assert len(rate_of) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_flag_wins_over_the_recipe(world: Path) -> None:
+    arguments = read_arguments([str(world / "recipe.yaml"), "--output_dir", "x", "--temperature", "0.2"])
+    assert arguments[2].temperature == 0.2
+    assert arguments[2].loss_table == "dle"
+
+
+def test_an_unknown_recipe_key_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lerning_rate: 1.0\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml.*'lerning_rate'.*1\.0.*'learning_rate'"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["stw", "bimodal", "trimodal", "demo"])
+def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
+    model_args, data_args, loss_args, args = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
+    tasks = declare_data_types(data_args.data_types)
+    build_loss(loss_args, data_args.data_types, list(tasks))
+    expected = {
+        "stw": ("mlp", "dle", "table", 2e-5, 480, 3),
+        "bimodal": ("linear", "mixed", "none", 1e-4, 768, 2),
+        "trimodal": ("linear", "mixed", "none", 1e-5, 768, 2),
+    }
+    if name in expected:
+        batch = 4 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert expected[name] == (
+            model_args.projection,
+            loss_args.loss_table,
+            loss_args.task_weighting,
+            args.learning_rate,
+            batch,
+            args.num_train_epochs,
+        )
+        assert args.weight_decay == 0.001 and args.max_grad_norm == 1.0 and args.bf16
+
+
+def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"data_type": "text_pair", "a": "x", "b": "y", "score": 1.5}\n')
+    sources = json.dumps([{"path": str(tmp_path / "bad.jsonl")}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl.*1\.5"):
+        run(world, tmp_path / "out", "--train_data", sources)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_declared_data_type_needs_a_loss(world: Path) -> None:
+    loss_args = read_arguments([str(world / "recipe.yaml"), "--output_dir", "x"])[2]
+    with pytest.raises(ValueError, match=r"data_types\.caption has no `loss`"):
+        build_loss(loss_args, {"caption": {"prefix": "<caption>"}}, ["caption"])
