@@ -8,13 +8,13 @@ repository alone: it loads it through `AutoModel` and `SentenceTransformer`, as 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from transformers import set_seed
 
 from vipolyqwen.data.demo_world import write_corpus
@@ -24,7 +24,9 @@ from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 ROOT = Path(__file__).parent
-BASE_SIZES = {"hidden_size": 128, "layers": 3, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
+WARM_UP = ["--loss_table", "nce", "--max_steps", "450", "--learning_rate", "1e-3", "--warmup_steps", "40"]
+WARM_UP += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 
 
 def main() -> None:
@@ -51,17 +53,26 @@ def main() -> None:
 def build_base(corpus: Path, folder: Path) -> None:
     """An untrained tiny trimodal model whose tokenizer was trained on the corpus."""
     set_seed(0)
-    rows = [json.loads(line) for path in sorted(corpus.glob("train*.jsonl")) for line in path.open(encoding="utf-8")]
-    model, processor = build_tiny_base((text for row in rows for text in (row["a"], row["b"]) if text), **BASE_SIZES)
+    rows = [json.loads(line) for path in sorted(corpus.glob("train/*.jsonl")) for line in path.open(encoding="utf-8")]
+    texts = (row[name] for row in rows for name in ("a", "b", "caption") if row.get(name))
+    model, processor = build_tiny_base(texts, **BASE_SIZES)
     save_repository(model, processor, folder)
 
 
 def train(recipe: Path, folder: Path) -> None:
-    """`train_vipolyqwen.py RECIPE`, with the recipe's paths moved to `folder`."""
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    moved = json.loads(json.dumps(settings).replace("outputs/demo", folder.as_posix()))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(moved, allow_unicode=True, sort_keys=False), encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"], check=True)
+    """Runs the recipe, with its paths moved to `folder`, after a warm-up on InfoNCE alone.
+
+    The hardest-negative triplet of the mixed losses pulls a model that starts from random weights together before it
+    can tell anything apart; a pretrained one needs no warm-up.
+    """
+    text = recipe.read_text(encoding="utf-8").replace("outputs/demo", folder.as_posix())
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    command = [sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"]
+    # threads that wait for others give way, or a second busy process would slow every step several times
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    warm_up = [*command, *WARM_UP, "--model", folder / "base", "--output_dir", folder / "warmup"]
+    subprocess.run(warm_up, check=True, env=environment)
+    subprocess.run(command, check=True, env=environment)
 
 
 def save_trained(run: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m vipolyqwen.report_vipolyqwen OUTPUT_DIR
 
-Reads corpus, model and run in OUTPUT_DIR; writes metrics.json and report.html there.
+Reads corpus, model and the logs of both training stages in OUTPUT_DIR; writes metrics.json and report.html there.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def judge(folder: Path) -> None:
         .from_string(PAGE)
         .render(
             metrics=metrics,
-            curves=loss_curves(folder / "run" / "trainer_state.json"),
+            curves=loss_curves([folder / stage / "trainer_state.json" for stage in ("warmup", "run")]),
             searches=example_searches(scenes, vectors, corpus),
             attention=attention_views(model, processor, scenes[0], corpus),
         )
@@ -133,13 +133,17 @@ def key_of(*content: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=8).digest(), signed=True)
 
 
-def loss_curves(state: Path, width: int = 300, height: int = 90) -> list[dict[str, Any]]:
-    """The loss of each task over the steps as points of an SVG line."""
+def loss_curves(stages: list[Path], width: int = 300, height: int = 90) -> list[dict[str, Any]]:
+    """The loss of each task over the steps of all stages as points of an SVG line."""
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for entry in json.loads(state.read_text(encoding="utf-8"))["log_history"]:
-        for name, value in entry.items():
-            if re.fullmatch(r"loss(/\w+)?", name):
-                series[name.removeprefix("loss/")].append((entry["step"], value))
+    before = 0
+    for stage in stages:
+        state = json.loads(stage.read_text(encoding="utf-8"))
+        for entry in state["log_history"]:
+            for name, value in entry.items():
+                if re.fullmatch(r"loss(/\w+)?", name):
+                    series[name.removeprefix("loss/")].append((before + entry["step"], value))
+        before += state["global_step"]
     curves = []
     for name, points in sorted(series.items()):
         top, last = max(value for _, value in points), points[-1][0]
@@ -263,6 +267,7 @@ repository loaded by a fresh process.</p>
 <td>{{ "%.3f" % m["recall@10"] }}<td>{{ m["candidates"] }}<td>{{ "%.4f" % m["chance"] }}</tr>
 {% endfor %}{% endfor %}</table>
 <h2>Loss of each task</h2>
+<p>InfoNCE alone first, then the mixed losses, whose further terms are why the lines rise there.</p>
 <div class="curves">{% for c in curves %}<div class="curve"><b>{{ c.name }}</b>
 <small>0 … {{ "%.2f" % c.top }}, {{ c.steps }} steps, ends at {{ "%.2f" % c.end }}</small>
 <svg width="300" height="92"><polyline points="{{ c.line }}" fill="none" stroke="#1864ab" stroke-width="2"/></svg>

@@ -67,12 +67,16 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "initializer_range": hidden_size
+            ** -0.5,  # 0.02 suits widths of thousands; narrow towers barely learn from it
         },
         vision_config={
             "depth": layers,
             "embed_dim": vision_size,
             "hidden_size": hidden_size,
             "num_heads": vision_size // 32,
+            "initializer_range": vision_size**-0.5,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -91,6 +95,7 @@ def tiny_audio_config(hidden_size: int, layers: int) -> HubertConfig:
         conv_dim=[hidden_size // 2, hidden_size, hidden_size],
         conv_kernel=[40, 8, 4],
         conv_stride=[20, 4, 4],
+        initializer_range=hidden_size**-0.5,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
         hidden_dropout=0.0,

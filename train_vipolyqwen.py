@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()
-    if eval_pairs is not None:
+    if eval_pairs is not None and (train_pairs is None or args.eval_strategy == "no"):
         trainer.save_metrics("eval", trainer.evaluate())
 
 

@@ -2,8 +2,8 @@
 
     python -m vipolyqwen.data.demo_world OUTPUT_FOLDER [--seed 0]
 
-The folder gets train.jsonl, captions.jsonl (pictures of it with a description), eval.jsonl (scenes no training row
-knows), trimodal.jsonl (the held-out scenes as text, drawing and speech) and media/. What a scene is stands in
+The folder gets train/TASK.jsonl (image_caption: drawings with a description), eval.jsonl (all tasks, scenes that no
+training row knows), trimodal.jsonl (those scenes as text, drawing and speech) and media/. What a scene is stands in
 `demo_scenes`, what is asked about it in `demo_phrasebook`, how that becomes rows in `demo_rows`, how it is drawn and
 written in `demo_images`, how it is said in `demo_speech`.
 """
@@ -49,12 +49,10 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
         variations: Training rows for each scene and task.
     """
     train, held_out = Split("train", train_scenes(seed)), Split("eval", held_out_scenes(seed))
-    built = {
-        "train": training_rows(train, seed, variations),
-        "eval": evaluation_rows(held_out, seed),
-        "trimodal": [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)],
-    }
-    built["captions"] = [caption_row(row, seed) for row, _ in built["train"] if row["data_type"] == "vqa_single"]
+    built = {f"train/{task}": training_rows(task, train, seed, variations) for task in BUILDERS}
+    built["train/image_caption"] = [caption_row(row, seed) for row, _ in built["train/vqa_single"]]
+    built["eval"] = evaluation_rows(held_out, seed)
+    built["trimodal"] = [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)]
     media = [medium for pairs in built.values() for _, files in pairs for medium in files]
     for parent in {(folder / medium.path).parent for medium in media}:
         parent.mkdir(parents=True, exist_ok=True)
@@ -62,17 +60,17 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
         made = pool.map(partial(make_medium, folder, seed), media, chunksize=64)
         list(tqdm(made, total=len(media), desc="demo world", unit=" files", mininterval=0.5))
+    (folder / "train").mkdir(exist_ok=True)
     for name, pairs in built.items():
         write_rows(folder / f"{name}.jsonl", (row for row, _ in pairs))
 
 
-def training_rows(split: Split, seed: int, variations: int) -> list[Built]:
-    """`variations` rows of each task for each scene, with their media; text_pair gives a share to graded pairs."""
+def training_rows(task: str, split: Split, seed: int, variations: int) -> list[Built]:
+    """`variations` rows of a task for each scene, with their media; text_pair gives a share to graded pairs."""
     rows = []
-    for task, build in BUILDERS.items():
-        for draft in _drafts(split, task, seed, variations):
-            graded = task == "text_pair" and draft.rng.random() < GRADED_TRAIN_SHARE
-            rows.append((graded_pair if graded else build)(draft))
+    for draft in _drafts(split, task, seed, variations):
+        graded = task == "text_pair" and draft.rng.random() < GRADED_TRAIN_SHARE
+        rows.append((graded_pair if graded else BUILDERS[task])(draft))
     return rows
 
 

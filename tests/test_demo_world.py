@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 
 from vipolyqwen.data import demo_world
 from vipolyqwen.data.demo_images import COLOURS, FONT_FOLDER, FONTS, SIDE, draw_scene, sign_lines
-from vipolyqwen.data.demo_rows import Built, Split
+from vipolyqwen.data.demo_rows import BUILDERS, Built, Split
 from vipolyqwen.data.demo_scenes import (
     ATTRIBUTES,
     LANGUAGES,
@@ -36,7 +36,8 @@ SHARES = {"vi": 0.6, "en": 0.3, "zh": 0.1}
 
 @cache
 def training() -> list[Built]:
-    return demo_world.training_rows(Split("train", train_scenes(0)), 0, 1)
+    split = Split("train", train_scenes(0))
+    return [built for task in BUILDERS for built in demo_world.training_rows(task, split, 0, 1)]
 
 
 @cache
@@ -223,15 +224,15 @@ def test_a_written_corpus_is_complete(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo_world, "train_scenes", lambda seed: train_scenes(seed)[::90])
     monkeypatch.setattr(demo_world, "held_out_scenes", lambda seed: held_out_scenes(seed)[::24])
     demo_world.write_corpus(tmp_path, seed=3, variations=2)
-    rows = {name: _read(tmp_path / f"{name}.jsonl") for name in ("train", "captions", "eval", "trimodal")}
+    rows = {path.stem: _read(path) for path in sorted(tmp_path.glob("**/*.jsonl"))}
     assert {name: len(found) for name, found in rows.items()} == {
-        "train": 11 * 2 * 6,
-        "captions": 11 * 2,
+        **dict.fromkeys((*BUILDERS, "image_caption"), 11 * 2),
         "eval": 10 * 7,
         "trimodal": 10,
     }
-    for row in (*rows["train"], *rows["eval"]):
+    for row in [row for task in (*BUILDERS, "eval") for row in rows[task]]:
         _check_media(tmp_path, row["images"], row["audio"])
+    assert all(set(row) == {"id", "language", "scene", "image", "caption"} for row in rows["image_caption"])
     for row in rows["trimodal"]:
         assert set(row) == {"id", "language", "scene", "text", "image", "audio"}
         _check_media(tmp_path, [row["image"]], row["audio"])

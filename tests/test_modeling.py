@@ -29,7 +29,7 @@ from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 
 NAN = float("nan")
-TOLERANCE = 1e-5  # SPEC §1: largest absolute difference in float32
+TOLERANCE = 1e-5  # largest absolute difference in float32
 Row = dict[str, Any]  # "text", "images", "audio", "task": one input
 
 
@@ -165,7 +165,7 @@ def test_any_other_speech_encoder_is_blind_to_padding_or_refused(
     except ValueError as error:
         assert kind in str(error)
         return
-    rows = [{"audio": random_sound(rng, seconds)} for seconds in (0.3, 0.5, 0.1)]
+    rows = [{"audio": random_sound(rng, seconds)} for seconds in (0.31, 0.5, 0.13)]
     alone = torch.cat([embed(model, processor, [row]) for row in rows])
     assert (embed(model, processor, rows) - alone).abs().max() <= TOLERANCE
 

@@ -224,6 +224,16 @@ def test_nfc_and_nfd_are_one_text(model: Any, processor: Any) -> None:
     assert processor.tokenizer.decode(ids[:-1]) == forms[0]  # compatibility forms such as ﬁ stay what they are
 
 
+def test_a_tokenizer_that_leaves_nfd_alone_gets_nfc_all_the_same(processor: Any) -> None:
+    own = copy.deepcopy(processor)
+    own.tokenizer.backend_tokenizer.normalizer = None  # Qwen2's has NFC; another one may not
+    text = unicodedata.normalize("NFD", "Đường phố Huế")
+    assert own.tokenizer(text)["input_ids"] != own.tokenizer(unicodedata.normalize("NFC", text))["input_ids"]
+    assert ids_of(own, text=text) == chat_ids(own, user(text)) == ids_of(processor, text=text)
+    composed = unicodedata.normalize("NFC", text)
+    assert chat_ids(own, user("Huế", system=text)) == chat_ids(own, user("Huế", system=composed))
+
+
 def test_the_chat_template_as_a_string_reads_as_the_ids_do(processor: Any, rng: np.random.Generator) -> None:
     image, other = random_image(rng), random_image(rng, 90, 40)
     conversations = [
@@ -294,6 +304,17 @@ def test_the_limit_is_the_tokenizer_s_unless_told_otherwise(processor: Any) -> N
     assert len(ids) == limit
     assert ids[-1] == processor.tokenizer.eos_token_id
     assert len(ids_of(processor, text="a b c " * limit, truncation=False)[0]) > limit
+
+
+def test_the_limit_of_tokens_is_no_limit_of_samples(processor: Any, rng: np.random.Generator) -> None:
+    sound, options = random_sound(rng, 0.2), {"max_length": 12, "truncation": True, "padding": "max_length"}
+    batch = processor(text=["a b c " * 20], audio=[sound], **options, return_tensors="pt")
+    assert batch["input_ids"].shape == (1, 12)
+    assert batch["audio_features"].shape == (1, 3200)
+    chat = processor.apply_chat_template(
+        [user("a b c " * 20, sound)], tokenize=True, return_dict=True, processor_kwargs=options
+    )
+    assert np.shape(chat["audio_features"]) == (1, 3200)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

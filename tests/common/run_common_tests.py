@@ -37,7 +37,7 @@ from vipolyqwen.tiny_vipolyqwen import tiny_audio_config, tiny_vlm_config, train
 TEXTS = ["lower newer upper older longer string", "Hai ngôi sao đỏ lớn trên bãi cỏ.", "沙滩上有四个绿色的小方块。"]
 
 # Test -> why it fails here and what that means.
-NO_HIDDEN_STATE = "not applicable: it compares `last_hidden_state`, and our output is `embeddings` (SPEC §1)"
+NO_HIDDEN_STATE = "not applicable: it compares `last_hidden_state`, and our output is `embeddings`"
 SAVED_IS_NOT_LOADED = (
     "transformers: saving any class that is registered for the Hub notes `auto_map` in the saved object, loading does "
     "not; passes with ViPolyQwenProcessor._auto_class = None"

@@ -1,0 +1,83 @@
+"""Forward and backward of mixed batches: rows of like length together against all 2B rows in one forward.
+
+    python benchmarks/length_buckets.py [CORPUS] [--batches 8] [--batch_size 64]
+
+CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Writes benchmarks/results/length_buckets.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.data.sampler import MixtureSampler
+from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.demo_vipolyqwen import BASE_SIZES
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.trainer_vipolyqwen import length_buckets
+
+TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
+TOLERANCES = (1.25, 1.5, 2.0, 3.0)
+
+
+def main() -> None:
+    """Times every batch both ways, in turn, and reports the median ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, nargs="?", default=Path("outputs/demo/corpus"))
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=64)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    sources = [
+        {"path": str(options.corpus / f"train/{task}.jsonl"), "media_root": str(options.corpus)} for task in TASKS
+    ]
+    texts = [json.loads(line)["b"] for source in sources for line in Path(source["path"]).open(encoding="utf-8")]
+    model, processor = build_tiny_base(texts, **BASE_SIZES)
+    data_types = declare_data_types(None)
+    pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
+    collate = MixedBatchCollator(processor, data_types)
+    order = list(MixtureSampler(pairs.source_lengths, pairs.source_weights))
+    size = options.batch_size
+    batches = [collate([pairs[row] for row in order[i * size : (i + 1) * size]]) for i in range(options.batches)]
+    ways = {"one": lambda batch: [list(range(2 * size))]}
+    ways |= {str(t): lambda batch, t=t: length_buckets(row_lengths(batch).tolist(), t) for t in TOLERANCES}
+    step(model, batches[0], ways["one"])  # warm-up
+    seconds = {name: [step(model, batch, way) for batch in batches] for name, way in ways.items()}
+    ratios = {
+        name: statistics.median(one / own for one, own in zip(seconds["one"], own_seconds, strict=True))
+        for name, own_seconds in seconds.items()
+    }
+    claims = {
+        f"tolerance_{name}_speedup_over_one_forward": {"value": round(ratio, 3), "bar": 1.0, "holds": ratio >= 1.0}
+        for name, ratio in ratios.items()
+        if name != "one"
+    }
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result = {"claims": claims, "machine": machine, "versions": versions, "batches": options.batches, "pairs": size}
+    path = Path(__file__).parent / "results" / "length_buckets.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any], way: Callable[[dict[str, Any]], list[list[int]]]) -> float:
+    """Seconds of a forward and backward over the groups of rows that `way` makes."""
+    started = time.perf_counter()
+    groups = [torch.tensor(rows) for rows in way(batch)]
+    torch.cat([model(**take_rows(batch, rows)).embeddings for rows in groups]).square().sum().backward()
+    model.zero_grad()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
