@@ -12,7 +12,13 @@ import soundfile
 from PIL import Image
 
 from vipolyqwen.losses_vipolyqwen import canonical_data_type
-from vipolyqwen.processing_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, TASK_PREFIXES, load_audio
+from vipolyqwen.processing_vipolyqwen import (
+    MAX_ASPECT_RATIO,
+    MAX_IMAGE_PIXELS,
+    TASK_PREFIXES,
+    check_wav_is_whole,
+    load_audio,
+)
 
 COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group")
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
@@ -299,7 +305,9 @@ def _sound_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[i
     if isinstance(source, dict):
         return len(source["array"]), source["sampling_rate"]
     try:
-        info = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            check_wav_is_whole(file)
+            info = soundfile.info(file)
     except (OSError, ValueError, soundfile.SoundFileError) as error:
         raise place.error("audio", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
     return info.frames, info.samplerate

@@ -252,6 +252,7 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
         ({"audio": "empty.wav"}, "column 'audio' is '.*empty.wav': the sound has 0 samples .*Pad it with silence"),
         ({"audio": "short.wav"}, "'.*short.wav': the sound has 199 samples at 8000 Hz, 398 at 16000 .*at least 400"),
         ({"audio": {"array": [], "sampling_rate": 8000}}, "column 'audio' .*The sound is empty: 0 samples"),
+        ({"audio": "half.wav"}, "half.wav': it cannot be read: the file is truncated: .* of .* bytes"),
         ({"audio": {"array": [0.1] * 9, "sampling_rate": 8000}}, "the sound has 9 samples .*at least 400"),
         ({"audio": {"array": [0.1] * 900}}, "column 'audio' .*an array without a sampling rate. Pass"),
         ({"audio": [0.1] * 900}, "column 'audio' .*an array without a sampling rate. Pass"),
@@ -265,6 +266,7 @@ def test_a_bad_row_is_named_with_file_row_column_value_and_remedy(folder: Path, 
     Image.new("RGB", (1, 201)).save(folder / "thin.png")
     soundfile.write(folder / "empty.wav", np.zeros(0), 8000)
     soundfile.write(folder / "short.wav", np.zeros(199), 8000)
+    (folder / "half.wav").write_bytes((folder / "word.wav").read_bytes()[:4000])
     with pytest.raises(RowError, match=rf"^{folder}/pairs.jsonl, row 2 \(id 'bad'\), .*{message}"):
         load(folder, [TEXT_PAIR, {**TEXT_PAIR, "id": "bad", **row}, TEXT_PAIR])
 

@@ -1,0 +1,79 @@
+"""The demo's judge on a corpus of a few scenes and an untrained model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS
+from PIL import Image
+
+from vipolyqwen.data import demo_world
+from vipolyqwen.data.demo_scenes import held_out_scenes, train_scenes
+from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.report_vipolyqwen import heat_map, judge, loss_curves, shaded_tokens, side_a
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a demo of ten held-out scenes."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_world, "train_scenes", lambda seed: train_scenes(seed)[::90])
+        patch.setattr(demo_world, "held_out_scenes", lambda seed: held_out_scenes(seed)[::24])
+        demo_world.write_corpus(folder / "corpus", variations=1)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
+    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
+    for stage, steps in (("warmup", 20), ("run", 10)):
+        (folder / stage).mkdir()
+        history = [{"step": step, "loss": 4.0 / step, "loss/ocr": 2.0, "loss/ocr/nce": 1.0} for step in (10, steps)]
+        state = {"global_step": steps, "log_history": history}
+        (folder / stage / "trainer_state.json").write_text(json.dumps(state))
+    judge(folder)
+    return folder
+
+
+def test_metrics_hold_six_directions_and_six_tasks_and_nothing_else(judged: Path) -> None:
+    metrics = json.loads((judged / "metrics.json").read_text())
+    pairs = {f"{a}->{b}" for a in ("text", "image", "audio") for b in ("text", "image", "audio") if a != b}
+    assert set(metrics) == {"directions", "tasks"}
+    assert set(metrics["directions"]) == pairs
+    assert set(metrics["tasks"]) == {"text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio"}
+    for values in (*metrics["directions"].values(), *metrics["tasks"].values()):
+        assert set(values) == {"recall@1", "recall@10", "candidates", "chance"}
+        assert values["candidates"] == 10
+        assert values["chance"] == pytest.approx(0.1)
+        assert values["recall@10"] == 1.0
+
+
+def test_the_report_carries_its_pictures_and_sounds(judged: Path) -> None:
+    page = (judged / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert page.count("data:audio/flac;base64,") >= 9
+    assert page.count("data:image/png;base64,") >= 9
+    assert page.count("<polyline") == 2  # all tasks together, and ocr
+    assert "text-&gt;image" in page
+
+
+def test_loss_curves_put_the_stages_one_after_the_other(judged: Path) -> None:
+    curves = loss_curves([judged / stage / "trainer_state.json" for stage in ("warmup", "run")], width=300)
+    assert [curve["name"] for curve in curves] == ["loss", "ocr"]
+    assert curves[0]["steps"] == 30
+    assert curves[0]["line"].split()[-1].startswith("300.0,")
+
+
+def test_markers_become_images_in_their_places(judged: Path) -> None:
+    image = json.loads((judged / "corpus" / "trimodal.jsonl").read_text().splitlines()[0])["image"]
+    row = {"audio": None, "images": [image, image], "a": "one <image> two <image>\nwhich?"}
+    content = side_a(row, judged / "corpus")[0]["content"]
+    assert [part["type"] for part in content] == ["text", "image", "text", "image", "text"]
+    assert content[4]["text"] == "\nwhich?"
+
+
+def test_the_strongest_position_is_the_most_visible(judged: Path) -> None:
+    html = shaded_tokens(["a", "<b>"], torch.tensor([0.25, 0.75]))
+    assert 'rgba(217,72,15,1.00)" title="0.750">&lt;b&gt;' in html
+    assert heat_map(Image.new("RGB", (8, 8)), torch.ones(2, 2)).startswith("<img")
