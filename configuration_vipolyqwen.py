@@ -38,6 +38,10 @@ class ViPolyQwenConfig(Qwen2VLConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolves the nested configurations and refuses values the model has no meaning for."""
         if isinstance(self.audio_config, dict):
+            if "model_type" not in self.audio_config:
+                raise ValueError(
+                    "`audio_config` has no `model_type`; say which speech encoder it is, such as 'hubert'."
+                )
             self.audio_config = AutoConfig.for_model(**self.audio_config)
         for name, known in (("pooling", POOLINGS), ("projection", PROJECTIONS), ("audio_fusion", AUDIO_FUSIONS)):
             if getattr(self, name) not in known:

@@ -24,7 +24,7 @@ from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 ROOT = Path(__file__).parent
-WARM_UP = ["--loss_table", "nce", "--max_steps", "450", "--learning_rate", "1e-3", "--warmup_steps", "40"]
+WARM_UP = ["--loss_table", "nce", "--max_steps", "950", "--learning_rate", "1e-3", "--warmup_steps", "40"]
 WARM_UP += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 
@@ -68,8 +68,8 @@ def train(recipe: Path, folder: Path) -> None:
     text = recipe.read_text(encoding="utf-8").replace("outputs/demo", folder.as_posix())
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     command = [sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"]
-    # threads that wait for others give way, or a second busy process would slow every step several times
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # threads soon give way while they wait for others, or a second busy process would slow every step several times
+    environment = {"GOMP_SPINCOUNT": "5000", **os.environ}
     warm_up = [*command, *WARM_UP, "--model", folder / "base", "--output_dir", folder / "warmup"]
     subprocess.run(warm_up, check=True, env=environment)
     subprocess.run(command, check=True, env=environment)

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2VLModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, is_flash_attn_2_available, is_kernels_available
 
@@ -42,9 +50,10 @@ class AttentionPooling(nn.Module):
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pools (B, N, D) `hidden` where `mask` (B, N) is true into (B, D); returns the weights (B, N) float32 too."""
+        hidden = _blank(hidden, mask)
         scores = hidden @ self.query.to(hidden.dtype)  # (B, N)
         weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return _weighted_sum(hidden, mask, weights), weights
+        return _weighted_sum(hidden, weights), weights
 
 
 class MeanPooling(nn.Module):
@@ -56,7 +65,7 @@ class MeanPooling(nn.Module):
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pools as `AttentionPooling.forward` does."""
         weights = mask.float() / mask.sum(dim=-1, keepdim=True)
-        return _weighted_sum(hidden, mask, weights), weights
+        return _weighted_sum(_blank(hidden, mask), weights), weights
 
 
 class LastPooling(nn.Module):
@@ -70,11 +79,14 @@ class LastPooling(nn.Module):
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = (positions * mask).argmax(dim=-1)  # (B,)
         weights = F.one_hot(last, mask.shape[1]).float()
-        return _weighted_sum(hidden, mask, weights), weights
+        return _weighted_sum(_blank(hidden, mask), weights), weights
 
 
-def _weighted_sum(hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    hidden = hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold anything, NaN too
+def _blank(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold anything, NaN too
+
+
+def _weighted_sum(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bn,bnd->bd", weights, hidden.float()).to(hidden.dtype)
 
 
@@ -110,6 +122,10 @@ class MLPProjection(nn.Module):
 
 
 PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
+
+
+# Speech encoders in which, but for the group norm below, no layer carries padding into a real frame.
+PADDING_BLIND = ("hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat")
 
 
 class PaddedAudio(NamedTuple):
@@ -179,6 +195,10 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for the word in the source and takes AttentionPooling for an attention layer
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -194,6 +214,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         self.vlm = Qwen2VLModel._from_config(config)
         self.pooling, self.projection = self._new_route(config.text_config.hidden_size)
         if config.audio_config is not None:
+            _keep_supported_attention(config.audio_config)
             self.audio_tower = _make_padding_invariant(AutoModel.from_config(config.audio_config))
             self.audio_pooling, self.audio_projection = self._new_route(config.audio_config.hidden_size)
         self.post_init()
@@ -230,16 +251,17 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if audio is not None and not isinstance(audio, PreTrainedConfig):
             audio_config = AutoConfig.from_pretrained(audio)
         config = _joint_config(vlm_config, audio_config, **config_kwargs)
-        options = {"dtype": dtype}
         if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
+            config._attn_implementation = attn_implementation  # of every tower
 
-        towers = {"vlm": _backbone(Qwen2VLModel, vlm, config, options)}
+        towers = {"vlm": _backbone(Qwen2VLModel, vlm, config, dtype)}
+        config = towers["vlm"].config  # `from_pretrained` fills in a copy
         if config.audio_config is not None:
-            tower = _backbone(AutoModel, audio, config.audio_config, options)
-            towers["audio_tower"] = _make_padding_invariant(tower)
+            _keep_supported_attention(config.audio_config)
+            towers["audio_tower"] = _make_padding_invariant(_backbone(AutoModel, audio, config.audio_config, dtype))
+            config.audio_config = towers["audio_tower"].config
         with torch.device("meta"):  # random backbones would only be thrown away
-            model = cls._from_config(config, **options)
+            model = cls._from_config(config, dtype=dtype)
         for name, module in model.named_children():
             if name in towers:
                 setattr(model, name, towers[name])
@@ -325,7 +347,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
         if position_ids is None:
-            position_ids = self._position_ids(input_ids, mask, image_grid_thw)
+            position_ids = self._position_ids(input_ids, mask, inputs_embeds, image_grid_thw)
         backbone = self.vlm(
             input_ids=input_ids,
             attention_mask=mask.long(),
@@ -345,11 +367,19 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         return F.normalize(self.projection(pooled).float(), dim=-1), extras
 
     def _position_ids(
-        self, input_ids: torch.LongTensor | None, mask: torch.BoolTensor, image_grid_thw: torch.LongTensor | None
+        self,
+        input_ids: torch.LongTensor | None,
+        mask: torch.BoolTensor,
+        inputs_embeds: torch.FloatTensor | None,
+        image_grid_thw: torch.LongTensor | None,
     ) -> torch.LongTensor:
         """Positions that count real tokens only, (3, rows, tokens), so that padding moves nothing."""
         if image_grid_thw is None:
             return (mask.long().cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)
+        if input_ids is None:  # as the backbone does: an image slot is where the image token's embedding stands
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            is_image = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
+            input_ids = is_image * image_token
         token_types = (input_ids == self.config.image_token_id).int()
         return self.vlm.get_rope_index(input_ids, token_types, image_grid_thw, attention_mask=mask)[0]
 
@@ -428,10 +458,22 @@ def _make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
             f"{type(tower).__name__} does not map waveforms to frames through a convolutional feature extractor; "
             "use a speech encoder such as hubert, wav2vec2 or wavlm as `audio_config`."
         )
+    config = tower.config.to_dict()
+    if config["model_type"] not in PADDING_BLIND or config.get("conv_pos_batch_norm") or config.get("add_adapter"):
+        raise ValueError(
+            f"Padding would change what this {config['model_type']} encoder makes of a batch's shorter clips; use "
+            f"one of {', '.join(PADDING_BLIND)}, without `conv_pos_batch_norm` or `add_adapter`."
+        )
     tower.feature_extractor = PaddingInvariantFeatureEncoder(tower.feature_extractor)
     if hasattr(tower, "masked_spec_embed"):
         tower.masked_spec_embed.requires_grad_(False)
     return tower
+
+
+def _keep_supported_attention(audio_config: PreTrainedConfig) -> None:
+    """Leaves a speech encoder that has only its own attention (WavLM) out of a switch for the whole model."""
+    if not MODEL_MAPPING[type(audio_config)]._supports_sdpa:
+        audio_config._attn_implementation = "eager"
 
 
 def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **config_kwargs: Any) -> ViPolyQwenConfig:
@@ -440,6 +482,8 @@ def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **confi
     SpecAugment and LayerDrop, which the speech encoder's own pretraining used, are off: they draw from another random
     generator than torch's and leave parameters without a gradient, so that a step could be neither redone nor shared.
     """
+    if not isinstance(vlm, Qwen2VLConfig):
+        raise ValueError(f"`vlm` is a {vlm.model_type} checkpoint; a Qwen2-VL one (qwen2_vl) is needed.")
     fields = {key: value for key, value in vlm.to_dict().items() if key not in ("model_type", "architectures")}
     if audio is not None:
         audio = AutoConfig.for_model(**{**audio.to_dict(), "apply_spec_augment": False, "layerdrop": 0.0})
@@ -447,13 +491,19 @@ def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **confi
 
 
 def _backbone(
-    auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, options: dict[str, Any]
+    auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A backbone from its checkpoint, whole or not at all, or with random weights from its configuration."""
     if isinstance(source, PreTrainedConfig):
         build = auto_class.from_config if auto_class is AutoModel else auto_class._from_config
-        return build(config, **options)
-    model, report = auto_class.from_pretrained(source, output_loading_info=True, **options)
+        return build(config, dtype=dtype)
+    model, report = auto_class.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below, with the other faults
+    )
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")

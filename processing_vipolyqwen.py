@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, Wav2Vec2FeatureExtractor
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    Qwen2VLImageProcessorPil,
+    Wav2Vec2FeatureExtractor,
+)
+from transformers.image_utils import get_image_size
 from transformers.image_utils import load_image as load_image_string
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import is_scipy_available, is_soundfile_available, logging
@@ -121,11 +128,18 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if audio is not None:
             feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
             kwargs.setdefault("min_audio_samples", receptive_field(AutoConfig.from_pretrained(audio)))
-        return cls(AutoImageProcessor.from_pretrained(vlm), tokenizer, feature_extractor, **kwargs)
+        return cls(Qwen2VLImageProcessorPil.from_pretrained(vlm), tokenizer, feature_extractor, **kwargs)
 
     def add_task(self, task: str, prefix: str) -> None:
         """Makes `prefix` the prefix token of `task`; the model's embedding may need to grow after it."""
-        if self.tokenizer.convert_tokens_to_ids(prefix) in (None, self.tokenizer.unk_token_id):
+        structure = {*self.tokenizer.all_special_tokens, VISION_START, IMAGE_TOKEN, VISION_END}
+        is_new = prefix not in self.tokenizer.get_vocab()
+        if not prefix or prefix in structure or not (is_new or prefix in self.tokenizer.get_added_vocab()):
+            raise ValueError(
+                f"The prefix {prefix!r} of task {task!r} is empty or a token that texts or images use; "
+                f"choose one of its own, such as '<{task}>'."
+            )
+        if is_new:
             self.tokenizer.add_tokens([AddedToken(prefix, special=True, normalized=False)])
         self.task_prefixes[task] = prefix
 
@@ -176,17 +190,22 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if text is None and images is None and audio is None:
             raise ValueError("There is nothing to embed: pass `text`, `images` or `audio`.")
         merged = self._merge(kwargs)
-        texts = [text] if isinstance(text, str) else text
+        texts = text if text is None or isinstance(text, (list, tuple)) else [text]
         image_lists = _nest_images(images, None if texts is None else len(texts))
-        sounds = audio if audio is None or (isinstance(audio, list) and not _is_samples(audio)) else [audio]
+        sounds = audio if audio is None or (isinstance(audio, (list, tuple)) and not _is_samples(audio)) else [audio]
         size = len(next(given for given in (texts, image_lists, sounds) if given is not None))
         for name, given in (("text", texts), ("images", image_lists), ("audio", sounds)):
             if given is not None and len(given) != size:
                 raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
         tasks = [task] * size if task is None or isinstance(task, str) else task
+        if len(tasks) != size:
+            raise ValueError(f"`task` has {len(tasks)} entries for a batch of {size}; give one entry an input.")
         inputs = [
             EmbeddingInput(
-                parts=[*map(load_image, image_lists[i] if image_lists else []), *(texts[i : i + 1] if texts else [])],
+                parts=[
+                    *map(load_image, image_lists[i] if image_lists else []),
+                    *map(_clean_text, texts[i : i + 1] if texts else []),
+                ],
                 audio=self._prepare_audio(sounds[i] if sounds else None, merged),
                 prefix=self._prefix_of(tasks[i]),
             )
@@ -239,20 +258,16 @@ class ViPolyQwenProcessor(ProcessorMixin):
         for message in messages:
             content = message["content"]
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                kind = part["type"]
+                kind, source = _part_content(part)
                 if kind == "text" and message["role"] == "system":
-                    result.prefix, rest = self._split_prefix(part["text"])
-                    result.parts.extend([rest] if rest else [])
+                    result.prefix, source = self._split_prefix(_clean_text(source))
+                    result.parts.extend([source] if source else [])
                 elif kind == "text":
-                    result.parts.append(part["text"])
+                    result.parts.append(_clean_text(source))
                 elif kind == "image":
-                    source = next(part[key] for key in ("image", "url", "path", "base64") if key in part)
                     result.parts.append(load_image(source))
-                elif kind == "audio":
-                    source = next(part[key] for key in ("audio", "url", "path") if key in part)
-                    sounds.append(source)
                 else:
-                    raise ValueError(f"A message part of type {kind!r}; this model takes text, image and audio parts.")
+                    sounds.append(source)
         if len(sounds) > 1:
             raise ValueError(f"{len(sounds)} sounds in one input; the limit is 1. Join them or embed them one by one.")
         result.audio = self._prepare_audio(sounds[0] if sounds else None, merged)
@@ -260,7 +275,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def _split_prefix(self, system: str) -> tuple[str | None, str]:
         """A system text that begins with a task prefix selects that task; what follows it is content."""
-        prefix = next((prefix for prefix in self.task_prefixes.values() if system.startswith(prefix)), None)
+        prefixes = [prefix for prefix in self.task_prefixes.values() if system.startswith(prefix)]
+        prefix = max(prefixes, key=len, default=None)
         return prefix, system.removeprefix(prefix or "")
 
     def _prepare_audio(self, sound: Any, merged: dict[str, dict]) -> np.ndarray | None:
@@ -313,8 +329,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         self, inputs: list[EmbeddingInput], image_tokens: list[int], text_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Ids of prefix, texts, image slots and end token for each input, truncated and padded."""
-        texts = [_clean_text(text) for item in inputs for text in item.texts]
-        ids = iter(self._tokenize(texts))
+        ids = iter(self._tokenize([text for item in inputs for text in item.texts]))
         counts = iter(image_tokens)
         truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
         limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
@@ -391,11 +406,25 @@ def receptive_field(audio_config: Any) -> int:
     return samples
 
 
+PART_KEYS = {"text": ["text"], "image": ["image", "url", "path", "base64"], "audio": ["audio", "url", "path"]}
+
+
+def _part_content(part: dict[str, Any]) -> tuple[str, Any]:
+    """The type of a message part and what it holds."""
+    kind = part.get("type")
+    if kind not in PART_KEYS:
+        raise ValueError(f"A message part of type {kind!r}; this model takes text, image and audio parts.")
+    keys = [key for key in PART_KEYS[kind] if key in part]
+    if not keys:
+        raise ValueError(f"A {kind} part with {', '.join(part)} only; it needs one of {', '.join(PART_KEYS[kind])}.")
+    return kind, part[keys[0]]
+
+
 def load_image(source: Any) -> Any:
-    """Opens an image from a path, bytes, base64 or a PIL image and checks its size; arrays pass through."""
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return source
-    name = repr(source)[:120] if not isinstance(source, bytes) else f"<{len(source)} bytes>"
+    """Opens an image from a path, bytes, base64, a PIL image or an array and checks its size."""
+    is_array = isinstance(source, (np.ndarray, torch.Tensor))
+    name = f"<array of shape {tuple(source.shape)}>" if is_array else repr(source)[:120]
+    name = f"<{len(source)} bytes>" if isinstance(source, (bytes, bytearray)) else name
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ValueError(f"The image {name} is a URL; download it and pass the path or the bytes.")
     try:
@@ -404,13 +433,17 @@ def load_image(source: Any) -> Any:
         elif isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
             source = Image.open(source)
         width, height = source.size if isinstance(source, Image.Image) else (1, 1)
+        if is_array:
+            height, width = get_image_size(np.asarray(source))
+            if not np.isfinite(np.asarray(source)).all():
+                raise ValueError("it has NaN or infinite pixels; repair or drop it")
         if width * height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{width}×{height} is more than {MAX_IMAGE_PIXELS} pixels; scale it down first")
         if min(width, height) == 0 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
             raise ValueError(
                 f"it is {width}×{height}; an image needs pixels and an aspect ratio up to {MAX_ASPECT_RATIO}: crop it"
             )
-        return load_image_string(source)
+        return source if is_array else load_image_string(source)
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image {name} cannot be read: {error}.") from error
 
@@ -429,7 +462,10 @@ def load_audio(source: Any, sampling_rate: int | None = None) -> tuple[np.ndarra
     if isinstance(source, dict):
         if source.get("array") is not None:
             return load_audio(source["array"], source.get("sampling_rate", sampling_rate))
-        return load_audio(source["bytes"] if source.get("bytes") is not None else source["path"])
+        found = [source[key] for key in ("bytes", "path") if source.get(key) is not None]
+        if not found:
+            raise ValueError(f"The sound {source!r:.80} has neither `array` nor `bytes` nor `path`; give one of them.")
+        return load_audio(found[0])
     if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
         decoded = source.get_all_samples()
         return load_audio(decoded.data, decoded.sample_rate)
@@ -439,12 +475,16 @@ def load_audio(source: Any, sampling_rate: int | None = None) -> tuple[np.ndarra
 
 
 def _mono_samples(samples: np.ndarray, sampling_rate: int | None) -> tuple[np.ndarray, int]:
-    if not sampling_rate:
+    if sampling_rate is None:
         raise ValueError(
             "The sound is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
         )
+    if sampling_rate <= 0:
+        raise ValueError(f"The sound's sampling rate is {sampling_rate}; pass the rate in Hz that it was recorded at.")
     if np.issubdtype(samples.dtype, np.integer):
-        samples = samples / -float(np.iinfo(samples.dtype).min or -1)
+        limits = np.iinfo(samples.dtype)
+        middle = (limits.max + 1 + limits.min) / 2  # 128 for uint8, 0 for signed types
+        samples = (samples - middle) / (limits.max + 1 - middle)
     samples = samples.astype(np.float32)
     if samples.ndim == 2:
         samples = samples.mean(axis=int(np.argmin(samples.shape)))
@@ -463,6 +503,8 @@ def _decode_audio_file(source: str | os.PathLike | bytes) -> tuple[np.ndarray, i
         raise ImportError("Reading sound files needs the soundfile package: pip install soundfile.")
     is_bytes = isinstance(source, (bytes, bytearray))
     name = f"<{len(source)} bytes>" if is_bytes else repr(os.fspath(source))
+    if name.startswith(("'http://", "'https://")):
+        raise ValueError(f"The sound {name} is a URL; download it and pass the path or the bytes.")
     try:
         with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
             check_wav_is_whole(file)
@@ -477,7 +519,7 @@ def check_wav_is_whole(file: Any) -> None:
     header = file.read(8)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if header[:4] == b"RIFF":
+    if header[:4] == b"RIFF" and len(header) == 8:
         declared = struct.unpack("<I", header[4:])[0] + 8
         if size < declared < 2**32 - 2**16:  # writers that stream leave about 2**32 there
             raise ValueError(f"the file is truncated: {size} of {declared} bytes")
@@ -505,7 +547,7 @@ def _clean_text(text: Any) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _is_samples(sound: list) -> bool:
+def _is_samples(sound: list | tuple) -> bool:
     return bool(sound) and isinstance(sound[0], (int, float))
 
 
@@ -517,7 +559,7 @@ def _nest_images(images: Any, texts: int | None) -> list[list[Any]] | None:
         images = [images]
     nested = any(isinstance(entry, (list, tuple)) for entry in images)
     if texts == 1 and not nested:
-        return [list(images)]
+        return [[image for image in images if image is not None]]
     if not nested and texts is not None and texts != len(images):
         raise ValueError(
             f"{len(images)} images for {texts} texts: pass a list of lists to say which images belong to which text."

@@ -59,7 +59,7 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
         text_config={
             "vocab_size": len(tokenizer) + 64,
             "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
+            "intermediate_size": 2 * hidden_size,
             "num_hidden_layers": layers,
             "num_attention_heads": hidden_size // 32,
             "num_key_value_heads": hidden_size // 64,
@@ -76,6 +76,7 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
             "embed_dim": vision_size,
             "hidden_size": hidden_size,
             "num_heads": vision_size // 32,
+            "mlp_ratio": 2,
             "initializer_range": vision_size**-0.5,
         },
         image_token_id=ids["<|image_pad|>"],
@@ -86,15 +87,15 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
 
 
 def tiny_audio_config(hidden_size: int, layers: int) -> HubertConfig:
-    """A HuBERT with a convolutional stack of three layers, 20 ms a frame as in the real one."""
+    """A HuBERT with a convolutional stack of three layers, 40 ms a frame (the real one: seven layers, 20 ms)."""
     return HubertConfig(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=2 * hidden_size,
         conv_dim=[hidden_size // 2, hidden_size, hidden_size],
-        conv_kernel=[40, 8, 4],
-        conv_stride=[20, 4, 4],
+        conv_kernel=[128, 8, 4],
+        conv_stride=[64, 5, 2],
         initializer_range=hidden_size**-0.5,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
