@@ -86,16 +86,21 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
     )
 
 
-def tiny_audio_config(hidden_size: int, layers: int) -> HubertConfig:
-    """A HuBERT with a convolutional stack of three layers, 40 ms a frame (the real one: seven layers, 20 ms)."""
+CONVOLUTIONS = ((40, 20), (8, 4), (4, 4))  # kernel and stride of each layer: 20 ms a frame, as the real seven make
+
+
+def tiny_audio_config(
+    hidden_size: int, layers: int, convolutions: tuple[tuple[int, int], ...] = CONVOLUTIONS
+) -> HubertConfig:
+    """A HuBERT with a short convolutional stack, (kernel, stride) of each layer."""
     return HubertConfig(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
         intermediate_size=2 * hidden_size,
-        conv_dim=[hidden_size // 2, hidden_size, hidden_size],
-        conv_kernel=[128, 8, 4],
-        conv_stride=[64, 5, 2],
+        conv_dim=[hidden_size // 2, *[hidden_size] * (len(convolutions) - 1)],
+        conv_kernel=[kernel for kernel, _ in convolutions],
+        conv_stride=[stride for _, stride in convolutions],
         initializer_range=hidden_size**-0.5,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
@@ -113,6 +118,7 @@ def build_tiny_base(
     audio_size: int = 128,
     image_side: int = 112,
     vocab_size: int = 1024,
+    convolutions: tuple[tuple[int, int], ...] = CONVOLUTIONS,
     **config_kwargs: Any,
 ) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
     """Builds an untrained trimodal model and its processor.
@@ -125,10 +131,11 @@ def build_tiny_base(
         audio_size: width of the speech encoder, a multiple of 32.
         image_side: images are scaled to about this many pixels a side.
         vocab_size: the tokenizer's.
+        convolutions: kernel and stride of each layer of the speech encoder's convolutional stack.
         **config_kwargs: fields of `ViPolyQwenConfig`.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
-    audio_config = tiny_audio_config(audio_size, layers)
+    audio_config = tiny_audio_config(audio_size, layers, convolutions)
     processor = tiny_processor(tokenizer, audio_config, image_side)
     vlm_config = tiny_vlm_config(processor.tokenizer, hidden_size, layers, vision_size)
     return ViPolyQwenModel.from_backbones(vlm_config, audio_config, **config_kwargs), processor
