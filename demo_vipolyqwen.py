@@ -24,7 +24,7 @@ from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 ROOT = Path(__file__).parent
-WARM_UP = ["--loss_table", "nce", "--max_steps", "1100", "--learning_rate", "1e-3", "--warmup_steps", "40"]
+WARM_UP = ["--loss_table", "nce", "--max_steps", "1000", "--learning_rate", "1e-3", "--warmup_steps", "40"]
 WARM_UP += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a third of the work on speech

@@ -23,7 +23,6 @@ Row = dict[str, str | float | list[str] | None]
 REWORDINGS = ("translate", "rephrase")  # instructions that keep the scene; the others change that attribute of it
 ALTERATIONS = ("colour", "size", "count", "place")
 TWO_PICTURE_SHARE = 0.3
-TRANSLATED_SPEECH_SHARE = 0.4  # so that what is said counts, not in which language
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,9 @@ def vqa_multi(draft: Draft) -> Built:
 
 
 def audio(draft: Draft) -> Built:
-    """Audio: the caption spoken; b is its transcript or, in a share of training rows, its translation."""
+    """Audio: the caption spoken; b is the caption written."""
     media = (draft.medium("speech"),)
-    translated = draft.split.name == "train" and draft.rng.random() < TRANSLATED_SPEECH_SHARE
-    language = _other_language(draft) if translated else draft.language
-    return draft.row("audio", "", describe(draft.scene, language), media=media), media
+    return draft.row("audio", "", describe(draft.scene, draft.language), media=media), media
 
 
 BUILDERS: dict[str, Callable[[Draft], Built]] = {
