@@ -23,7 +23,7 @@ from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 
-PADDING_TOLERANCE = 2.0  # rows of one forward differ in length by at most this factor, measured in benchmarks/
+PADDING_TOLERANCE = 2.0  # longest over shortest row of one forward; benchmarks/length_buckets.py compares
 
 
 class ViPolyQwenTrainer(Trainer):
