@@ -278,7 +278,7 @@ lines rise there.</p>
 <div class="searches">{% for s in searches %}<div class="search"><b>{{ s.modality }}:</b> {{ s.html | safe }}
 {% for r in s.results %}<div class="hits"><b style="width:3em">{{ r.modality }}</b>
 {% for h in r.hits %}
-<div class="hit{{ " right" if h.right }}">{{ h.html | safe }}<small>{{ "%.2f" % h.score }}</small></div>
+<div class="hit{{ " right" if h.right }}">{{ h.html | safe }} <small>{{ "%.2f" % h.score }}</small></div>
 {% endfor %}</div>
 {% endfor %}</div>{% endfor %}</div>
 <h2>What the pooling attends to</h2>
