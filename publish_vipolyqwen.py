@@ -17,11 +17,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vipolyqwen.card_vipolyqwen import TRAINING_FILE, model_card, read_training
 from vipolyqwen.hub_vipolyqwen import PublishError, upload
+from vipolyqwen.verify_vipolyqwen import embed, samples
 from vipolyqwen.whole_vipolyqwen import PUBLISHED, check_files, load_adapter, load_whole, refuse_checkpoint
 
 ROOT = Path(__file__).parent
@@ -69,9 +71,11 @@ def publish(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="vipolyqwen_", dir=out and out.parent) as scratch:
         folder = Path(scratch) / "repository"
         name = options.repo_id or out.name
-        build_repository(options.checkpoint, folder, name, options.tag, options.adapter, options.max_shard_size)
+        model, processor = build_repository(
+            options.checkpoint, folder, name, options.tag, options.adapter, options.max_shard_size
+        )
         check_files(folder)
-        check_that_it_loads(folder, options.checkpoint)
+        check_that_it_loads(folder, options.checkpoint, model, processor)
         if out is not None:
             folder.rename(out)
             print(f"The repository: {out}")
@@ -87,8 +91,8 @@ def build_repository(
     tag: str | None = None,
     adapter_base: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
-) -> None:
-    """Writes everything that is published of `checkpoint` to the new folder `folder`.
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Writes everything that is published of `checkpoint` to the new folder `folder`; returns what that is.
 
     Args:
         checkpoint: what training wrote, or an adapter.
@@ -122,6 +126,7 @@ def build_repository(
         _write_json(folder / TRAINING_FILE, training)
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+    return model, processor
 
 
 def save_repository(
@@ -183,10 +188,19 @@ def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> d
     }
 
 
-def check_that_it_loads(folder: Path, checkpoint: Path) -> None:
-    """Loads and uses the folder in another process that knows nothing of this package, next to the checkpoint."""
+def check_that_it_loads(folder: Path, checkpoint: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Loads and uses the folder in another process that knows nothing of this package, next to the checkpoint.
+
+    Raises:
+        PublishError: it does not load, or its vectors are not those of `model`, or those of a whole checkpoint with
+            the code that lies in it.
+    """
     with tempfile.TemporaryDirectory() as elsewhere:
-        command = [sys.executable, "-P", ROOT / "verify_vipolyqwen.py", folder, checkpoint]
+        expected = Path(elsewhere) / "expected.npy"
+        has_audio = model.config.audio_config is not None
+        np.save(expected, embed(model, processor, samples(processor, has_audio)))
+        command = [sys.executable, "-P", ROOT / "verify_vipolyqwen.py", folder, expected]
+        command += [checkpoint] if (checkpoint / "config.json").is_file() else []  # not an adapter
         environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}  # no code of another repository of this name
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:

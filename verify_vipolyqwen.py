@@ -1,8 +1,9 @@
 """Loads a repository as its readers do, without this package, and embeds something: what publishing insists on.
 
-    python -P verify_vipolyqwen.py REPOSITORY [CHECKPOINT]
+    python -P verify_vipolyqwen.py REPOSITORY EXPECTED.npy [CHECKPOINT]
 
-SentenceTransformer and AutoModel must give the same unit vectors, and so must CHECKPOINT with its own code.
+SentenceTransformer and AutoModel must give the unit vectors of the model in the publishing process, which are in
+EXPECTED.npy, and so must CHECKPOINT with its own code.
 """
 
 import sys
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
 TOLERANCE = {torch.float32: 1e-5}  # merging an adapter, or a batch of another shape, rounds differently
@@ -22,11 +22,14 @@ LOW_PRECISION_TOLERANCE = 2e-2
 def main() -> None:
     """Checks; exits with what is wrong."""
     sys.modules["vipolyqwen"] = None  # an import of the package must fail here as it would where it is not installed
-    repository, *checkpoint = sys.argv[1:]
+    from sentence_transformers import SentenceTransformer  # not needed, and slow to import, where `embed` is imported
+
+    repository, expected, *checkpoint = sys.argv[1:]
     encoder = SentenceTransformer(repository, trust_remote_code=True, device="cpu")
     model, processor = load(repository, repository)
     inputs = samples(processor, with_audio=model.config.audio_config is not None)
-    vectors = {"SentenceTransformer": np.stack([encoder.encode(row) for row in inputs.values()])}
+    vectors = {"the model that was to be published": np.load(expected)}
+    vectors["SentenceTransformer"] = np.stack([encoder.encode(row) for row in inputs.values()])
     vectors["AutoModel"] = embed(model, processor, inputs)
     if checkpoint:
         has_processor = (Path(checkpoint[0]) / "processor_config.json").is_file()
@@ -78,7 +81,7 @@ def embed(model: Any, processor: Any, inputs: dict[str, Any]) -> np.ndarray:
 
 
 def wrong_vectors(vectors: dict[str, np.ndarray], names: list[str], tolerance: float) -> list[str]:
-    """What is wrong with which input's vector, each way against SentenceTransformer's."""
+    """What is wrong with which input's vector, each way against the first one."""
     (reference, expected), *others = vectors.items()
     problems = []
     for name, vector in zip(names, expected, strict=True):

@@ -371,13 +371,15 @@ def test_a_file_that_is_no_part_of_a_model_is_refused(staged: Path, tmp_path: Pa
         check_files(folder)
 
 
-def test_code_that_only_works_where_it_was_written_is_refused(staged: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_code_that_only_works_where_it_was_written_is_refused(
+    tiny: tuple, staged: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     folder = copy_of(staged, tmp_path / "copy")
     code = (folder / "modeling_vipolyqwen.py").read_text(encoding="utf-8")
     absolute = code.replace("from .configuration_vipolyqwen", "from vipolyqwen.configuration_vipolyqwen")
     (folder / "modeling_vipolyqwen.py").write_text(absolute, encoding="utf-8")
     with pytest.raises(PublishError, match="(?s)a fresh process cannot use.*vipolyqwen"):
-        check_that_it_loads(folder, checkpoint)
+        check_that_it_loads(folder, checkpoint, *tiny)
 
 
 def test_vectors_that_differ_or_are_no_unit_vectors_are_named() -> None:
