@@ -159,6 +159,12 @@ def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool)
 def save_adapter(checkpoint: Path, base: str, folder: Path) -> None:
     """Writes an adapter for the repository `base`; the base is looked up by that name."""
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("modules_to_save"):
+        raise PublishError(
+            f"The adapter replaces whole modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
+            "transformers 5.17 leaves random, without an error, when it loads an adapter. Publish it merged: drop "
+            "--adapter."
+        )
     # `auto_mapping` names this package, which readers do not have
     config |= {"base_model_name_or_path": base, "auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}
     _write_json(folder / "adapter_config.json", config)

@@ -119,7 +119,7 @@ class HubServer:
 def running_hub() -> Iterator[HubServer]:
     """A server on a free port, in threads of this process."""
     hub = HubServer()
-    thread = threading.Thread(target=hub.http.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield hub
