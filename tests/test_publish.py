@@ -262,6 +262,19 @@ def test_a_token_that_will_not_do_is_said_before_anything_is_sent(
     assert not hub.large_files and len(hub.repos[REPO].commits) == 1
 
 
+def test_without_a_token_or_a_network_it_says_so(
+    staged: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PublishError, match="Log in with `hf auth login`, or set HF_TOKEN"):
+        upload(staged, REPO, PUBLISHED, api=HfApi(hub.url))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PublishError, match="HF_HUB_OFFLINE must be unset"):
+        send(staged, hub)
+    assert not hub.repos
+
+
 def test_a_hub_that_is_not_there_is_named(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_hub() as server:
         go_online(monkeypatch, server)
