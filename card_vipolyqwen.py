@@ -1,6 +1,7 @@
 """The page that a repository shows: what the model is, how to use it, what it was trained on, how well it does."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def task_results(checkpoint: Path, training: dict[str, Any], state: dict[str, An
     results: dict[str, dict[str, float]] = {}
     for key, value in entry.items():
         match = re.fullmatch(r"eval_(.+)_(recall@\d+|mrr|spearman|candidates|chance)", key)
-        if match:
+        if match and math.isfinite(value):  # Spearman's ρ of equal cosines is NaN, which is no result
             results.setdefault(match[1], {})[match[2]] = value
     return results
 

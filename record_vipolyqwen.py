@@ -27,9 +27,10 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
     """Writes `training.json` into the run's folder."""
     model_args, data_args, loss_args, args = arguments
     values = {**vars(data_args), **vars(loss_args), **args.to_dict()}
+    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, -1)}  # -1: no max_steps
     record = {
         **_origin(model_args),
-        "settings": {"processes": args.world_size, **{name: values[name] for name in SETTINGS if values[name]}},
+        "settings": {"processes": args.world_size, **settings},
         "train_data": [] if train is None else describe_pairs(train),
         "eval_data": [] if held_out is None else describe_pairs(held_out),
         "hardware": _hardware(args.world_size, args.device),

@@ -96,6 +96,14 @@ def test_the_results_are_those_of_the_weights_in_the_folder(tiny: tuple, checkpo
     assert "was not evaluated on held-out pairs" in card.text
 
 
+def test_a_metric_that_is_not_defined_is_no_result(tiny: tuple, checkpoint: Path) -> None:
+    text = json.dumps(STATE).replace('"eval_audio_spearman": 0.25', '"eval_audio_spearman": NaN')
+    (checkpoint / "trainer_state.json").write_text(text)
+    card = model_card("x", *tiny, checkpoint)
+    assert "spearman" not in {result.metric_name for result in card.data.eval_results}
+    assert recall(card) == 0.75 and "nan" not in str(card).lower()
+
+
 def test_a_model_from_a_configuration_claims_no_backbones(tiny: tuple, tmp_path: Path) -> None:
     card = model_card("someone/tiny", *tiny, tmp_path)
     assert "base_model" not in card.data.to_dict() and "model-index" not in card.data.to_dict()

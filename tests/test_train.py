@@ -143,6 +143,7 @@ def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
     captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "data_types": {"caption": 8}}
     assert (record["train_data"], record["eval_data"]) == ([pairs, captions], [pairs])
     settings = record["settings"]
+    assert settings["bf16"] is False and "vision_learning_rate" not in settings
     assert (settings["loss_table"], settings["max_steps"], settings["learning_rate"]) == ("dle", 4, 1e-3)
     assert set(record["versions"]) >= {"torch", "transformers"} and "cpu" in record["hardware"]
 
