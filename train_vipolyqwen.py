@@ -1,6 +1,7 @@
 """Trains a model: `python train_vipolyqwen.py RECIPE.yaml [--any_argument value]`, also under `accelerate launch`."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
 from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, choose_attn_implementation
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 from vipolyqwen.weighting_vipolyqwen import build_weighting
 
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         train_collator=build_collator(processor, data_types, data_args, args, training=True),
         eval_collator=build_collator(processor, data_types, data_args, args, training=False),
     )
+    if args.should_save:
+        write_record(Path(args.output_dir), (model_args, data_args, loss_args, args), train_pairs, eval_pairs)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)

@@ -21,6 +21,7 @@ from vipolyqwen.data.collator import MixedBatchCollator, take_rows
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.train_vipolyqwen import build_loss, main
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer, length_buckets
@@ -128,6 +129,34 @@ def test_a_checkpoint_is_a_repository_that_sentence_transformers_loads(trained: 
     assert vectors.shape == (2, 1024)
     assert "caption" in SentenceTransformer(checkpoint, trust_remote_code=True).prompts
     assert not list(trained[0].glob("**/training_args.bin"))
+
+
+def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
+    world: Path, trained: tuple[Path, list[dict]]
+) -> None:
+    text = (trained[0] / "training.json").read_text(encoding="utf-8")
+    assert str(world) not in text
+    record = json.loads(text)
+    assert record["base_models"] == [] and "continued_from" not in record  # a tiny base in a folder
+    tasks = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
+    pairs = {"name": "pairs.jsonl", "on_hub": False, "rows": 24, "weight": 1.0, "data_types": dict.fromkeys(tasks, 4)}
+    captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "data_types": {"caption": 8}}
+    assert (record["train_data"], record["eval_data"]) == ([pairs, captions], [pairs])
+    settings = record["settings"]
+    assert settings["bf16"] is False and "vision_learning_rate" not in settings
+    assert (settings["loss_table"], settings["max_steps"], settings["learning_rate"]) == ("dle", 4, 1e-3)
+    assert set(record["versions"]) >= {"torch", "transformers"} and "cpu" in record["hardware"]
+
+
+def test_a_model_that_goes_on_from_another_keeps_its_backbones(world: Path, tmp_path: Path) -> None:
+    backbones = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
+    for number, flags in enumerate(
+        (["--vlm", backbones[0], "--audio", backbones[1]], ["--model", str(tmp_path / "0")])
+    ):
+        arguments = read_arguments([*flags, "--output_dir", "x", "--use_cpu", "true"])
+        write_record(tmp_path / str(number), arguments, None, None)
+        record = json.loads((tmp_path / str(number) / "training.json").read_text(encoding="utf-8"))
+        assert record["base_models"] == backbones
 
 
 def test_resuming_ends_where_the_uninterrupted_run_ends(
