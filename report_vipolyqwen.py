@@ -2,7 +2,7 @@
 
     python -m vipolyqwen.report_vipolyqwen OUTPUT_DIR
 
-Reads corpus, model and the logs of both training stages in OUTPUT_DIR; writes metrics.json and report.html there.
+Reads corpus, model and the logs of all training stages in OUTPUT_DIR; writes metrics.json and report.html there.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, six_directions
 
 MODALITIES = ("text", "image", "audio")
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
+STAGES = ("text", "warmup", "run")  # folders of the training stages, in order
 METRICS = ("recall@1", "recall@10", "candidates", "chance")
 EXAMPLES = 3  # searches shown for each kind of query
 HITS = 3  # results shown for each search
@@ -67,7 +68,7 @@ def judge(folder: Path) -> None:
         .from_string(PAGE)
         .render(
             metrics=metrics,
-            curves=loss_curves([folder / stage / "trainer_state.json" for stage in ("warmup", "run")]),
+            curves=loss_curves([folder / stage / "trainer_state.json" for stage in STAGES]),
             searches=example_searches(scenes, vectors, corpus),
             attention=attention_views(model, processor, scenes[0], corpus),
         )
@@ -267,7 +268,8 @@ repository loaded by a fresh process.</p>
 <td>{{ "%.3f" % m["recall@10"] }}<td>{{ m["candidates"] }}<td>{{ "%.4f" % m["chance"] }}</tr>
 {% endfor %}{% endfor %}</table>
 <h2>Loss of each task</h2>
-<p>InfoNCE alone first, then the mixed losses, whose further terms are why the lines rise there.</p>
+<p>InfoNCE alone first, on text and then on everything; at the end the mixed losses, whose further terms are why the
+lines rise there.</p>
 <div class="curves">{% for c in curves %}<div class="curve"><b>{{ c.name }}</b>
 <small>0 … {{ "%.2f" % c.top }}, {{ c.steps }} steps, ends at {{ "%.2f" % c.end }}</small>
 <svg width="300" height="92"><polyline points="{{ c.line }}" fill="none" stroke="#1864ab" stroke-width="2"/></svg>

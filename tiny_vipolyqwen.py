@@ -98,7 +98,7 @@ def tiny_audio_config(
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
         intermediate_size=2 * hidden_size,
-        conv_dim=[hidden_size // 2, *[hidden_size] * (len(convolutions) - 1)],
+        conv_dim=[hidden_size] * len(convolutions),
         conv_kernel=[kernel for kernel, _ in convolutions],
         conv_stride=[stride for _, stride in convolutions],
         initializer_range=hidden_size**-0.5,

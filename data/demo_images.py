@@ -32,7 +32,7 @@ GROUNDS: dict[str, Colour] = {
     "sky": (160, 210, 242),
     "sand": (214, 184, 134),
 }
-SIZES = {"big": 44.0, "small": 22.0}  # pixels across
+SIZES = {"big": 48.0, "small": 27.0}  # pixels across
 PAPERS: tuple[tuple[Colour, Colour], ...] = (  # (paper, ink) of signs and tickets
     ((250, 248, 240), (20, 20, 30)),
     ((255, 236, 150), (50, 30, 10)),
@@ -225,15 +225,12 @@ _THINGS: dict[str, Callable[[_Pen], None]] = {
 
 
 def _spots(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """(x, y, size) in pixels of each thing: one may stand anywhere, several have a quarter of the picture each."""
+    """(x, y, size) in pixels of each thing: near the middle of a quarter of its own."""
     quarter = SIDE / 2
-    corners = [(0.0, 0.0)] if scene.count == 1 else [(x * quarter, y * quarter) for x in (0, 1) for y in (0, 1)]
-    span = SIDE if scene.count == 1 else quarter
     spots = []
-    for index in rng.permutation(len(corners))[: scene.count]:
+    for corner in rng.permutation(4)[: scene.count]:
         size = SIZES[scene.size] * rng.uniform(0.93, 1.05)
-        margin = min(span / 2, size * 0.54 + 2)
-        x, y = rng.uniform(margin, max(margin, span - margin), 2) + corners[index]
+        x, y = quarter * (np.array((corner % 2, corner // 2)) + 0.5) + rng.uniform(-4, 4, 2)
         spots.append((x, y, size))
     return spots
 

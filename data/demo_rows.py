@@ -110,7 +110,7 @@ def same_scene_pair(draft: Draft) -> Built:
     """text_pair, score 1: a translation or a paraphrase."""
     ours = int(draft.rng.integers(3))
     a = describe(draft.scene, draft.language, ours)
-    if draft.rng.random() < 0.5:
+    if draft.rng.random() < 0.3:
         b = _rephrased(draft, ours)
     else:
         b = describe(draft.scene, _other_language(draft), int(draft.rng.integers(3)))
@@ -173,9 +173,9 @@ BUILDERS: dict[str, Callable[[Draft], Built]] = {
 
 
 def _other_language(draft: Draft) -> str:
-    """Another language than the draft's: Vietnamese or English where one of them is left, Chinese now and then."""
+    """Another language than the draft's; Chinese half the time, since few drafts begin in it."""
     first, last = (language for language in LANGUAGES if language != draft.language)
-    return first if draft.rng.random() < 0.7 else last
+    return first if draft.rng.random() < 0.5 else last
 
 
 def _rephrased(draft: Draft, template: int) -> str:

@@ -11,7 +11,7 @@ from vipolyqwen.data.demo_scenes import Scene, spoken_phrases
 
 RATE = 16_000
 GAP_SECONDS = (0.03, 0.15)
-SPEEDS = tuple(range(18, 24))  # twentieths: 0.9 to 1.15 times the recorded speed
+SPEEDS = (19, 20, 21)  # twentieths: 0.95 to 1.05 times the recorded speed
 CLIP_FOLDER = Path(__file__).parent / "demo_assets"
 
 

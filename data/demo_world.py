@@ -36,7 +36,7 @@ from vipolyqwen.data.demo_speech import RATE, say_scene
 __all__ = ["VOCABULARY", "Scene", "describe", "held_out_scenes", "train_scenes", "write_corpus"]
 
 WORKERS = 2
-GRADED_TRAIN_SHARE = 0.45  # of text_pair rows
+GRADED_TRAIN_SHARE = 0.25  # of text_pair rows
 GRADED_EVAL_ROWS = 160
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vipolyqwen.data import demo_world
 from vipolyqwen.data.demo_scenes import held_out_scenes, train_scenes
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.report_vipolyqwen import heat_map, judge, loss_curves, shaded_tokens, side_a
+from vipolyqwen.report_vipolyqwen import STAGES, heat_map, judge, loss_curves, shaded_tokens, side_a
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 
@@ -27,9 +27,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
     save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
-    for stage, steps in (("warmup", 20), ("run", 10)):
+    for stage, steps in zip(STAGES, (10, 20, 10), strict=True):
         (folder / stage).mkdir()
-        history = [{"step": step, "loss": 4.0 / step, "loss/ocr": 2.0, "loss/ocr/nce": 1.0} for step in (10, steps)]
+        history = [{"step": step, "loss": 4.0 / step, "loss/ocr": 2.0, "loss/ocr/nce": 1.0} for step in (5, steps)]
         state = {"global_step": steps, "log_history": history}
         (folder / stage / "trainer_state.json").write_text(json.dumps(state))
     judge(folder)
@@ -59,9 +59,9 @@ def test_the_report_carries_its_pictures_and_sounds(judged: Path) -> None:
 
 
 def test_loss_curves_put_the_stages_one_after_the_other(judged: Path) -> None:
-    curves = loss_curves([judged / stage / "trainer_state.json" for stage in ("warmup", "run")], width=300)
+    curves = loss_curves([judged / stage / "trainer_state.json" for stage in STAGES], width=300)
     assert [curve["name"] for curve in curves] == ["loss", "ocr"]
-    assert curves[0]["steps"] == 30
+    assert curves[0]["steps"] == 40
     assert curves[0]["line"].split()[-1].startswith("300.0,")
 
 

@@ -30,9 +30,9 @@ FONTS = {  # shipped name -> (installed file, number inside a collection, for Ch
 }
 # voice -> words a minute. espeak-ng 1.51 reads `cmn` as English letters; `cmn-latn-pinyin` is right (its issue 1370).
 VOICES = {
-    "vi": {"vi": 215, "vi+f2": 250, "vi-vn-x-central+m3": 215, "vi-vn-x-south": 215, "vi-vn-x-south+f4": 260},
-    "en": {"en-us": 205, "en-us+f2": 235, "en-gb+m3": 200, "en-gb+f4": 200},
-    "zh": {"cmn-latn-pinyin": 235, "cmn-latn-pinyin+f2": 290, "cmn-latn-pinyin+m3": 230, "cmn-latn-pinyin+f4": 285},
+    "vi": {"vi": 215, "vi-vn-x-south+f4": 260},
+    "en": {"en-us": 205, "en-gb+f4": 200},
+    "zh": {"cmn-latn-pinyin": 235, "cmn-latn-pinyin+f4": 285},
 }
 PINYIN = dict(  # tones as they sound in these phrases: yi1 is yi2 before a fourth tone and yi4 before the others
     entry.split("=")
