@@ -117,10 +117,10 @@ Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTraini
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Reads `[RECIPE.yaml] [--argument value …]`; a flag wins over the recipe."""
+    """Reads `[RECIPE.yaml …] [--argument value …]`; a later recipe wins over an earlier one, a flag over all."""
     recipe = {}
-    if argv and not argv[0].startswith("--"):
-        recipe, argv = read_recipe(argv[0]), argv[1:]
+    while argv and not argv[0].startswith("--"):
+        recipe, argv = recipe | read_recipe(argv[0]), argv[1:]
     parser = HfArgumentParser(ARGUMENT_CLASSES)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that only what was given comes back
@@ -135,10 +135,7 @@ def read_arguments(argv: list[str]) -> Arguments:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML or JSON recipe; an unknown key is an error that suggests the nearest known one.
-
-    A recipe may begin with `extends: OTHER.yaml` (relative to itself): its own keys win over the other's.
-    """
+    """Reads a YAML or JSON recipe; an unknown key is an error that suggests the nearest known one."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no recipe at {str(path)!r}; see recipes/ for examples.")
@@ -148,11 +145,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}, not `key: value` lines.")
-    base = {} if "extends" not in recipe else read_recipe(path.parent / str(recipe.pop("extends")))
     known = [item.name for cls in ARGUMENT_CLASSES for item in fields(cls) if item.init]
     for key in recipe:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "See README, `Recipes`, or --help for the keys."
             raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}). {hint}")
-    return {**base, **recipe}
+    return recipe

@@ -14,10 +14,12 @@ from vipolyqwen.arguments_vipolyqwen import Arguments, ModelArguments
 from vipolyqwen.card_vipolyqwen import TRAINING_FILE
 from vipolyqwen.data.sources import PairDataset
 
-SETTINGS = ("loss_table", "temperature", "mask_duplicates", "nce_min_score", "task_weighting", "task_weight_table")
-SETTINGS += ("prefix_sides", "prefix_dropout", "data_types")
+SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")
+SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task_weighting_options")
+SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "data_types")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
+SETTINGS += ("loss_learning_rate",)
 SETTINGS += ("lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 SETTINGS += ("bf16", "fp16", "seed", "load_best_model_at_end", "metric_for_best_model")
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
