@@ -119,7 +119,7 @@ def test_scores_are_the_shared_attributes(rows: collections.abc.Callable[[], lis
         assert row["a"] != row["b"]
         scores[row["score"]] += 1
     assert sorted(scores) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-        assert 0.7 < scores[1.0] / scores.total() < 0.8
+    assert 0.7 < scores[1.0] / scores.total() < 0.8
 
 
 @pytest.mark.parametrize("rows", [training, evaluation])
