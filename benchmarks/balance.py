@@ -2,9 +2,9 @@
 
     python benchmarks/balance.py [--output_dir outputs/balance] [--seeds 3] [--steps 120]
 
-Half of all rows are text pairs, under the DLE losses (MSE × 20, Rank × 7). Every seed trains a tiny model of its own on
-InfoNCE first, as a stand-in for pretrained backbones, then goes on from it with each weighting: same rows, same order.
-Writes results/balance.json and results/balance.md.
+Half of all rows are text pairs, under the DLE losses (MSE × 20, Rank × 7). Every seed trains a tiny model of its own
+on InfoNCE first, as a stand-in for pretrained backbones, then goes on from it with each weighting: same rows, same
+order. Writes results/balance.json and results/balance.md.
 
 A task's gradient share is the norm of its weighted loss's gradient by the embeddings over the sum of these norms; the
 share ratio is the largest over the smallest of the tasks' means over the last quarter of a run.
@@ -43,7 +43,6 @@ WEIGHTINGS = {
 }
 ROW_SHARES = {"text_pair": 0.50, "instr": 0.20, "audio": 0.12, "ocr": 0.08, "vqa_single": 0.06, "vqa_multi": 0.04}
 BALANCED, IMBALANCED = 3.0, 10.0  # share ratios: the bar for a weighting, and what `none` must be above to need one
-EPOCH_ROWS = 2736  # of each task in the demo corpus; a weight of 1 visits that many
 
 
 def main() -> None:
@@ -70,13 +69,8 @@ def main() -> None:
 
 def warm_up(folder: Path, seed: int) -> None:
     """A tiny base of its own for the seed, trained on InfoNCE: texts first, then all tasks alike."""
-    texts = [
-        row[side]
-        for path in (folder / "corpus/train").glob("*.jsonl")
-        for row in read_rows(path)
-        for side in "ab"
-        if row.get(side)
-    ]
+    rows = (row for path in (folder / "corpus/train").glob("*.jsonl") for row in read_rows(path))
+    texts = [row[side] for row in rows for side in ("a", "b") if row.get(side)]
     torch.manual_seed(seed)
     model, processor = build_tiny_base(texts, **BASE_SIZES)
     save_repository(model, processor, folder / f"seed{seed}/base")
@@ -171,7 +165,7 @@ def report(runs: dict[str, list[dict[str, Any]]], steps: int, folder: Path) -> N
     lines = [
         "# Do the task weightings balance the tasks?",
         "",
-        f"`make balance`, {len(runs['none'])} seeds, {steps} steps of 96 pairs each from a model warmed up on InfoNCE, "
+        f"`make balance`, {len(runs['none'])} seeds, {steps} steps of 96 pairs from a model warmed up on InfoNCE, "
         f"on {machine}.",
         f"Rows: {rows}; DLE losses. Shares are those of the gradient by the embeddings, over the last quarter of the "
         "steps; recall@1 is that of held-out scenes, within each task. Mean ± standard deviation over the seeds.",
@@ -227,7 +221,7 @@ def verdicts(figures: dict[str, dict[str, list[float]]]) -> list[str]:
     plain = statistics.mean(figures["none"]["share_ratio"])
     needed = "needs balancing by our bar" if plain > IMBALANCED else "does not need balancing by our bar"
     sentences = [
-        f"Without weights the largest share is {plain:.1f} times the smallest: the mixture {needed} ({IMBALANCED:.0f})."
+        f"Without weights the largest share is {plain:.1f} times the smallest: this {needed} ({IMBALANCED:.0f})."
     ]
     claims = {
         "table": "The published weights bring the tasks into balance (STW paper §3.1.2)",
