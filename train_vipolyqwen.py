@@ -1,4 +1,7 @@
-"""Trains a model: `python train_vipolyqwen.py RECIPE.yaml [--any_argument value]`, also under `accelerate launch`."""
+"""Trains a model, also under `accelerate launch`.
+
+python train_vipolyqwen.py RECIPE.yaml [MORE.yaml …] [--any_argument value]
+"""
 
 import sys
 from pathlib import Path

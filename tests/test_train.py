@@ -196,6 +196,35 @@ def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
         assert args.weight_decay == 0.001 and args.max_grad_norm == 1.0 and args.bf16
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_ablation_changes_what_it_says_on_top_of_any_recipe(path: Path) -> None:
+    changed = read_recipe(path)
+    for name in ("trimodal", "demo"):
+        command = [str(ROOT / f"recipes/{name}.yaml"), str(path), "--use_cpu", "true"]
+        plain, ablated = read_arguments(command[:1] + command[2:]), read_arguments(command)
+        build_loss(ablated[2], ablated[1].data_types, list(declare_data_types(ablated[1].data_types)))
+        differing = {
+            key
+            for one, other in zip(plain, ablated, strict=True)
+            for key, value in vars(other).items()
+            if value != vars(one)[key] and key not in ("logging_dir", "distributed_state")
+        }
+        assert differing <= set(changed)
+        assert all(any(vars(part).get(key) == value for part in ablated) for key, value in changed.items())
+
+
+def test_a_task_without_prefix_never_gets_one(world: Path) -> None:
+    _, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
+    data_types = declare_data_types(None)
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], data_types, processor.min_audio_samples)
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(data_type.prefix) for name, data_type in data_types.items()}
+    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0, tasks_without_prefix=("ocr",))
+    used = set(collator([pairs[number] for number in range(len(pairs))])["input_ids"].flatten().tolist())
+    assert ids["ocr"] not in used and ids["instr"] in used and ids["vqa_multi"] in used
+    with pytest.raises(ValueError, match="unknown data type 'orc'; known: text_pair"):
+        MixedBatchCollator(processor, data_types, tasks_without_prefix=("orc",))
+
+
 def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"data_type": "text_pair", "a": "x", "b": "y", "score": 1.5}\n')
     sources = json.dumps([{"path": str(tmp_path / "bad.jsonl")}])
