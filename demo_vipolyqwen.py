@@ -27,11 +27,12 @@ from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 ROOT = Path(__file__).parent
 # What a pretrained backbone knows already, this one learns first: on InfoNCE alone, text before everything.
 WARM_UP = ["--loss_table", "nce", "--learning_rate", "1e-3", "--warmup_steps", "30"]
-WARM_UP += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+WARM_UP += ["--eval_data", "null", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+WARM_UP += ["--save_strategy", "no"]
 TEXT_ONLY = ["--max_steps", "400", "--per_device_train_batch_size", "192"]
 TEXT_ONLY += ["--lr_scheduler_type", "constant_with_warmup"]
 TEXT_WEIGHTS = {"text_pair": 3.0, "instr": 1.0}
-ALL_TASKS = ["--max_steps", "700"]
+ALL_TASKS = ["--max_steps", "620"]
 BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a third of the work on speech
 
