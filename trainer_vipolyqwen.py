@@ -102,7 +102,7 @@ class ViPolyQwenTrainer(Trainer):
                 self._logged[name].append(value)
             self.monitor.record(output.loss.item())
         else:
-            self._refuse_non_finite(output, inputs["ids"])
+            self._refuse_non_finite(output, embeddings, inputs["ids"])
         self.rates.count(pairs * self.args.world_size, inputs)
         return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
 
@@ -149,17 +149,20 @@ class ViPolyQwenTrainer(Trainer):
         vectors = torch.cat([model(**take_rows(inputs, bucket)).embeddings for bucket in buckets])
         return torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
 
-    def _refuse_non_finite(self, output: MixedLossOutput, ids: Sequence[str]) -> None:
-        """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same."""
-        all_ids = gather_object(list(ids))
-        bad = (~output.per_sample.isfinite()).nonzero().flatten().tolist() or range(len(all_ids))
+    def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
+        """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
+
+        One vector that is not finite makes the loss of every row so; then only the rows of such vectors are named.
+        """
+        finite = embeddings[: 2 * len(ids)].isfinite().all(dim=1).view(2, -1).all(dim=0)  # (pairs,)
+        rows = gather_object(list(zip(ids, finite.tolist(), strict=True)))
+        bad = [row for row, (_, vectors_are_finite) in enumerate(rows) if not vectors_are_finite]
+        bad = bad or (~output.per_sample.isfinite()).nonzero().flatten().tolist() or range(len(rows))
         by_task: dict[str, list[str]] = defaultdict(list)
         for row in bad:
-            by_task[self.mixed_loss.tasks[output.task_ids[row]]].append(all_ids[row])
-        rows = "; ".join(f"{task}: {', '.join(names)}" for task, names in by_task.items())
-        message = (
-            f"Step {self.state.global_step}: the loss is {output.loss.item()}. Rows where it is not finite: {rows}."
-        )
+            by_task[self.mixed_loss.tasks[output.task_ids[row]]].append(rows[row][0])
+        named = "; ".join(f"{task}: {', '.join(names)}" for task, names in by_task.items())
+        message = f"Step {self.state.global_step}: the loss is {output.loss.item()}, by these rows: {named}."
         if self.args.on_nan == "error":
             raise FloatingPointError(
                 f"{message} Lower the learning rate, look at these rows, or leave such steps out with `on_nan: skip`."

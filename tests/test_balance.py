@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ from vipolyqwen.balance_vipolyqwen import (
     write_page,
 )
 from vipolyqwen.callbacks_vipolyqwen import balance
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", "caption")
@@ -128,7 +127,7 @@ def test_a_run_logs_shares_gradients_cosines_volatility_drift_and_phase(monitore
     drifts = [entry["drift/pooling"] for entry in entries]
     assert 0 < drifts[0] < drifts[-1]
     assert entries[-1]["drift/audio_projection"] > 0 and entries[-1]["volatility/loss"] > 0
-    assert [entry["phase"] for entry in entries] == [1.0, 1.0, 1.0, 2.0]  # 4 steps: the bounds are 1 and 3
+    assert [entry["phase"] for entry in entries] == [1.0, 1.0, 2.0, 2.0]  # 4 steps: the bounds are 1 and 3
     assert entries[-1]["skipped_steps"] == 0
 
 
@@ -194,25 +193,27 @@ def test_negatives_of_a_row_become_candidates(world: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def broken_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def broken_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second step's first row gets a vector of NaN."""
-    forward, calls = MixedLoss.forward, []
+    embed, calls = ViPolyQwenTrainer.embed, []
 
-    def broken(self: MixedLoss, a: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def broken(self: ViPolyQwenTrainer, *args: object) -> torch.Tensor:
         calls.append(None)
-        if len(calls) == 2:
-            a = torch.cat([a[:1] * math.nan, a[1:]])
-        return forward(self, a, *args, **kwargs)
+        vectors = embed(self, *args)
+        return torch.cat([vectors[:1] * math.nan, vectors[1:]]) if len(calls) == 2 else vectors
 
-    monkeypatch.setattr(MixedLoss, "forward", broken)
-    return
+    monkeypatch.setattr(ViPolyQwenTrainer, "embed", broken)
 
 
-def test_a_loss_that_is_not_finite_names_step_task_and_rows(
-    world: Path, tmp_path: Path, broken_step: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is nan.*\w+: (pairs|captions)-\d.*on_nan: skip"):
+def test_a_loss_that_is_not_finite_names_step_task_and_rows(world: Path, tmp_path: Path, broken_step: None) -> None:
+    one_row = r"by these rows: \w+: (pairs|captions)-\d+\. Lower"
+    with pytest.raises(FloatingPointError, match=rf"Step 1: the loss is nan, {one_row}.*`on_nan: skip`"):
         train_run(world, tmp_path, *BRIEF)
+
+
+def test_an_unknown_policy_for_losses_that_are_not_finite_is_named(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`on_nan` is 'ignore'; it must be error or skip"):
+        train_run(world, tmp_path, "--on_nan", "ignore")
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted(world: Path, tmp_path: Path, broken_step: None) -> None:
@@ -227,13 +228,15 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(world: Path, tmp_path: 
 
 BROKEN_IN_TWO_PROCESSES = """
 import sys, math, torch
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 from vipolyqwen.train_vipolyqwen import main
-forward, calls = MixedLoss.forward, []
-def broken(self, a, *args, **kwargs):
+embed, calls = ViPolyQwenTrainer.embed, []
+def broken(self, *args):
     calls.append(None)
-    return forward(self, torch.cat([a[:1] * math.nan, a[1:]]) if len(calls) == 2 else a, *args, **kwargs)
-MixedLoss.forward = broken
+    vectors = embed(self, *args)
+    spoilt = len(calls) == 2 and self.args.process_index == 0
+    return torch.cat([vectors[:1] * math.nan, vectors[1:]]) if spoilt else vectors
+ViPolyQwenTrainer.embed = broken
 main(sys.argv[1:])
 """
 
