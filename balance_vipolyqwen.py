@@ -33,16 +33,17 @@ CHECKPOINTS = {  # step -> what is expected there (STW paper §5.3)
 BALANCED = 3.0  # largest over smallest gradient share
 SHARP = 0.9  # of the loss around the checkpoint before
 DRIFTING = ("pooling", "projection", "audio_pooling", "audio_projection")  # the parts that start from random numbers
-WINDOW = 100  # steps that a volatility looks back
+WINDOW = 100  # values that a volatility looks back
 
 Log = dict[str, Any]
 
 
 class BalanceMonitor(TrainerCallback):
-    """Keeps the last losses and where the new parts started, and turns them into numbers for the log."""
+    """Keeps the last losses and gradient norms and where the new parts started, and makes numbers of them."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.gradient_norms: deque[float] = deque(maxlen=WINDOW)
         self.start: dict[str, torch.Tensor] = {}  # parameter -> its values when training began
 
     def on_train_begin(
@@ -61,11 +62,14 @@ class BalanceMonitor(TrainerCallback):
         """Adds the loss of one batch."""
         self.losses.append(loss)
 
-    def summary(self, model: nn.Module, state: TrainerState) -> dict[str, float]:
-        """`volatility/loss`, `drift/PART` and `phase`.
+    def summary(self, model: nn.Module, state: TrainerState, gradient_norm: float | None) -> dict[str, float]:
+        """`volatility/loss`, `volatility/gradient_norm`, `drift/PART` and `phase`, for one log.
 
-        A volatility is standard deviation / mean over the last 100 batches; a drift is ‖θ − θ₀‖ / ‖θ₀‖ of a part.
+        A volatility is standard deviation / mean, of the last 100 batches' losses and of the last 100 logged norms of
+        the whole gradient; a drift is ‖θ − θ₀‖ / ‖θ₀‖ of a part.
         """
+        if gradient_norm is not None and math.isfinite(gradient_norm):
+            self.gradient_norms.append(float(gradient_norm))
         squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, value in _new_parameters(model).items():
             if name in self.start:
@@ -76,6 +80,7 @@ class BalanceMonitor(TrainerCallback):
         drifts = {name: math.sqrt(moved / start) for name, (moved, start) in squares.items() if start}
         return {
             "volatility/loss": volatility(self.losses),
+            "volatility/gradient_norm": volatility(self.gradient_norms),
             **drifts,
             "phase": float(PHASES.index(phase(state.global_step, state.max_steps))),
         }
@@ -274,7 +279,7 @@ def _cosine_table(entries: list[Log], tasks: list[str]) -> dict[str, dict[str, f
         for other in tasks:
             cosine = _mean(entries, f"gradient_cosine/{one}/{other}")
             if not math.isnan(cosine):
-                table[one][other] = table[other][one] = cosine
+                table[one][other] = table[other][one] = round(cosine, 2) + 0.0  # + 0.0: no "-0.00"
     return dict(table)
 
 

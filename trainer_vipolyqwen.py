@@ -175,7 +175,8 @@ class ViPolyQwenTrainer(Trainer):
         if "loss" in logs:
             logs.update({name: sum(values) / len(values) for name, values in sorted(self._logged.items())})
             logs.update(self.rates.rates())
-            logs.update(self.monitor.summary(self.accelerator.unwrap_model(self.model), self.state))
+            model = self.accelerator.unwrap_model(self.model)
+            logs.update(self.monitor.summary(model, self.state, logs.get("grad_norm")))
             logs["skipped_steps"] = self.discard.count
             self._logged.clear()
         super().log(logs, start_time)

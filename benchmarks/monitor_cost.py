@@ -66,7 +66,7 @@ def main() -> None:
         extra.append((seconds[True] - seconds[False]) / seconds[False])
         started = time.perf_counter()
         monitor.record(1.0)
-        monitor.summary(model, TrainerState(max_steps=100))
+        monitor.summary(model, TrainerState(max_steps=100), 1.0)
         logs.append((time.perf_counter() - started) / seconds[False])
     cost = (statistics.median(extra) + statistics.median(logs)) / MONITOR_STEPS
     result = {

@@ -127,6 +127,8 @@ def test_a_run_logs_shares_gradients_cosines_volatility_drift_and_phase(monitore
     drifts = [entry["drift/pooling"] for entry in entries]
     assert 0 < drifts[0] < drifts[-1]
     assert entries[-1]["drift/audio_projection"] > 0 and entries[-1]["volatility/loss"] > 0
+    norms = [entry["grad_norm"] for entry in entries]
+    assert entries[-1]["volatility/gradient_norm"] == pytest.approx(volatility(norms), rel=1e-4)
     assert [entry["phase"] for entry in entries] == [1.0, 1.0, 2.0, 2.0]  # 4 steps: the bounds are 1 and 3
     assert entries[-1]["skipped_steps"] == 0
 
