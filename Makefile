@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo balance test lint format clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt pyproj
 
 demo: install
 	$(BIN)/python demo_vipolyqwen.py
+
+balance: install
+	$(BIN)/python benchmarks/balance.py
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -47,6 +47,7 @@ class DataArguments:
     data_types: Any = field(default_factory=dict, metadata={"help": "further data types: prefix and loss of each"})
     prefix_sides: str = field(default="a", metadata={"help": "which side carries the task prefix: a or both"})
     prefix_dropout: float = field(default=0.1, metadata={"help": "share of rows trained without prefix"})
+    tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get one"})
     check_media: bool = field(default=True, metadata={"help": "read every file's header before training"})
 
 
@@ -55,11 +56,25 @@ class LossArguments:
     """The loss of each task and the weights between tasks."""
 
     loss_table: str = field(default="mixed", metadata={"help": "mixed, dle, nce or sum"})
-    temperature: float = field(default=0.07, metadata={"help": "T of InfoNCE and Triplet"})
+    temperature: Any = field(
+        default=0.07, metadata={"help": "T of InfoNCE and Triplet; or {text-text: T, image-text: T, audio-text: T}"}
+    )
+    learnable_temperature: bool = field(default=False, metadata={"help": "learn T from there on"})
     mask_duplicates: bool = field(default=True, metadata={"help": "equal content is no negative"})
+    mask_groups: bool = field(default=True, metadata={"help": "rows of one `group` are no negatives"})
     nce_min_score: float | None = field(default=0.5, metadata={"help": "pairs scored lower are no positives"})
-    task_weighting: str = field(default="none", metadata={"help": "none or table"})
-    task_weight_table: Any = field(default=None, metadata={"help": "{epoch: {task: weight}} for `table`"})
+    false_negative_margin: float | None = field(
+        default=None, metadata={"help": "leave out negatives more similar than the positive by more than this"}
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "lengths at which the vector's beginning is trained too, such as 1024 512 256"}
+    )
+    task_weighting: str = field(
+        default="none", metadata={"help": "none, table, inverse_loss, uncertainty or gradnorm"}
+    )
+    task_weighting_options: Any = field(
+        default=None, metadata={"help": "options of that weighting, such as {baseline: ema} (weighting_vipolyqwen.py)"}
+    )
 
 
 @dataclass
@@ -69,20 +84,43 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     vision_learning_rate: float | None = field(default=None, metadata={"help": "vision tower; none: learning_rate"})
     audio_learning_rate: float | None = field(default=None, metadata={"help": "speech encoder; none: learning_rate"})
     head_learning_rate: float | None = field(default=None, metadata={"help": "poolings and projections"})
+    loss_learning_rate: float | None = field(
+        default=None, metadata={"help": "learned temperature and log-variances; none: learning_rate"}
+    )
+    monitor_steps: int = field(
+        default=10, metadata={"help": "measure the tasks' gradients every so many steps; 0: never"}
+    )
+    on_nan: str = field(default="error", metadata={"help": "a loss that is not finite: error, or skip the update"})
     remove_unused_columns: bool = False  # the collator needs all of a row
     logging_nan_inf_filter: bool = False  # a NaN must be seen, not logged as 0
 
+    def __post_init__(self) -> None:
+        """Checks what the stock arguments do not know."""
+        if self.on_nan not in ("error", "skip"):
+            raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
+        if self.monitor_steps < 0:
+            raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
+        if self.on_nan == "skip":
+            self.logging_nan_inf_filter = True  # the mean loss is then that of the steps that count
+        super().__post_init__()
 
-JSON_ARGUMENTS = ("train_data", "eval_data", "data_types", "task_weight_table")  # nested, so JSON as a flag
+
+JSON_ARGUMENTS = (
+    "train_data",
+    "eval_data",
+    "data_types",
+    "temperature",
+    "task_weighting_options",
+)  # nested, so JSON as a flag
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments)
 Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments]
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Reads `[RECIPE.yaml] [--argument value …]`; a flag wins over the recipe."""
+    """Reads `[RECIPE.yaml …] [--argument value …]`; a later recipe wins over an earlier one, a flag over all."""
     recipe = {}
-    if argv and not argv[0].startswith("--"):
-        recipe, argv = read_recipe(argv[0]), argv[1:]
+    while argv and not argv[0].startswith("--"):
+        recipe, argv = recipe | read_recipe(argv[0]), argv[1:]
     parser = HfArgumentParser(ARGUMENT_CLASSES)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that only what was given comes back

@@ -52,9 +52,18 @@ class CompactProgressCallback(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.3f}, {logs['pairs_per_second']:.0f} pairs/s, "
-                f"{logs['tokens_per_second']:.0f} tokens/s"
+                f"{logs['tokens_per_second']:.0f} tokens/s{balance(logs)}"
             )
         elif any(name.startswith("eval_") for name in logs):
             shown = {name: value for name, value in logs.items() if name.endswith(("recall@1", "spearman"))}
             line = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in sorted(shown.items()))
             self.training_bar.write(f"step {state.global_step}: {line}")
+
+
+def balance(logs: dict[str, float]) -> str:
+    """The task with the smallest gradient share and how many times larger the largest is; empty if not measured."""
+    shares = {name.split("/")[1]: value for name, value in logs.items() if name.startswith("gradient_share/")}
+    if len(shares) < 2 or not min(shares.values()):
+        return ""
+    least = min(shares, key=shares.__getitem__)
+    return f", balance {max(shares.values()) / shares[least]:.1f}× ({least})"

@@ -1,23 +1,21 @@
-"""Vectors -> loss: components, the table of tasks, task weighting, and the mixed loss of one batch.
+"""Vectors -> loss of each row: the components, and the table that says which task uses which.
 
 Row i of a batch is a pair of unit vectors a_i, b_i of one task. Throughout, float32 or wider:
 
-    similarities: (B, B), S_kj = a_k·b_j in [-1, 1].
+    similarities: (B, C), S_kj = a_k·c_j in [-1, 1]. The candidates are c_j = b_j for j < B, then C - B hard negatives.
     cosines: (B,), its diagonal a_i·b_i.
     scores: (B,), s_i in [0, 1], NaN where a row has none.
-    temperature: T > 0.
-    mask: (B, B) bool, True at (k, j) where a_k and b_j are no negatives of each other; the diagonal has no meaning.
+    temperature: T > 0, one number or (B,), one per row.
+    mask: (B, C) bool, True at (k, j) where c_j is no negative of a_k; the diagonal has no meaning.
     margin: one number or (B,), one per row.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet")
 SCORE_COMPONENTS = ("mse", "rank")  # of the score; the others pull a pair together, whatever its score
@@ -44,7 +42,7 @@ class TaskLoss:
 
     def __post_init__(self) -> None:
         for name in (*COMPONENTS, "triplet_margin", "rank_margin"):
-            _check_weight(getattr(self, name), f"TaskLoss.{name}")
+            check_weight(getattr(self, name), f"TaskLoss.{name}")
         if not any(getattr(self, name) for name in COMPONENTS):
             raise ValueError(f"{self}: every weight is 0, so the task has no loss; give one of {COMPONENTS} a weight.")
 
@@ -57,7 +55,7 @@ class TaskLoss:
         return cls(**values)
 
 
-def _check_weight(value: float, name: str) -> None:
+def check_weight(value: float, name: str) -> None:
     """Raises ValueError unless `value` is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is {value!r}; it must be a finite number >= 0.")
@@ -81,15 +79,28 @@ LOSS_TABLES: dict[str, dict[str, TaskLoss]] = {
 }
 
 
-def info_nce(similarities: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+def info_nce(
+    similarities: Tensor, temperature: float | Tensor, mask: Tensor | None = None, column_mask: Tensor | None = None
+) -> Tensor:
     """Symmetric InfoNCE (bimodal paper §4.2): (B,) >= 0, and 0 for a row without any negative.
 
-    NCE_i = -1/2 [log softmax_j(S_ij/T) + log softmax_j(S_ji/T)] at j = i.
+    NCE_i = -1/2 [log softmax_j(S_ij/T_i) + log softmax_j(S_ji/T_i)] at j = i; hard negatives stand in the first term.
+
+    Args:
+        similarities: see the module's docstring.
+        temperature: likewise.
+        mask: likewise, for the first term.
+        column_mask: (B, B) bool, True at (k, j) where a_k is no negative of b_j; by default the same as `mask`.
     """
-    logits = similarities / temperature
+    rows = len(similarities)
+    by_row = similarities / _column(temperature)  # (B, C)
+    by_column = similarities[:, :rows] / temperature  # (B, B), column j has the temperature of row j
     if mask is not None:
-        logits = logits.masked_fill(mask & ~_diagonal_mask(mask), -torch.inf)
-    return -0.5 * (logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal())
+        by_row = by_row.masked_fill(mask & ~_diagonal_mask(mask), -torch.inf)
+        column_mask = mask[:, :rows] if column_mask is None else column_mask
+    if column_mask is not None:
+        by_column = by_column.masked_fill(column_mask & ~_diagonal_mask(column_mask), -torch.inf)
+    return -0.5 * (by_row.log_softmax(dim=1).diagonal() + by_column.log_softmax(dim=0).diagonal())
 
 
 def score_mse(cosines: Tensor, scores: Tensor) -> Tensor:
@@ -121,284 +132,23 @@ def cosine_distance(cosines: Tensor) -> Tensor:
 
 
 def hardest_triplet(
-    similarities: Tensor, temperature: float, margin: float | Tensor = 0.2, mask: Tensor | None = None
+    similarities: Tensor, temperature: float | Tensor, margin: float | Tensor = 0.2, mask: Tensor | None = None
 ) -> Tensor:
     """Triplet with the hardest negative (STW paper §4.2.3): (B,) >= 0, and 0 for a row without any negative.
 
-    Triplet_i = max(0, max_{j≠i} S_ij/T - S_ii/T + m).
+    Triplet_i = max(0, max_{j≠i} S_ij/T_i - S_ii/T_i + m).
     """
-    logits = similarities / temperature
+    logits = similarities / _column(temperature)
     excluded = _diagonal_mask(logits) if mask is None else mask | _diagonal_mask(logits)
     hardest = logits.masked_fill(excluded, -torch.inf).amax(dim=1)
     return (hardest - logits.diagonal() + margin).relu()
 
 
-def _diagonal_mask(square: Tensor) -> Tensor:
-    """(B, B) bool, True on the diagonal, on the device of `square`."""
-    return torch.eye(square.shape[0], dtype=torch.bool, device=square.device)
+def _column(values: float | Tensor) -> float | Tensor:
+    """(B,) -> (B, 1), so that each row of a matrix gets its own; a number stays one."""
+    return values[:, None] if isinstance(values, Tensor) and values.ndim else values
 
 
-class TaskWeighting(nn.Module):
-    """λ_t of each task. A strategy overrides `forward`; what it learns or measures lives in parameters and buffers."""
-
-    def __init__(self, tasks: Sequence[str]) -> None:
-        super().__init__()
-        self.tasks = list(tasks)
-
-    def forward(self, task_losses: Tensor, present: Tensor, epoch: float) -> Tensor:
-        """Weights of the tasks for this batch.
-
-        Args:
-            task_losses: (T,) float with gradient, the unweighted mean loss of each task's rows; 0 where absent.
-            present: (T,) bool, True where the batch has rows of the task.
-            epoch: epochs since the start of training, fractions included.
-
-        Returns:
-            (T,) float >= 0.
-        """
-        raise NotImplementedError
-
-
-class UniformWeighting(TaskWeighting):
-    """`none`: λ_t = 1."""
-
-    def forward(self, task_losses: Tensor, present: Tensor, epoch: float) -> Tensor:
-        """All ones; see the base class."""
-        return torch.ones_like(task_losses)
-
-
-class TableWeighting(TaskWeighting):
-    """`table`: published weights by epoch (STW paper §3.1.2), or the user's own {epoch: {task: weight}}.
-
-    A row of the table holds from its epoch on, until the next row's; a task it does not name has weight 1.
-    """
-
-    STW_TABLE: Mapping[int, Mapping[str, float]] = {  # audio is not in the paper
-        0: {"text_pair": 0.25, "instr": 1.2, "ocr": 1.0, "vqa_single": 1.0, "vqa_multi": 0.8, "audio": 1.0},
-        1: {"text_pair": 0.22, "instr": 1.3, "ocr": 1.2, "vqa_single": 1.0, "vqa_multi": 0.8, "audio": 1.0},
-    }
-
-    def __init__(self, tasks: Sequence[str], table: Mapping[int, Mapping[str, float]] | None = None) -> None:
-        super().__init__(tasks)
-        rows = self.STW_TABLE if table is None else self._checked(table)
-        self.starts = sorted(rows)
-        weights = torch.tensor([[rows[epoch].get(task, 1.0) for task in self.tasks] for epoch in self.starts])
-        self.register_buffer("weights", weights, persistent=False)  # (E, T)
-
-    def _checked(self, table: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
-        """The user's table under canonical task names; raises ValueError naming what is wrong with it."""
-        rows: dict[int, dict[str, float]] = {}
-        for epoch, row in table.items():
-            if not str(epoch).isdecimal():  # JSON has only text keys
-                raise ValueError(f"Task weight table: epoch {epoch!r} must be a whole number >= 0.")
-            rows[int(epoch)] = {canonical_data_type(task): weight for task, weight in row.items()}
-            for task, weight in rows[int(epoch)].items():
-                if task not in self.tasks:
-                    raise ValueError(f"Task weight table, epoch {epoch}: unknown task {task!r}; known: {self.tasks}.")
-                _check_weight(weight, f"Task weight table, epoch {epoch}: weight of {task!r}")
-        if 0 not in rows:
-            raise ValueError(f"Task weight table has rows for epochs {sorted(rows)}; it needs a row for epoch 0.")
-        return rows
-
-    def forward(self, task_losses: Tensor, present: Tensor, epoch: float) -> Tensor:
-        """The table's row for the epoch; see the base class."""
-        return self.weights[bisect_right(self.starts, epoch) - 1].to(task_losses)
-
-
-WEIGHTINGS: dict[str, type[TaskWeighting]] = {"none": UniformWeighting, "table": TableWeighting}
-
-
-@dataclass
-class MixedLossOutput:
-    """What one batch gives."""
-
-    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i)
-    per_sample: Tensor  # (B,) with gradient, L_type(i) before λ
-    components: dict[str, Tensor]  # per component (B,) without gradient, unweighted; NaN where a row does not use it
-    task_weights: Tensor  # (T,) λ_t
-    task_ids: Tensor  # (B,) long, as given
-
-
-class MixedLoss(nn.Module):
-    """One loss per row, chosen by the row's task, over one mixed batch (STW paper §4.2, trimodal paper §4.2).
-
-    NCE and Triplet see all rows of the batch, whatever their task. With several processes give it the joined batch of
-    `gather_with_grad`.
-
-    Args:
-        tasks: task name -> its loss; the order gives the task ids.
-        temperature: T > 0.
-        weighting: λ per task over the same task names; None is λ = 1.
-        mask_duplicates: rows whose a or b is the same content as the positive's are no negatives.
-        nce_min_score: a row scored below this is no positive: all its components but mse and rank are 0, though it
-            stays a negative for other rows. None switches it off.
-    """
-
-    def __init__(
-        self,
-        tasks: Mapping[str, TaskLoss],
-        temperature: float = 0.07,
-        weighting: TaskWeighting | None = None,
-        mask_duplicates: bool = True,
-        nce_min_score: float | None = 0.5,
-    ) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be > 0 (the papers use 0.07 and 0.2).")
-        if nce_min_score is not None and not 0 <= nce_min_score <= 1:
-            raise ValueError(f"nce_min_score is {nce_min_score}; it must lie in [0, 1], or be None for off.")
-        self.tasks = list(tasks)
-        self.weighting = UniformWeighting(self.tasks) if weighting is None else weighting
-        if self.weighting.tasks != self.tasks:
-            raise ValueError(f"The weighting is for tasks {self.weighting.tasks}, the loss for {self.tasks}.")
-        self.temperature, self.mask_duplicates, self.nce_min_score = temperature, mask_duplicates, nce_min_score
-        losses = tasks.values()
-        constants = {  # they come from the settings and are no state
-            "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
-            "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
-            "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
-            "requires_score": [loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses],  # (T,)
-            "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (5,)
-        }
-        for name, values in constants.items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
-
-    def forward(
-        self,
-        a: Tensor,
-        b: Tensor,
-        task_ids: Tensor,
-        scores: Tensor,
-        a_keys: Tensor | None = None,
-        b_keys: Tensor | None = None,
-        epoch: float = 0.0,
-    ) -> MixedLossOutput:
-        """Loss of one batch.
-
-        Args:
-            a: (B, D) float, unit vectors.
-            b: (B, D) float, unit vectors.
-            task_ids: (B,) long, positions in `tasks`.
-            scores: (B,) float in [0, 1], NaN where absent.
-            a_keys: (B,) int64, equal for equal content of side a; without keys no duplicates are masked on that side.
-            b_keys: (B,) int64, the same for side b.
-            epoch: epochs since the start of training, for the weighting.
-        """
-        self._check_batch(a, b, task_ids, scores)
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        scores = scores.to(dtype)
-        with torch.autocast(a.device.type, enabled=False):  # autocast would put the matmul back to bfloat16
-            similarities = a.to(dtype) @ b.to(dtype).T  # (B, B)
-            values = self._values(similarities, task_ids, scores, self._mask(a_keys, b_keys))  # (B, 5)
-            weights = self.weights.to(dtype)[task_ids]  # (B, 5)
-            per_sample = (weights * values).sum(dim=1)
-            task_weights = self.weighting(*self._task_means(per_sample, task_ids), epoch)
-            loss = (task_weights[task_ids] * per_sample).mean()
-        uses = (weights > 0) & ~(self.by_score & scores.isnan()[:, None])  # (B, 5)
-        shown = values.detach().where(uses, torch.nan).unbind(dim=1)
-        return MixedLossOutput(loss, per_sample, dict(zip(COMPONENTS, shown, strict=True)), task_weights, task_ids)
-
-    def _values(self, similarities: Tensor, task_ids: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, 5) float, every component of every row, unweighted and finite, used or not."""
-        cosines = similarities.diagonal()
-        ranked = self.weights[task_ids, COMPONENTS.index("rank")] > 0
-        rank_margins = self.rank_margins.to(scores)[task_ids]
-        triplet_margins = self.triplet_margins.to(scores)[task_ids]
-        values = {
-            "nce": info_nce(similarities, self.temperature, mask),
-            "mse": score_mse(cosines, scores),
-            "rank": pairwise_rank(cosines, scores.where(ranked, torch.nan), rank_margins),
-            "cosine": cosine_distance(cosines),
-            "triplet": hardest_triplet(similarities, self.temperature, triplet_margins, mask),
-        }
-        stacked = torch.stack([values[name] for name in COMPONENTS], dim=1)
-        if self.nce_min_score is None:
-            return stacked
-        no_positive = scores < self.nce_min_score  # (B,); False for NaN
-        return stacked.masked_fill(no_positive[:, None] & ~self.by_score, 0.0)
-
-    def _mask(self, a_keys: Tensor | None, b_keys: Tensor | None) -> Tensor | None:
-        """(B, B) bool, True where two rows share their a or their b, or None."""
-        keys = [k for k in (a_keys, b_keys) if k is not None]
-        if not self.mask_duplicates or not keys:
-            return None
-        return torch.stack([k[:, None] == k[None, :] for k in keys]).any(dim=0)
-
-    def _task_means(self, per_sample: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(T,) mean loss of each task's rows, 0 where absent, and (T,) bool presence."""
-        counts = torch.bincount(task_ids, minlength=len(self.tasks))
-        sums = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, per_sample)
-        return sums / counts.clamp(min=1), counts > 0
-
-    def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor) -> None:
-        """Raises ValueError for shapes that do not fit, unknown task ids and missing scores."""
-        rows = a.shape[:1]
-        if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
-            shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
-            raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
-        if ((task_ids < 0) | (task_ids >= len(self.tasks))).any():
-            raise ValueError(f"task_ids {task_ids.tolist()} must lie in [0, {len(self.tasks)}): {self.tasks}.")
-        missing = self.requires_score[task_ids] & scores.isnan()
-        if missing.any():
-            names = sorted({self.tasks[task] for task in task_ids[missing].tolist()})
-            positions = missing.nonzero().flatten().tolist()
-            raise ValueError(
-                f"Tasks {names} need a score (mse or rank > 0), but rows {positions} of the batch have none; "
-                "give these rows a score, or set mse and rank of the task to 0."
-            )
-
-    def summarise(self, output: MixedLossOutput) -> dict[str, float]:
-        """Means over the rows of each task present: loss/TASK, loss/TASK/COMPONENT (unweighted) and weight/TASK."""
-        task_ids = output.task_ids.cpu()
-        values = torch.stack([output.per_sample.detach(), *output.components.values()]).cpu()  # (1 + 5, B)
-        task_weights = output.task_weights.tolist()
-        summary = {}
-        for task_id in task_ids.unique().tolist():
-            task, rows = self.tasks[task_id], values[:, task_ids == task_id]
-            summary[f"loss/{task}"] = rows[0].mean().item()
-            for name, value in zip(output.components, rows[1:].nanmean(dim=1).tolist(), strict=True):
-                if not math.isnan(value):
-                    summary[f"loss/{task}/{name}"] = value
-            summary[f"weight/{task}"] = task_weights[task_id]
-        return summary
-
-
-def gather_with_grad(x: Tensor) -> Tensor:
-    """All rows of all processes in rank order, with gradient; x itself where there is one process.
-
-    Every process then computes the loss of the whole joined batch. Why that gives the gradient of one process with the
-    whole batch: the backward pass sums over the W processes what their (equal) losses L say about this process's rows,
-    so it hands W ∂L/∂x_r to rank r's own model pass; DDP and FSDP average the parameter gradients,
-    1/W Σ_r W ∂L/∂x_r ∂x_r/∂θ = dL/dθ. So the loss must be neither divided by nor multiplied with W.
-
-    Args:
-        x: (rows of this process, …) any dtype; the row count may differ between processes and be 0.
-
-    Returns:
-        (rows of all processes, …).
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    own = torch.tensor([x.shape[0]], device=x.device)
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, own)
-    return _GatherRows.apply(x, torch.cat(counts).tolist())
-
-
-class _GatherRows(torch.autograd.Function):
-    """Concatenation over ranks; the backward sums the gradient of this rank's rows over all ranks."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[: x.shape[0]] = x
-        blocks = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(blocks, padded)
-        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.split(ctx.counts)[dist.get_rank()], None
+def _diagonal_mask(matrix: Tensor) -> Tensor:
+    """(B, C) bool, True on the diagonal, on the device of `matrix`."""
+    return torch.eye(*matrix.shape, dtype=torch.bool, device=matrix.device)

@@ -1,6 +1,10 @@
-"""Trains a model: `python train_vipolyqwen.py RECIPE.yaml [--any_argument value]`, also under `accelerate launch`."""
+"""Trains a model, also under `accelerate launch`.
+
+python train_vipolyqwen.py RECIPE.yaml [MORE.yaml …] [--any_argument value]
+"""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +23,13 @@ from vipolyqwen.callbacks_vipolyqwen import CompactProgressCallback
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import DataType, declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, WEIGHTINGS, MixedLoss, TaskLoss
+from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
+from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, choose_attn_implementation
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.weighting_vipolyqwen import build_weighting
 
 logger = logging.get_logger(__name__)
 
@@ -43,9 +50,11 @@ def main(argv: list[str] | None = None) -> None:
         mixed_loss=mixed_loss,
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
-        train_collator=build_collator(processor, data_types, data_args, args, data_args.prefix_dropout),
-        eval_collator=build_collator(processor, data_types, data_args, args, prefix_dropout=0.0),
+        train_collator=build_collator(processor, data_types, data_args, args, training=True),
+        eval_collator=build_collator(processor, data_types, data_args, args, training=False),
     )
+    if args.should_save:
+        write_record(Path(args.output_dir), (model_args, data_args, loss_args, args), train_pairs, eval_pairs)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
@@ -61,22 +70,21 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
     """The loss of each task: the table's rows and those that the recipe declares, in the order of the task ids."""
     if loss_args.loss_table not in LOSS_TABLES:
         raise ValueError(f"`loss_table` is {loss_args.loss_table!r}; it must be one of {', '.join(LOSS_TABLES)}.")
-    if loss_args.task_weighting not in WEIGHTINGS:
-        raise ValueError(
-            f"`task_weighting` is {loss_args.task_weighting!r}; it must be one of {', '.join(WEIGHTINGS)}."
-        )
     losses = dict(LOSS_TABLES[loss_args.loss_table])
     for task, fields in declared.items():
         if "loss" not in fields:
             raise ValueError(f"data_types.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
         losses[task] = TaskLoss.from_dict(fields["loss"])
-    options = {} if loss_args.task_weight_table is None else {"table": loss_args.task_weight_table}
     return MixedLoss(
         {task: losses[task] for task in tasks},
         temperature=loss_args.temperature,
-        weighting=WEIGHTINGS[loss_args.task_weighting](tasks, **options),
+        learnable_temperature=loss_args.learnable_temperature,
+        weighting=build_weighting(loss_args.task_weighting, tasks, loss_args.task_weighting_options),
         mask_duplicates=loss_args.mask_duplicates,
+        mask_groups=loss_args.mask_groups,
         nce_min_score=loss_args.nce_min_score,
+        false_negative_margin=loss_args.false_negative_margin,
+        matryoshka_dims=loss_args.matryoshka_dims,
     )
 
 
@@ -133,14 +141,16 @@ def build_collator(
     data_types: dict[str, DataType],
     data_args: DataArguments,
     args: ViPolyQwenTrainingArguments,
-    prefix_dropout: float,
+    training: bool,
 ) -> MixedBatchCollator:
-    """Rows to a joint batch of both sides."""
+    """Rows to a joint batch of both sides; prefix dropout and hard negatives are for training."""
     return MixedBatchCollator(
         processor,
         data_types,
         prefix_sides=data_args.prefix_sides,
-        prefix_dropout=prefix_dropout,
+        prefix_dropout=data_args.prefix_dropout if training else 0.0,
+        tasks_without_prefix=data_args.tasks_without_prefix or (),
+        with_negatives=training,
         seed=args.seed,
     )
 

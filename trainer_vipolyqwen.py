@@ -3,26 +3,35 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
+from vipolyqwen.balance_vipolyqwen import BalanceMonitor
 from vipolyqwen.callbacks_vipolyqwen import RateCallback
 from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.sources import PairDataset
 from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, spearman
-from vipolyqwen.losses_vipolyqwen import MixedLoss, gather_with_grad
+from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 
+logger = logging.get_logger(__name__)
+
+LOSS_STATE = "loss_state.safetensors"  # in a checkpoint: what the loss has learned, and where the new parts started
 PADDING_TOLERANCE = 2.0  # longest over shortest row of one forward; benchmarks/length_buckets.py compares
 
 
@@ -71,8 +80,9 @@ class ViPolyQwenTrainer(Trainer):
             for collator in (train_collator, eval_collator):
                 collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
         self.mixed_loss = mixed_loss.to(args.device)
-        self.rates = RateCallback()
-        self.add_callback(self.rates)
+        self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback()
+        for callback in (self.rates, self.monitor, self.discard):
+            self.add_callback(callback)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
     def compute_loss(
@@ -84,21 +94,47 @@ class ViPolyQwenTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mixed loss of the joined batch of all processes (SPEC §3)."""
         pairs = len(inputs["data_type"])
-        embeddings = self.embed(model, inputs)  # (2 · pairs, D): side a, then side b
-        a, b = (gather_with_grad(side) for side in (embeddings[:pairs], embeddings[pairs:]))
-        names = ("data_type", "similarity_scores", "a_keys", "b_keys")
-        output = self.mixed_loss(
-            a, b, *(gather_with_grad(inputs[name]) for name in names), epoch=self.state.epoch or 0
-        )
+        embeddings = self.embed(model, inputs)  # sides a, sides b, hard negatives
+        output = self._mixed_loss(embeddings, inputs)
         summary = self.mixed_loss.summarise(output)
-        self._refuse_non_finite(summary, inputs["ids"])
-        for name, value in summary.items():
-            self._logged[name].append(value)
+        if output.loss.isfinite() and all(map(math.isfinite, summary.values())):
+            for name, value in summary.items():
+                self._logged[name].append(value)
+            self.monitor.record(output.loss.item())
+        else:
+            self._refuse_non_finite(output, embeddings, inputs["ids"])
         self.rates.count(pairs * self.args.world_size, inputs)
         return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
 
+    def _mixed_loss(self, embeddings: torch.Tensor, inputs: dict[str, Any]) -> MixedLossOutput:
+        """The loss of the batches of all processes together, which is the same in each of them."""
+        pairs = len(inputs["data_type"])
+        a, b = (gather_with_grad(side) for side in (embeddings[:pairs], embeddings[pairs : 2 * pairs]))
+        names = ("data_type", "similarity_scores", "a_keys", "b_keys")
+        counts = self.accelerator.gather(torch.tensor([pairs, len(inputs["negative_owners"])], device=a.device))
+        counts = counts.view(-1, 2)  # (processes, 2)
+        negatives = None
+        if counts[:, 1].any():
+            first = counts[: self.args.process_index, 0].sum()  # place of this process's pairs in the joined batch
+            vectors, owners, keys = (
+                gather_with_grad(x)
+                for x in (embeddings[2 * pairs :], inputs["negative_owners"] + first, inputs["negative_keys"])
+            )
+            negatives = HardNegatives(vectors, owners, keys)
+        monitor_steps = self.args.monitor_steps
+        return self.mixed_loss(
+            a,
+            b,
+            *(gather_with_grad(inputs[name]) for name in names),
+            epoch=self.state.epoch or 0,
+            groups=gather_with_grad(inputs["groups"]),
+            modalities=gather_with_grad(inputs["modalities"]),
+            negatives=negatives,
+            with_gradients=monitor_steps > 0 and self.state.global_step % monitor_steps == 0,
+        )
+
     def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Unit vectors of both sides, (2 · pairs, D) float32.
+        """Unit vectors of both sides and of the hard negatives, (2 · pairs + N, D) float32.
 
         In one process, rows of like length go through the model together, since padding short answers to the longest
         question costs more than further calls. With several processes it is one call that passes through every tower,
@@ -107,25 +143,41 @@ class ViPolyQwenTrainer(Trainer):
         device = inputs["attention_mask"].device
         if self.args.world_size > 1:
             vectors = model(**take_rows(inputs, torch.arange(len(inputs["attention_mask"]), device=device))).embeddings
-            rows = 2 * len(inputs["data_type"])
+            rows = 2 * len(inputs["data_type"]) + len(inputs["negative_owners"])
             return vectors[:rows] + 0.0 * vectors[rows:].sum()
         buckets = [torch.tensor(bucket, device=device) for bucket in length_buckets(row_lengths(inputs).tolist())]
         vectors = torch.cat([model(**take_rows(inputs, bucket)).embeddings for bucket in buckets])
         return torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
 
-    def _refuse_non_finite(self, summary: dict[str, float], ids: Sequence[str]) -> None:
-        broken = [name for name, value in summary.items() if not math.isfinite(value)]
-        if broken:
+    def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
+        """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
+
+        One vector that is not finite makes the loss of every row so; then only the rows of such vectors are named.
+        """
+        finite = embeddings[: 2 * len(ids)].isfinite().all(dim=1).view(2, -1).all(dim=0)  # (pairs,)
+        rows = gather_object(list(zip(ids, finite.tolist(), strict=True)))
+        bad = [row for row, (_, vectors_are_finite) in enumerate(rows) if not vectors_are_finite]
+        bad = bad or (~output.per_sample.isfinite()).nonzero().flatten().tolist() or range(len(rows))
+        by_task: dict[str, list[str]] = defaultdict(list)
+        for row in bad:
+            by_task[self.mixed_loss.tasks[output.task_ids[row]]].append(rows[row][0])
+        named = "; ".join(f"{task}: {', '.join(names)}" for task, names in by_task.items())
+        message = f"Step {self.state.global_step}: the loss is {output.loss.item()}, by these rows: {named}."
+        if self.args.on_nan == "error":
             raise FloatingPointError(
-                f"Step {self.state.global_step}: {', '.join(f'{name} is {summary[name]}' for name in broken)}. "
-                f"Rows of this process: {', '.join(ids)}. Lower the learning rate, or look at these rows."
+                f"{message} Lower the learning rate, look at these rows, or leave such steps out with `on_nan: skip`."
             )
+        logger.warning(f"{message} This step's update is left out.")
+        self.discard.pending = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss component since the last log."""
         if "loss" in logs:
             logs.update({name: sum(values) / len(values) for name, values in sorted(self._logged.items())})
             logs.update(self.rates.rates())
+            model = self.accelerator.unwrap_model(self.model)
+            logs.update(self.monitor.summary(model, self.state, logs.get("grad_norm")))
+            logs["skipped_steps"] = self.discard.count
             self._logged.clear()
         super().log(logs, start_time)
 
@@ -148,10 +200,17 @@ class ViPolyQwenTrainer(Trainer):
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
                     for (rate, decay), parameters in groups.items()
-                ],
+                ]
+                + self._loss_parameters(),
                 **options,
             )
         return self.optimizer
+
+    def _loss_parameters(self) -> list[dict[str, Any]]:
+        """What the loss itself learns (a temperature, log-variances). Its gradient is the same in every process."""
+        parameters = list(self.mixed_loss.parameters())
+        rate = self.args.learning_rate if self.args.loss_learning_rate is None else self.args.loss_learning_rate
+        return [{"params": parameters, "lr": rate, "weight_decay": 0.0}] if parameters else []
 
     def _learning_rate_of(self, name: str) -> float:
         rates = {
@@ -220,11 +279,67 @@ class ViPolyQwenTrainer(Trainer):
             metrics[name] = sum(values) / len(values)
         return metrics
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves the state of the loss and of the monitor too."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {f"loss.{name}": value for name, value in self.mixed_loss.state_dict().items()}
+            state |= {f"start.{name}": value for name, value in self.monitor.start.items()}
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads the state of the loss and of the monitor too."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / LOSS_STATE
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take an older one.")
+            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}}
+            for name, value in load_file(path).items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+            self.mixed_loss.load_state_dict(parts["loss"])
+            self.monitor.start = parts["start"]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A checkpoint is a whole repository: code, processor and sentence-transformers files included."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             save_repository(model, self.processing_class, output_dir or self.args.output_dir, state_dict)
+
+
+class DiscardCallback(TrainerCallback):
+    """Leaves out the update of a step in which a loss was not finite, and counts such steps."""
+
+    def __init__(self) -> None:
+        self.pending = False
+        self.count = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Without gradients the optimiser changes neither weights nor moments."""
+        if self.pending and optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+            self.pending = False
+            self.count += 1
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Clears all gradients: the stock loop clears the model's, not those of what the loss learns."""
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
 
 
 def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from vipolyqwen.data.schema import DataType
+from vipolyqwen.data.sources import content_key
+from vipolyqwen.mixed_loss_vipolyqwen import MODALITY_PAIRS
 
 PREFIX_SIDES = ("a", "both")
 
@@ -26,7 +28,9 @@ class MixedBatchCollator:
         prefix_sides: `"a"` or `"both"`, the sides before which the prefix stands.
         prefix_dropout: probability that a pair goes without its prefix, which trains the general embedding f(x, None);
             0 in evaluation.
+        tasks_without_prefix: data types that never get their prefix (an ablation).
         seed: seed of the prefix dropout.
+        with_negatives: whether rows' hard negatives are part of the batch; not needed where pairs are only measured.
         extra_parts: message parts of one more row after the pairs, for towers that every batch must pass through.
     """
 
@@ -34,7 +38,9 @@ class MixedBatchCollator:
     data_types: Mapping[str, DataType]
     prefix_sides: str = "a"
     prefix_dropout: float = 0.1
+    tasks_without_prefix: Sequence[str] = ()
     seed: int = 0
+    with_negatives: bool = True
     extra_parts: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
@@ -42,6 +48,11 @@ class MixedBatchCollator:
             raise ValueError(f"prefix_sides is {self.prefix_sides!r}; choose one of {', '.join(PREFIX_SIDES)}.")
         if not 0.0 <= self.prefix_dropout <= 1.0:
             raise ValueError(f"prefix_dropout is {self.prefix_dropout}; a probability is in [0, 1].")
+        for name in self.tasks_without_prefix:
+            if name not in self.data_types:
+                raise ValueError(
+                    f"tasks_without_prefix: unknown data type {name!r}; known: {', '.join(self.data_types)}."
+                )
         for name, data_type in self.data_types.items():
             if self.processor.task_prefixes.get(name) != data_type.prefix:
                 raise ValueError(
@@ -57,8 +68,10 @@ class MixedBatchCollator:
             `image_grid_thw` (images, 3) long if there are images; `audio_features` (clips, samples) float,
             `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if there are sounds;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
-            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, and the list `ids`. With
-            `extra_parts` the model's inputs have one row more, 2B + 1.
+            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0 for
+            a pair without group, `modalities` (B,) long (positions in `MODALITY_PAIRS`), and the list `ids`. Hard
+            negatives are N rows after the sides b, with `negative_owners` (N,) long, the pair of each, and
+            `negative_keys` (N,) long; `extra_parts` are one row more after those.
         """
         prefixes = self._prefixes([row["id"] for row in rows], [row["data_type"] for row in rows])
         on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
@@ -66,6 +79,8 @@ class MixedBatchCollator:
             *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
             *(_conversation(prefix, [_text(row["b"])]) for prefix, row in zip(on_b, rows, strict=True)),
         ]
+        negatives = [(row, text) for row, pair in enumerate(rows) if self.with_negatives for text in pair["negatives"]]
+        conversations += [_conversation(on_b[row], [_text(text)]) for row, text in negatives]
         if self.extra_parts:
             conversations.append(_conversation(None, list(self.extra_parts)))
         batch = dict(
@@ -84,6 +99,10 @@ class MixedBatchCollator:
             "similarity_scores": torch.tensor(scores, dtype=torch.float32),
             "a_keys": torch.tensor([row["a_key"] for row in rows]),
             "b_keys": torch.tensor([row["b_key"] for row in rows]),
+            "groups": torch.tensor([0 if row["group"] is None else content_key(row["group"]) for row in rows]),
+            "modalities": torch.tensor([MODALITY_PAIRS.index(_modality_pair(row)) for row in rows]),
+            "negative_owners": torch.tensor([row for row, _ in negatives], dtype=torch.long),
+            "negative_keys": torch.tensor([content_key(text) for _, text in negatives], dtype=torch.long),
             "ids": [row["id"] for row in rows],
         }
 
@@ -95,7 +114,8 @@ class MixedBatchCollator:
             drawn = batch.copy()
             drawn.update(place.to_bytes(8))
             uniform = int.from_bytes(drawn.digest()[:8]) / 2**64  # in [0, 1)
-            prefixes.append(None if uniform < self.prefix_dropout else self.data_types[name].prefix)
+            dropped = uniform < self.prefix_dropout or name in self.tasks_without_prefix
+            prefixes.append(None if dropped else self.data_types[name].prefix)
         return prefixes
 
 
@@ -138,6 +158,13 @@ def _members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     starts = (counts.cumsum(0) - counts)[groups]
     within = torch.arange(int(sizes.sum()), device=counts.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return starts.repeat_interleave(sizes) + within
+
+
+def _modality_pair(row: Mapping[str, Any]) -> str:
+    """The entry of `MODALITY_PAIRS` that a pair belongs to."""
+    if row["audio"] is not None:
+        return "audio-text"
+    return "image-text" if row["images"] else "text-text"
 
 
 def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ TEXT_FEATURES = datasets.Features(
     {
         **{name: datasets.Value("string") for name in ("id", "data_type", "a", "b", "group")},
         "images": datasets.List(datasets.Value("string")),
+        "negatives": datasets.List(datasets.Value("string")),
         "audio": {
             "path": datasets.Value("string"),
             "array": datasets.List(datasets.Value("float32")),
@@ -53,7 +54,8 @@ class SourceConfig:
         data_type: the data type of all rows; or
         data_type_column: the column that holds each row's (`data_type` if neither is given).
         map: value of that column -> data type; a value that is a data type already needs no entry.
-        columns: a, b, images, audio, score, id, group -> the user's column (default: the same name; null: none).
+        columns: a, b, images, audio, score, id, group, negatives -> the user's column (default: the same name; null:
+            none). Rows of one group are no negatives of each other; negatives are texts that are wrong answers.
         media_root: folder of relative media paths (default: the folder of the file that names them).
         weight: how many times an epoch visits each row.
         split: split of a Hub dataset or a folder.

@@ -20,7 +20,7 @@ from vipolyqwen.processing_vipolyqwen import (
     load_audio,
 )
 
-COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group")
+COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group", "negatives")
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 PREFIX_PATTERN = re.compile(r"<\w+>")
 
@@ -115,6 +115,7 @@ class Row:
     audio: str | bytes | dict[str, Any] | None
     score: float | None
     group: str | None
+    negatives: list[str]
 
 
 def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
@@ -138,6 +139,7 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
         audio=_clean_audio(record.get("audio"), place, root),
         score=_clean_score(record.get("score"), place),
         group=None if group is None else str(group),
+        negatives=_clean_texts("negatives", record.get("negatives"), place),
     )
 
 
@@ -167,6 +169,8 @@ def check_row(row: Row, data_types: Mapping[str, DataType], place: Place, image_
         raise place.error("audio", row.audio, f"{row.data_type} needs a sound; name one or change the data type.")
     if not has_a:
         raise place.error("a", row.a, "side a has no text, image or sound; fill it in or drop the row.")
+    if any(not text.strip() or text == row.b for text in row.negatives):
+        raise place.error("negatives", row.negatives, "a negative is empty or is side b itself; drop it.")
     markers = row.a.count(image_placeholder) if row.images else 0
     if markers not in (0, len(row.images)):
         raise place.error(
@@ -229,6 +233,12 @@ def _clean_text(column: str, value: Any, place: Place) -> str:
             column, value, f"it has a lone surrogate at position {error.start}; write it anew as UTF-8."
         ) from error
     return value
+
+
+def _clean_texts(column: str, value: Any, place: Place) -> list[str]:
+    if value is None or value == "":
+        return []
+    return [_clean_text(column, entry, place) for entry in (value if isinstance(value, list) else [value])]
 
 
 def _clean_images(value: Any, place: Place, root: str) -> list[str | bytes]:

@@ -80,7 +80,8 @@ class PairDataset(torch.utils.data.Dataset):
         Returns:
             `id`, `data_type`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
             (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `score` (or `None`), `group`
-            (or `None`), `source` (index of the recipe's entry), `a_key`, `b_key` (`content_key` of each side).
+            (or `None`), `negatives` (list of texts), `source` (index of the recipe's entry), `a_key`, `b_key`
+            (`content_key` of each side).
 
         Raises:
             RowError: an image or a sound cannot be decoded.
@@ -101,6 +102,7 @@ class PairDataset(torch.utils.data.Dataset):
             "audio": None if audio is None else _decode(_load_sound, audio, "audio", row.audio, place),
             "score": row.score,
             "group": row.group,
+            "negatives": row.negatives,
             "source": self.piece_sources[number],
             "a_key": content_key(row.a, [*images, *_sound_bytes(audio)]),
             "b_key": content_key(row.b),

@@ -108,6 +108,17 @@ def test_columns_and_values_of_any_name_are_mapped(folder: Path) -> None:
     assert dataset.task_ids.tolist() == [0, 1]
 
 
+def test_negatives_are_a_text_or_a_list_of_texts_in_every_format(folder: Path) -> None:
+    assert load(folder, [{**TEXT_PAIR, "negatives": "x"}, TEXT_PAIR])[0]["negatives"] == ["x"]
+    rows = [{**TEXT_PAIR, "wrong": ["x", "y"]}, {**TEXT_PAIR, "wrong": None}]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "a.parquet")
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("a.parquet", "a.jsonl"):
+        source = {"path": str(folder / name), "columns": {"negatives": "wrong"}}
+        dataset = load_pairs([source], DATA_TYPES, 400)
+        assert [dataset[number]["negatives"] for number in range(2)] == [["x", "y"], []]
+
+
 def test_one_column_may_serve_twice_and_null_leaves_one_out(folder: Path) -> None:
     rows = [{"text": "a", "score": 27.5}]
     dataset = load(folder, rows, data_type="instr", columns={"a": "text", "b": "text", "score": None})
@@ -240,6 +251,9 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
         ({"a": None}, "column 'a' is '': side a has no text, image or sound"),
         ({"a": 5}, "column 'a' is 5: a text is expected, this is of type int; quote it"),
         ({"b": "\ud800"}, "column 'b' is .*: it has a lone surrogate at position 0; write it anew as UTF-8"),
+        ({"negatives": ["x", " "]}, r"column 'negatives' is \['x', ' '\]: a negative is empty or is side b itself"),
+        ({"negatives": ["Two red stars."]}, "column 'negatives' .* is side b itself; drop it"),
+        ({"negatives": [7]}, "column 'negatives' is 7: a text is expected, this is of type int; quote it"),
         ({"data_type": "ocr"}, r"column 'images' is \[\]: ocr needs an image; name one"),
         ({"data_type": "audio"}, "column 'audio' is None: audio needs a sound; name one"),
         ({"a": "<image>", "images": ["sign.png"] * 2}, "column 'a' .*1 placeholders <image> for 2 images; write one"),
@@ -409,6 +423,23 @@ def test_a_mixed_batch_holds_both_sides(folder: Path, collator: MixedBatchCollat
     assert batch["a_keys"].dtype == torch.int64
     assert batch["ids"] == ["p1", "o1", "s1", "i1", "m1", "v1"]
     assert row_lengths(batch)[2] == 0
+
+
+def test_negatives_are_rows_after_the_sides_b(folder: Path, collator: MixedBatchCollator) -> None:
+    rows = [
+        {**OCR, "group": "x"},
+        {**INSTR, "negatives": ["một", "hai"]},
+        {**TEXT_PAIR, "group": "x", "negatives": "x"},
+    ]
+    batch = replace(collator, prefix_sides="both")(list(load(folder, [*rows, MIXED[2]])))
+    expected = ["<instr>một<|im_end|>", "<instr>hai<|im_end|>", "<text_pair>x<|im_end|>"]
+    assert [decode(collator, batch, row) for row in range(8, 11)] == expected
+    assert batch["negative_owners"].tolist() == [1, 1, 2]
+    assert batch["negative_keys"].tolist() == [content_key(text) for text in ("một", "hai", "x")]
+    assert batch["groups"].tolist() == [content_key("x"), 0, content_key("x"), 0]
+    assert batch["modalities"].tolist() == [1, 0, 0, 2]  # image, text, text, audio
+    without = replace(collator, with_negatives=False)(list(load(folder, rows)))
+    assert len(without["input_ids"]) == 6 and not len(without["negative_owners"])
 
 
 def test_the_prefix_stands_on_both_sides_if_asked(folder: Path, collator: MixedBatchCollator) -> None:

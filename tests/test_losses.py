@@ -22,20 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vipolyqwen.losses_vipolyqwen import (
     LOSS_TABLES,
-    WEIGHTINGS,
-    MixedLoss,
-    MixedLossOutput,
-    TableWeighting,
     TaskLoss,
-    TaskWeighting,
     canonical_data_type,
     cosine_distance,
-    gather_with_grad,
     hardest_triplet,
     info_nce,
     pairwise_rank,
     score_mse,
 )
+from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss, MixedLossOutput, gather_with_grad
+from vipolyqwen.weighting_vipolyqwen import TableWeighting
 
 NAN = math.nan
 TASKS = ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio"]
@@ -395,51 +391,7 @@ def test_low_scores_stay_positives_when_switched_off() -> None:
     assert output.components["nce"].tolist() == near(NCE)
 
 
-# --- weighting
-
-
-def weights_at(weighting: TaskWeighting, epoch: float) -> list[float]:
-    """λ of every task at an epoch, for arbitrary losses."""
-    return weighting(torch.ones(len(weighting.tasks)), torch.ones(len(weighting.tasks)).bool(), epoch).tolist()
-
-
-@pytest.mark.parametrize(
-    ("epoch", "expected"),
-    [
-        (0, [0.25, 1.2, 1.0, 1.0, 0.8, 1.0]),
-        (0.99, [0.25, 1.2, 1.0, 1.0, 0.8, 1.0]),
-        (1, [0.22, 1.3, 1.2, 1.0, 0.8, 1.0]),
-        (2.5, [0.22, 1.3, 1.2, 1.0, 0.8, 1.0]),
-    ],
-)
-def test_published_weights_by_epoch(epoch: float, expected: list[float]) -> None:
-    assert weights_at(WEIGHTINGS["table"](TASKS), epoch) == near(expected)
-
-
-def test_no_weighting_and_tasks_the_table_does_not_name_have_weight_one() -> None:
-    assert weights_at(WEIGHTINGS["none"](TASKS), 0) == [1.0] * 6
-    assert weights_at(TableWeighting(["photo_caption", "instr"]), 1) == near([1.0, 1.3])
-
-
-def test_own_table_with_aliases_and_text_keys() -> None:
-    weighting = TableWeighting(["text_pair", "ocr"], {"0": {"contrastive_with_score": 0.5}, "3": {"ocr": 2}})
-    assert weights_at(weighting, 2.9) == [0.5, 1.0]
-    assert weights_at(weighting, 3) == [1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({0: {"orc": 1.0}}, r"epoch 0: unknown task 'orc'; known: \['text_pair', 'instr', "),
-        ({0: {}, 1: {"ocr": -1.0}}, r"epoch 1: weight of 'ocr' is -1.0"),
-        ({0: {"ocr": NAN}}, r"epoch 0: weight of 'ocr' is nan"),
-        ({-1: {}}, r"epoch -1 must be a whole number"),
-        ({1: {}}, r"rows for epochs \[1\]; it needs a row for epoch 0"),
-    ],
-)
-def test_own_table_is_validated(table: dict[int, dict[str, float]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TableWeighting(TASKS, table)
+# --- weights in the batch loss
 
 
 def test_batch_loss_weighs_each_row_by_its_task() -> None:
@@ -452,35 +404,21 @@ def test_batch_loss_weighs_each_row_by_its_task() -> None:
         assert output.per_sample.tolist() == near(rows)
 
 
-class Recorder(TaskWeighting):
-    def forward(self, task_losses: Tensor, present: Tensor, epoch: float) -> Tensor:
-        self.seen = task_losses, present, epoch
-        return torch.tensor([1.0, 2.0, 4.0])
-
-
-def test_a_weighting_sees_mean_loss_and_presence_of_each_task() -> None:
-    weighting = Recorder(["ocr", "absent", "instr"])
-    table = {"ocr": TaskLoss(nce=1.0), "absent": TaskLoss(nce=1.0), "instr": TaskLoss(cosine=1.0)}
-    output = run(MixedLoss(table, T, weighting), ["ocr", "ocr", "instr"], epoch=0.5)
-    losses, present, epoch = weighting.seen
-    assert losses.tolist() == near([(NCE[0] + NCE[1]) / 2, 0, 0.4])
-    assert present.tolist() == [True, False, True]
-    assert epoch == 0.5
-    assert output.loss.item() == pytest.approx((NCE[0] + NCE[1] + 4 * 0.4) / 3, rel=1e-6)
-
-
 def test_summary_names_the_tasks_present_and_the_components_they_use() -> None:
     loss = MixedLoss(LOSS_TABLES["dle"], T, TableWeighting(TASKS))
     summary = loss.summarise(run(loss, ["instr", "ocr", "instr"], torch.full((3,), NAN)))
+    both = NCE[0] + NCE[2] + 2 * 0.4
     assert summary == {
         "loss/instr": pytest.approx((NCE[0] + NCE[2]) / 2 + 0.4, rel=1e-6),
         "loss/instr/nce": pytest.approx((NCE[0] + NCE[2]) / 2, rel=1e-6),
         "loss/instr/cosine": pytest.approx(0.4, rel=1e-6),
         "weight/instr": pytest.approx(1.2, rel=1e-6),
+        "share/instr": pytest.approx(1.2 * both / (1.2 * both + NCE[1]), rel=1e-5),
         "loss/ocr": pytest.approx(NCE[1], rel=1e-5),
         "loss/ocr/nce": pytest.approx(NCE[1], rel=1e-5),
         "loss/ocr/triplet": 0.0,
         "weight/ocr": 1.0,
+        "share/ocr": pytest.approx(NCE[1] / (1.2 * both + NCE[1]), rel=1e-5),
     }
     assert json.loads(json.dumps(summary)) == summary
 

@@ -7,12 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-import yaml
-from conftest import TEXTS, random_image, random_sound
+from conftest import TEXTS, train_run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -20,87 +17,18 @@ from vipolyqwen.arguments_vipolyqwen import read_arguments, read_recipe
 from vipolyqwen.data.collator import MixedBatchCollator, take_rows
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
-from vipolyqwen.train_vipolyqwen import build_loss, main
+from vipolyqwen.train_vipolyqwen import build_loss
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer, length_buckets
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base, pairs of all six tasks and of a seventh, and a recipe for them."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 56, "vocab_size": 400}
-    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "base")
-    write_pairs(folder)
-    recipe = {
-        "model": str(folder / "base"),
-        "train_data": [
-            {"path": str(folder / "pairs.jsonl")},
-            {
-                "path": str(folder / "captions.jsonl"),
-                "data_type": "caption",
-                "columns": {"images": "picture", "b": "said"},
-            },
-        ],
-        "eval_data": [{"path": str(folder / "pairs.jsonl")}],
-        "data_types": {"caption": {"prefix": "<caption>", "loss": {"nce": 1.0, "cosine": 0.5}, "needs_image": True}},
-        "loss_table": "dle",
-        "task_weighting": "table",
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1.0e-3,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "recall@1",
-        "greater_is_better": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return folder
-
-
-def write_pairs(folder: Path) -> None:
-    """Four rows of each task and eight captions."""
-    rng = np.random.default_rng(0)
-    rows, captions = [], []
-    for number in range(4):
-        random_image(rng).save(folder / f"{number}.png")
-        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.1 * number)["array"], 16_000)
-        picture = {"images": [f"{number}.png"]}
-        rows += [
-            {"data_type": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},
-            {"data_type": "instr", "a": f"Nói lại: {TEXTS[number]}", "b": f"{number} {TEXTS[number]}"},
-            {"data_type": "ocr", "a": "Biển ghi gì?", "b": f"số {number}", **picture},
-            {"data_type": "vqa_single", "a": "What is it?", "b": f"noise {number}", **picture},
-            {"data_type": "vqa_multi", "a": "User: A?\nAssistant: B.\nUser: C?", "b": f"D {number}", **picture},
-            {"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"},
-        ]
-        captions += [{"picture": f"{number}.png", "said": f"{word} {number}"} for word in ("một hình", "a picture")]
-    for name, content in (("pairs", rows), ("captions", captions)):
-        lines = [json.dumps({"id": f"{name}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(content)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
-def run(world: Path, output: Path, *flags: str) -> list[dict]:
-    """Trains in this process and returns the log."""
-    main([str(world / "recipe.yaml"), "--output_dir", str(output), *flags])
-    return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-
-
-@pytest.fixture(scope="module")
 def trained(world: Path) -> tuple[Path, list[dict]]:
     """One run of the recipe and its log."""
-    return world / "run", run(world, world / "run")
+    return world / "run", train_run(world, world / "run")
 
 
 def test_every_component_of_every_task_is_logged(trained: tuple[Path, list[dict]]) -> None:
@@ -130,10 +58,38 @@ def test_a_checkpoint_is_a_repository_that_sentence_transformers_loads(trained: 
     assert not list(trained[0].glob("**/training_args.bin"))
 
 
+def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
+    world: Path, trained: tuple[Path, list[dict]]
+) -> None:
+    text = (trained[0] / "training.json").read_text(encoding="utf-8")
+    assert str(world) not in text
+    record = json.loads(text)
+    assert record["base_models"] == [] and "continued_from" not in record  # a tiny base in a folder
+    tasks = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
+    pairs = {"name": "pairs.jsonl", "on_hub": False, "rows": 24, "weight": 1.0, "data_types": dict.fromkeys(tasks, 4)}
+    captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "data_types": {"caption": 8}}
+    assert (record["train_data"], record["eval_data"]) == ([pairs, captions], [pairs])
+    settings = record["settings"]
+    assert settings["bf16"] is False and "vision_learning_rate" not in settings
+    assert (settings["loss_table"], settings["max_steps"], settings["learning_rate"]) == ("dle", 4, 1e-3)
+    assert set(record["versions"]) >= {"torch", "transformers"} and "cpu" in record["hardware"]
+
+
+def test_a_model_that_goes_on_from_another_keeps_its_backbones(world: Path, tmp_path: Path) -> None:
+    backbones = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
+    for number, flags in enumerate(
+        (["--vlm", backbones[0], "--audio", backbones[1]], ["--model", str(tmp_path / "0")])
+    ):
+        arguments = read_arguments([*flags, "--output_dir", "x", "--use_cpu", "true"])
+        write_record(tmp_path / str(number), arguments, None, None)
+        record = json.loads((tmp_path / str(number) / "training.json").read_text(encoding="utf-8"))
+        assert record["base_models"] == backbones
+
+
 def test_resuming_ends_where_the_uninterrupted_run_ends(
     world: Path, trained: tuple[Path, list[dict]], tmp_path: Path
 ) -> None:
-    run(world, tmp_path, "--resume_from_checkpoint", str(trained[0] / "checkpoint-2"))
+    train_run(world, tmp_path, "--resume_from_checkpoint", str(trained[0] / "checkpoint-2"))
     straight, resumed = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (trained[0], tmp_path))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -143,7 +99,7 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(
 def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
     flags = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
     flags += ["--max_steps", "3", "--prefix_dropout", "0", "--max_grad_norm", "0", "--optim", "sgd"]
-    run(world, tmp_path / "one", *flags)
+    train_run(world, tmp_path / "one", *flags)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, ROOT / "train_vipolyqwen.py", world / "recipe.yaml", "--output_dir", tmp_path / "two"]
     command += [*flags, "--per_device_train_batch_size", "4", "--ddp_backend", "gloo"]
@@ -240,11 +196,40 @@ def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
         assert args.weight_decay == 0.001 and args.max_grad_norm == 1.0 and args.bf16
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_ablation_changes_what_it_says_on_top_of_any_recipe(path: Path) -> None:
+    changed = read_recipe(path)
+    for name in ("trimodal", "demo"):
+        command = [str(ROOT / f"recipes/{name}.yaml"), str(path), "--use_cpu", "true"]
+        plain, ablated = read_arguments(command[:1] + command[2:]), read_arguments(command)
+        build_loss(ablated[2], ablated[1].data_types, list(declare_data_types(ablated[1].data_types)))
+        differing = {
+            key
+            for one, other in zip(plain, ablated, strict=True)
+            for key, value in vars(other).items()
+            if value != vars(one)[key] and key not in ("logging_dir", "distributed_state")
+        }
+        assert differing <= set(changed)
+        assert all(any(vars(part).get(key) == value for part in ablated) for key, value in changed.items())
+
+
+def test_a_task_without_prefix_never_gets_one(world: Path) -> None:
+    _, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
+    data_types = declare_data_types(None)
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], data_types, processor.min_audio_samples)
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(data_type.prefix) for name, data_type in data_types.items()}
+    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0, tasks_without_prefix=("ocr",))
+    used = set(collator([pairs[number] for number in range(len(pairs))])["input_ids"].flatten().tolist())
+    assert ids["ocr"] not in used and ids["instr"] in used and ids["vqa_multi"] in used
+    with pytest.raises(ValueError, match="unknown data type 'orc'; known: text_pair"):
+        MixedBatchCollator(processor, data_types, tasks_without_prefix=("orc",))
+
+
 def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"data_type": "text_pair", "a": "x", "b": "y", "score": 1.5}\n')
     sources = json.dumps([{"path": str(tmp_path / "bad.jsonl")}])
     with pytest.raises(ValueError, match=r"bad\.jsonl.*1\.5"):
-        run(world, tmp_path / "out", "--train_data", sources)
+        train_run(world, tmp_path / "out", "--train_data", sources)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("checkpoint-*"))
 
 

@@ -1,0 +1,106 @@
+"""What monitoring costs: steps that measure the tasks' gradients against steps that do not, side by side.
+
+    python benchmarks/monitor_cost.py [CORPUS] [--batches 12] [--batch_size 96]
+
+CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Every batch is trained on both ways in turn
+(forward, losses, backward), and the numbers for the log are made once for each log. By default gradients are measured
+every 10 steps. Writes benchmarks/results/monitor_cost.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerControl, TrainerState
+
+from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
+from vipolyqwen.balance_vipolyqwen import BalanceMonitor
+from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.data.sampler import MixtureSampler
+from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.demo_vipolyqwen import BASE_SIZES
+from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
+from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
+from vipolyqwen.report_vipolyqwen import read_rows
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.trainer_vipolyqwen import length_buckets
+
+BAR = 0.03  # of the time of a step
+MONITOR_STEPS = ViPolyQwenTrainingArguments.monitor_steps
+
+
+def main() -> None:
+    """Times every batch both ways and reports medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, nargs="?", default=Path("outputs/demo/corpus"))
+    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--batch_size", type=int, default=96)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    tasks = LOSS_TABLES["dle"]
+    sources = [
+        {"path": str(options.corpus / f"train/{task}.jsonl"), "media_root": str(options.corpus)} for task in tasks
+    ]
+    model, processor = build_tiny_base((row["b"] for s in sources for row in read_rows(Path(s["path"]))), **BASE_SIZES)
+    data_types = declare_data_types(None)
+    pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
+    collate = MixedBatchCollator(processor, data_types)
+    order = list(MixtureSampler(pairs.source_lengths, pairs.source_weights))
+    size = options.batch_size
+    batches = [collate([pairs[row] for row in order[i * size : (i + 1) * size]]) for i in range(options.batches)]
+    loss, monitor = MixedLoss(tasks), BalanceMonitor()
+    monitor.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
+    step(model, loss, batches[0], measured=True)  # warm-up
+    extra, plain, logs = [], [], []
+    for number, batch in enumerate(batches):
+        ways = (False, True) if number % 2 else (True, False)
+        seconds = {measured: step(model, loss, batch, measured) for measured in ways}
+        plain.append(seconds[False])
+        extra.append((seconds[True] - seconds[False]) / seconds[False])
+        started = time.perf_counter()
+        monitor.record(1.0)
+        monitor.summary(model, TrainerState(max_steps=100), 1.0)
+        logs.append((time.perf_counter() - started) / seconds[False])
+    cost = (statistics.median(extra) + statistics.median(logs)) / MONITOR_STEPS
+    result = {
+        "claims": {"monitoring_share_of_step_time": {"value": round(cost, 5), "bar": BAR, "holds": cost < BAR}},
+        "measuring_gradients_in_every_step": round(statistics.median(extra), 5),
+        "numbers_for_one_log_over_a_step": round(statistics.median(logs), 5),
+        "seconds_of_a_step": round(statistics.median(plain), 4),
+        "monitor_steps": MONITOR_STEPS,
+        "pairs": size,
+        "batches": options.batches,
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    path = Path(__file__).parent / "results" / "monitor_cost.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
+
+
+def step(model: torch.nn.Module, loss: MixedLoss, batch: dict[str, Any], measured: bool) -> float:
+    """Seconds of forward, losses, numbers for the log, and backward."""
+    started = time.perf_counter()
+    buckets = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
+    vectors = torch.cat([model(**take_rows(batch, rows)).embeddings for rows in buckets])
+    vectors = torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
+    pairs = len(batch["data_type"])
+    names = ("data_type", "similarity_scores", "a_keys", "b_keys")
+    inputs = (batch[name] for name in names)
+    output = loss(vectors[:pairs], vectors[pairs:], *inputs, with_gradients=measured)
+    loss.summarise(output)
+    output.loss.backward()
+    model.zero_grad()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
