@@ -124,6 +124,8 @@ class MLPProjection(nn.Module):
 PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
 
 
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 # Speech encoders in which, but for the group norm below, no layer carries padding into a real frame.
 PADDING_BLIND = ("hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat")
 
@@ -194,6 +196,24 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *model_args: Any, verify: bool = False, **kwargs: Any
+    ) -> Any:
+        """Loads as every model does; `verify=True` refuses one that is not what was published (`fingerprint.json`)."""
+        if not verify:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # brings the processor's imports along
+
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        dtype_was_asked_for = kwargs.get("dtype", "auto") != "auto"
+        compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
+        return (model, report) if wants_report else model
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
