@@ -1,6 +1,7 @@
 """Tensors to unit vectors: the two backbones, a pooling and a projection for each route, their fusion."""
 
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -537,6 +538,31 @@ def _backbone(
     return model
 
 
+def _reduce(model: ViPolyQwenModel) -> tuple[Any, ...]:
+    """How a model goes to another process: stock pickling refuses the weight norm in the speech encoder."""
+    buffers = dict(model.named_non_persistent_buffers())
+    return _rebuild, (type(model), model.config, model.state_dict(), buffers, model.training)
+
+
+def _rebuild(
+    model_class: type[ViPolyQwenModel],
+    config: ViPolyQwenConfig,
+    state_dict: dict[str, torch.Tensor],
+    buffers: dict[str, torch.Tensor],
+    training: bool,
+) -> ViPolyQwenModel:
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(state_dict, assign=True)
+    for name, buffer in buffers.items():  # what a state dict leaves out
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    return model.train(training)
+
+
+ForkingPickler.register(
+    ViPolyQwenModel, _reduce
+)  # used by process pools only; copying and torch.save stay as they are
 ViPolyQwenModel.register_for_auto_class("AutoModel")
 
 __all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel"]

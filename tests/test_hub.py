@@ -22,8 +22,10 @@ from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 SHIPPED = {
     "configuration_vipolyqwen.py",
     "fingerprint_vipolyqwen.py",
+    "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",
     "processing_vipolyqwen.py",
+    "tasks_vipolyqwen.py",
 }
 NEEDED = {"torch", "transformers", "tokenizers", "numpy", "PIL"}  # what sentence-transformers brings along
 OPTIONAL = {"soundfile", "scipy"}  # only behind `if is_…_available()`
