@@ -12,11 +12,15 @@ READING = re.compile(
 REQUEST = re.compile(
     r"^(please|write|say|tell|translate|change|describe|explain|list|give|name|find|make|create|generate|add|remove"
     r"|summari[sz]e|rewrite|rephrase|paraphrase|classify|identify|compare|calculate|convert|suggest|answer|edit|design"
-    r"|discuss|provide|construct|compose|develop|propose|analy[sz]e|who|what|when|where|which|why|how)\b"
-    r"|^(hãy|xin|vui lòng|viết|dịch|nói|kể|giải thích|liệt kê|tóm tắt|đổi|thêm|bớt|mô tả|tạo|tìm|đặt|so sánh|phân loại"
-    r"|sửa|trả lời|tính|cho tôi|cho biết|chuyển|nêu|làm|phân tích|đưa ra|đề xuất|gợi ý|soạn|thiết kế)\b"
-    r"|^(请|把|将|写|翻译|改|列|解释|描述|总结|给|告诉|生成|创建|设计|分析|比较|说明|提供|为|如何|什么|为什么|怎)"
-    r"|[?？]\s*$|^[^:：\n]{1,80}[?？:：]\s*\S",
+    r"|discuss|provide|construct|compose|develop|propose|analy[sz]e|determine|rank|choose|select|complete|fill|replace"
+    r"|insert|assign|sort|arrange|brainstorm|outline|draft|imagine|pretend|assume|role-?play|you are|given|come up"
+    r"|how (do|can|to|would|should))\b"
+    r"|^(hãy|xin hãy|viết|dịch|nói lại|kể (tên|lại|về|một|cho)|giải thích|liệt kê|tóm tắt|đổi|thêm|bớt|mô tả|tạo|tìm"
+    r"|đặt|so sánh|phân loại|phân tích|sửa|trả lời|tính toán|cho (tôi|biết|một|hai|ba)|chuyển|nêu|làm thế nào|đưa ra"
+    r"|đề xuất|gợi ý|soạn|biên soạn|thiết kế|xác định|cung cấp|xây dựng|lập|phát triển|sắp xếp|chỉnh sửa|chọn|dự đoán"
+    r"|thảo luận|ước tính|phác thảo|tên (một|hai|ba|bốn|năm|\d+))\b"
+    r"|^(请|写|翻译|改写|列出|解释|描述|总结|给出|告诉|生成|创建|设计|分析|比较|说明|提供|如何|根据|用\S{1,4}(说|写)|换)"
+    r"|\n|^[^,，.。!！\"“\n:：]{1,40}[?？:：]\s*[^\s\"“]",  # several lines; a request, then what it is about
     re.IGNORECASE,
 )
 
@@ -26,7 +30,8 @@ def infer_task(text: str, images: int, has_audio: bool) -> str | None:
 
     Sound is `audio`. Text with images is `vqa_multi` if at least two of its lines begin with a speaker (`User: …`),
     `ocr` if it asks to read (words for reading and writing in Vietnamese, English or Chinese), else `vqa_single`. Text
-    alone is `instr` if it is a question, begins with a request or has one before a colon, else `text_pair`. Images
+    alone is `instr` if it begins with a request in one of the three languages, has several lines, or a question or a
+    heading before what it is about (`Say this in Vietnamese: …`), else `text_pair`; so is a question by itself. Images
     alone are no task of the six: the general embedding.
     """
     if has_audio:
