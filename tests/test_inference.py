@@ -19,6 +19,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import quantize_embeddings
+from transformers import AutoModel, AutoProcessor
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
 from vipolyqwen.publish_vipolyqwen import save_repository
@@ -59,6 +60,15 @@ def rows(rng: np.random.Generator) -> list[Any]:
 def distance(found: Any, expected: Any) -> float:
     assert np.shape(found) == np.shape(expected)
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
+
+
+# --- trust -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_repository_s_code_runs_without_trust(repository: Path) -> None:
+    for load_it in (SentenceTransformer, AutoModel.from_pretrained, AutoProcessor.from_pretrained):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            load_it(str(repository), trust_remote_code=False)
 
 
 # --- what encode offers ------------------------------------------------------------------------------------------

@@ -52,7 +52,10 @@ ROUNDING = (
 )
 NOT_TRAINED = "not applicable: the tiny model has random weights and the test expects trained similarities"
 ZERO_MEAN = "not applicable: it expects only normalised vectors to have a mean near 0; the LayerNorm gives that to all"
+MORE_MODALITIES = "not applicable: the test's checkpoint takes text only, this one images, sounds and messages too"
 REASONS = {
+    "test_preprocess_rejects_unsupported_modality": MORE_MODALITIES,
+    "test_sentence_transformer": MORE_MODALITIES,
     "test_load_with_safetensors": NEEDS_HUB,
     "test_load_with_revision": NEEDS_HUB,
     "test_clip": NEEDS_HUB,
