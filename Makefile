@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance test lint format clean
+.PHONY: install demo balance test test-lowest lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,16 @@ balance: install
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# The lowest versions that the repositories ask for (`requirements` in config_sentence_transformers.json); opt-in.
+test-lowest: $(LOWEST)/.installed
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
+
+$(LOWEST)/.installed: requirements.txt requirements-dev.txt constraints-lowest.txt pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		-r requirements-dev.txt -e .
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +42,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) outputs .pytest_cache .ruff_cache

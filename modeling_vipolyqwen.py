@@ -1,6 +1,7 @@
 """Tensors to unit vectors: the two backbones, a pooling and a projection for each route, their fusion."""
 
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -124,6 +125,8 @@ class MLPProjection(nn.Module):
 PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
 
 
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 # Speech encoders in which, but for the group norm below, no layer carries padding into a real frame.
 PADDING_BLIND = ("hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat")
 
@@ -194,6 +197,24 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *model_args: Any, verify: bool = False, **kwargs: Any
+    ) -> Any:
+        """Loads as every model does; `verify=True` refuses one that is not what was published (`fingerprint.json`)."""
+        if not verify:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # brings the processor's imports along
+
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        dtype_was_asked_for = kwargs.get("dtype", "auto") != "auto"
+        compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
+        return (model, report) if wants_report else model
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -517,6 +538,31 @@ def _backbone(
     return model
 
 
+def _reduce(model: ViPolyQwenModel) -> tuple[Any, ...]:
+    """How a model goes to another process: stock pickling refuses the weight norm in the speech encoder."""
+    buffers = dict(model.named_non_persistent_buffers())
+    return _rebuild, (type(model), model.config, model.state_dict(), buffers, model.training)
+
+
+def _rebuild(
+    model_class: type[ViPolyQwenModel],
+    config: ViPolyQwenConfig,
+    state_dict: dict[str, torch.Tensor],
+    buffers: dict[str, torch.Tensor],
+    training: bool,
+) -> ViPolyQwenModel:
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(state_dict, assign=True)
+    for name, buffer in buffers.items():  # what a state dict leaves out
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    return model.train(training)
+
+
+ForkingPickler.register(
+    ViPolyQwenModel, _reduce
+)  # used by process pools only; copying and torch.save stay as they are
 ViPolyQwenModel.register_for_auto_class("AutoModel")
 
 __all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel"]

@@ -1,16 +1,12 @@
 """Text, images, audio and a task to tensors, in a way that user content can never pass for structure."""
 
-import io
 import math
 import os
-import struct
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -19,15 +15,11 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Wav2Vec2FeatureExtractor,
 )
-from transformers.image_utils import get_image_size
-from transformers.image_utils import load_image as load_image_string
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
-from transformers.utils import is_scipy_available, is_soundfile_available, logging
+from transformers.utils import logging
 
-if is_soundfile_available():
-    import soundfile
-if is_scipy_available():
-    from scipy.signal import resample_poly
+from .media_vipolyqwen import check_is_text, load_audio, load_image, resample
+from .tasks_vipolyqwen import AUTO_TASK, infer_task
 
 logger = logging.get_logger(__name__)
 
@@ -41,8 +33,6 @@ TASK_PREFIXES = {
 }
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 MAX_LENGTH = 8192  # tokens
-MAX_ASPECT_RATIO = 200  # the image processor's own limit
-MAX_IMAGE_PIXELS = 2**28  # decoded; more is a decompression bomb
 
 # What the processor does with a conversation, written as a string for those who want to read it. A system message is
 # the task prefix; sounds leave no token. The processor itself goes from the parts to the ids, not through this string.
@@ -94,6 +84,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         task_prefixes: task name -> prefix token.
         min_audio_samples: the fewest samples the speech encoder makes a frame of.
         max_audio_seconds: longer sounds are cut here (refused with `truncation=False`).
+        allow_urls: fetch images and sounds given as `http(s)://` addresses; off, they are an error.
     """
 
     valid_processor_kwargs = ViPolyQwenProcessorKwargs
@@ -107,12 +98,14 @@ class ViPolyQwenProcessor(ProcessorMixin):
         task_prefixes: dict[str, str] | None = None,
         min_audio_samples: int = 400,
         max_audio_seconds: float = 30.0,
+        allow_urls: bool = False,
     ) -> None:
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.task_prefixes: dict[str, str] = {}
         self.min_audio_samples = min_audio_samples
         self.max_audio_seconds = max_audio_seconds
+        self.allow_urls = allow_urls
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
             self.add_task(task, prefix)
@@ -132,6 +125,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def add_task(self, task: str, prefix: str) -> None:
         """Makes `prefix` the prefix token of `task`; the model's embedding may need to grow after it."""
+        if task == AUTO_TASK:
+            raise ValueError(f"A task cannot be called {task!r}: that name infers the task. Choose another one.")
         structure = {*self.tokenizer.all_special_tokens, VISION_START, IMAGE_TOKEN, VISION_END}
         is_new = prefix not in self.tokenizer.get_vocab()
         if not prefix or prefix in structure or not (is_new or prefix in self.tokenizer.get_added_vocab()):
@@ -174,7 +169,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
             videos: not supported.
             audio: one sound or a list with one sound (or `None`) an input: a path, the bytes of a file,
                 `{"array", "sampling_rate"}`, a decoder, or an array with `sampling_rate=` among the keywords.
-            task: name of the task whose prefix steers the embedding, for all inputs or one for each.
+            task: name of the task whose prefix steers the embedding, for all inputs or one for each; `"auto"`
+                infers it from the input (see `infer_task`).
             **kwargs: stock keyword arguments, flat or as `text_kwargs`, `images_kwargs`, `audio_kwargs`,
                 `common_kwargs`.
 
@@ -197,21 +193,17 @@ class ViPolyQwenProcessor(ProcessorMixin):
         for name, given in (("text", texts), ("images", image_lists), ("audio", sounds)):
             if given is not None and len(given) != size:
                 raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
-        tasks = [task] * size if task is None or isinstance(task, str) else task
-        if len(tasks) != size:
-            raise ValueError(f"`task` has {len(tasks)} entries for a batch of {size}; give one entry an input.")
         inputs = [
             EmbeddingInput(
-                parts=[
-                    *map(load_image, image_lists[i] if image_lists else []),
+                [
+                    *(self._load_image(image, merged) for image in (image_lists[i] if image_lists else [])),
                     *map(_clean_text, texts[i : i + 1] if texts else []),
                 ],
-                audio=self._prepare_audio(sounds[i] if sounds else None, merged),
-                prefix=self._prefix_of(tasks[i]),
+                self._prepare_audio(sounds[i] if sounds else None, merged),
             )
             for i in range(size)
         ]
-        return self._encode(inputs, merged)
+        return self._encode(self._set_tasks(inputs, task), merged)
 
     def apply_chat_template(
         self,
@@ -221,12 +213,17 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return_dict: bool = False,
         return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
+        task: str | list[str | None] | None = None,
+        plain_text: bool = False,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature | list[list[int]]:
         """Prepares conversations: a system message is the task prefix, every other part is content in its order.
 
         With `tokenize=False` it returns the conversation as a string; with `tokenize=True` it goes from the parts to
-        the tensors without that string, so that no content can forge a token.
+        the tensors without that string, so that no content can forge a token. `task` is that of `__call__`, for
+        conversations without a system message. A text that is the path of an image or a sound is an error, unless
+        `plain_text` says that texts are nothing but texts. With sentence-transformers both are
+        `encode(…, processing_kwargs={"chat_template": {…}})`.
         """
         if not tokenize:
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **kwargs)
@@ -237,8 +234,9 @@ class ViPolyQwenProcessor(ProcessorMixin):
             options["return_tensors"] = return_tensors
         merged = self._merge(options)
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        inputs = [self._from_messages(messages, merged) for messages in (conversation if batched else [conversation])]
-        encoded = self._encode(inputs, merged)
+        conversations = conversation if batched else [conversation]
+        inputs = [self._from_messages(messages, merged, plain_text) for messages in conversations]
+        encoded = self._encode(self._set_tasks(inputs, task), merged)
         return encoded if return_dict else encoded["input_ids"]
 
     def _merge(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -246,13 +244,31 @@ class ViPolyQwenProcessor(ProcessorMixin):
             ViPolyQwenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
 
-    def _prefix_of(self, task: str | None) -> str | None:
-        if task is not None and task not in self.task_prefixes:
-            raise ValueError(f"Unknown task {task!r}; this processor knows {', '.join(self.task_prefixes)}.")
-        return None if task is None else self.task_prefixes[task]
+    def _set_tasks(self, inputs: list[EmbeddingInput], task: str | list[str | None] | None) -> list[EmbeddingInput]:
+        """Gives each input the prefix of its task."""
+        tasks = [task] * len(inputs) if task is None or isinstance(task, str) else task
+        if len(tasks) != len(inputs):
+            raise ValueError(f"`task` has {len(tasks)} entries for a batch of {len(inputs)}; give one entry an input.")
+        for item, name in zip(inputs, tasks, strict=True):
+            if name is None:
+                continue
+            if name == AUTO_TASK:
+                name = infer_task(" ".join(item.texts), len(item.images), item.audio is not None)
+            elif name not in self.task_prefixes:
+                known = ", ".join([*self.task_prefixes, AUTO_TASK])
+                raise ValueError(f"Unknown task {name!r}; this processor knows {known}.")
+            item.prefix = self.task_prefixes.get(name)  # a processor with tasks of its own may lack an inferred one
+        return inputs
 
-    def _from_messages(self, messages: list[dict[str, Any]], merged: dict[str, dict]) -> EmbeddingInput:
+    def _from_messages(
+        self, messages: list[dict[str, Any]], merged: dict[str, dict], plain_text: bool
+    ) -> EmbeddingInput:
         """One conversation as one input."""
+        if {"query", "document"} <= {message["role"] for message in messages}:  # what becomes of (a, b)
+            raise ValueError(
+                "A pair was passed as one input, but this model gives each input its own vector. Pass its two sides "
+                "as two inputs; for a mix of modalities use a dict, such as {'image': [first, second], 'text': …}."
+            )
         result = EmbeddingInput()
         sounds = []
         for message in messages:
@@ -264,8 +280,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
                     result.parts.extend([source] if source else [])
                 elif kind == "text":
                     result.parts.append(_clean_text(source))
+                    if not plain_text:
+                        check_is_text(source)
                 elif kind == "image":
-                    result.parts.append(load_image(source))
+                    result.parts.extend(self._load_image(image, merged) for image in _as_list(source))
                 else:
                     sounds.append(source)
         if len(sounds) > 1:
@@ -279,12 +297,17 @@ class ViPolyQwenProcessor(ProcessorMixin):
         prefix = max(prefixes, key=len, default=None)
         return prefix, system.removeprefix(prefix or "")
 
+    def _load_image(self, source: Any, merged: dict[str, dict]) -> Any:
+        rescale = merged["images_kwargs"].get("do_rescale", self.image_processor.do_rescale)
+        return load_image(source, self.allow_urls, rescale)
+
     def _prepare_audio(self, sound: Any, merged: dict[str, dict]) -> np.ndarray | None:
         """Loads a sound, brings it to the encoder's rate and checks that the encoder can take it."""
         if sound is None:
             return None
         rate = self.feature_extractor.sampling_rate
-        samples = resample(*load_audio(sound, merged["audio_kwargs"].get("sampling_rate")), rate)
+        given_rate = merged["audio_kwargs"].get("sampling_rate")
+        samples = resample(*load_audio(sound, given_rate, self.allow_urls), rate)
         if len(samples) < self.min_audio_samples:
             raise ValueError(
                 f"The sound has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
@@ -418,121 +441,6 @@ def _part_content(part: dict[str, Any]) -> tuple[str, Any]:
     if not keys:
         raise ValueError(f"A {kind} part with {', '.join(part)} only; it needs one of {', '.join(PART_KEYS[kind])}.")
     return kind, part[keys[0]]
-
-
-def load_image(source: Any) -> Any:
-    """Opens an image from a path, bytes, base64, a PIL image or an array and checks its size."""
-    is_array = isinstance(source, (np.ndarray, torch.Tensor))
-    name = f"<array of shape {tuple(source.shape)}>" if is_array else repr(source)[:120]
-    name = f"<{len(source)} bytes>" if isinstance(source, (bytes, bytearray)) else name
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ValueError(f"The image {name} is a URL; download it and pass the path or the bytes.")
-    try:
-        if isinstance(source, (bytes, bytearray)):
-            source = Image.open(io.BytesIO(source))
-        elif isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
-            source = Image.open(source)
-        width, height = source.size if isinstance(source, Image.Image) else (1, 1)
-        if is_array:
-            height, width = get_image_size(np.asarray(source))
-            if not np.isfinite(np.asarray(source)).all():
-                raise ValueError("it has NaN or infinite pixels; repair or drop it")
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width}×{height} is more than {MAX_IMAGE_PIXELS} pixels; scale it down first")
-        if min(width, height) == 0 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-            raise ValueError(
-                f"it is {width}×{height}; an image needs pixels and an aspect ratio up to {MAX_ASPECT_RATIO}: crop it"
-            )
-        return source if is_array else load_image_string(source)
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {name} cannot be read: {error}.") from error
-
-
-def load_audio(source: Any, sampling_rate: int | None = None) -> tuple[np.ndarray, int]:
-    """Loads a sound as mono float32 samples in [-1, 1] and its sampling rate.
-
-    Args:
-        source: a path, the bytes of a file, `{"array", "sampling_rate"}`, `{"path"}` or `{"bytes"}`, a decoder with
-            `get_all_samples()`, or an array of samples, (samples,), (channels, samples) or (samples, channels).
-        sampling_rate: rate of an array that does not carry its own.
-
-    Raises:
-        ValueError: it cannot be read, is empty or truncated, has no sampling rate or has non-finite samples.
-    """
-    if isinstance(source, dict):
-        if source.get("array") is not None:
-            return load_audio(source["array"], source.get("sampling_rate", sampling_rate))
-        found = [source[key] for key in ("bytes", "path") if source.get(key) is not None]
-        if not found:
-            raise ValueError(f"The sound {source!r:.80} has neither `array` nor `bytes` nor `path`; give one of them.")
-        return load_audio(found[0])
-    if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
-        decoded = source.get_all_samples()
-        return load_audio(decoded.data, decoded.sample_rate)
-    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        return load_audio(*_decode_audio_file(source))
-    return _mono_samples(np.asarray(source), sampling_rate)
-
-
-def _mono_samples(samples: np.ndarray, sampling_rate: int | None) -> tuple[np.ndarray, int]:
-    if sampling_rate is None:
-        raise ValueError(
-            "The sound is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
-        )
-    if sampling_rate <= 0:
-        raise ValueError(f"The sound's sampling rate is {sampling_rate}; pass the rate in Hz that it was recorded at.")
-    if np.issubdtype(samples.dtype, np.integer):
-        limits = np.iinfo(samples.dtype)
-        middle = (limits.max + 1 + limits.min) / 2  # 128 for uint8, 0 for signed types
-        samples = (samples - middle) / (limits.max + 1 - middle)
-    samples = samples.astype(np.float32)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
-    if samples.ndim != 1:
-        raise ValueError(f"The sound has shape {samples.shape}; pass (samples,) or (channels, samples).")
-    if samples.size == 0:
-        raise ValueError("The sound is empty: 0 samples. Leave it out or pass a recording.")
-    if not np.isfinite(samples).all():
-        count = int((~np.isfinite(samples)).sum())
-        raise ValueError(f"The sound has {count} NaN or infinite samples of {samples.size}; repair or drop it.")
-    return samples, int(sampling_rate)
-
-
-def _decode_audio_file(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
-    if not is_soundfile_available():
-        raise ImportError("Reading sound files needs the soundfile package: pip install soundfile.")
-    is_bytes = isinstance(source, (bytes, bytearray))
-    name = f"<{len(source)} bytes>" if is_bytes else repr(os.fspath(source))
-    if name.startswith(("'http://", "'https://")):
-        raise ValueError(f"The sound {name} is a URL; download it and pass the path or the bytes.")
-    try:
-        with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
-            check_wav_is_whole(file)
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (OSError, ValueError, soundfile.SoundFileError) as error:
-        raise ValueError(f"The sound {name} cannot be read: {error}.") from error
-    return samples.mean(axis=1), rate  # (samples, channels) -> (samples,)
-
-
-def check_wav_is_whole(file: Any) -> None:
-    """Refuses a truncated WAV file, of which libsndfile would read what is left without a word."""
-    header = file.read(8)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if header[:4] == b"RIFF" and len(header) == 8:
-        declared = struct.unpack("<I", header[4:])[0] + 8
-        if size < declared < 2**32 - 2**16:  # writers that stream leave about 2**32 there
-            raise ValueError(f"the file is truncated: {size} of {declared} bytes")
-
-
-def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Resamples (samples,) float32 from `rate` to `target` Hz with a polyphase filter."""
-    if rate == target:
-        return samples
-    if not is_scipy_available():
-        raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
-    common = math.gcd(rate, target)
-    return resample_poly(samples, target // common, rate // common).astype(np.float32)
 
 
 def _clean_text(text: Any) -> str:

@@ -84,7 +84,9 @@ class MixedBatchCollator:
         if self.extra_parts:
             conversations.append(_conversation(None, list(self.extra_parts)))
         batch = dict(
-            self.processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt")
+            self.processor.apply_chat_template(
+                conversations, tokenize=True, return_dict=True, return_tensors="pt", plain_text=True
+            )
         )
         task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
         images_per_row = torch.tensor(

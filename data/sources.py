@@ -16,7 +16,7 @@ import torch
 from vipolyqwen.data.readers import CODE, RowReader, SourceConfig, read_source
 from vipolyqwen.data.schema import DataType, Place, Row, check_media, check_row, show_media
 from vipolyqwen.losses_vipolyqwen import canonical_data_type
-from vipolyqwen.processing_vipolyqwen import load_audio, load_image
+from vipolyqwen.media_vipolyqwen import load_audio, load_image
 
 
 @dataclass(frozen=True)

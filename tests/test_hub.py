@@ -19,7 +19,14 @@ from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
 from vipolyqwen.publish_vipolyqwen import REQUIREMENTS, save_repository
 from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 
-SHIPPED = {"configuration_vipolyqwen.py", "modeling_vipolyqwen.py", "processing_vipolyqwen.py"}
+SHIPPED = {
+    "configuration_vipolyqwen.py",
+    "fingerprint_vipolyqwen.py",
+    "media_vipolyqwen.py",
+    "modeling_vipolyqwen.py",
+    "processing_vipolyqwen.py",
+    "tasks_vipolyqwen.py",
+}
 NEEDED = {"torch", "transformers", "tokenizers", "numpy", "PIL"}  # what sentence-transformers brings along
 OPTIONAL = {"soundfile", "scipy"}  # only behind `if is_…_available()`
 

@@ -19,7 +19,8 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor, load_audio
+from vipolyqwen.media_vipolyqwen import load_audio
+from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 
 NAN, INF = float("nan"), float("inf")
@@ -521,6 +522,21 @@ def test_images_of_every_mode_are_seen(mode: str, processor: Any, rng: np.random
     assert np.isfinite(pixels).all()
 
 
+def test_sixteen_bits_are_scaled_to_eight_not_clipped(processor: Any, rng: np.random.Generator) -> None:
+    eight = rng.integers(0, 256, (48, 60), dtype=np.uint8)
+    sixteen = Image.fromarray(eight.astype(np.uint16) * 256 + 77)
+    expected = seen(processor, Image.fromarray(eight))
+    np.testing.assert_array_equal(seen(processor, sixteen), expected)
+    np.testing.assert_array_equal(seen(processor, image_bytes(sixteen)), expected)
+
+
+def test_an_array_of_zero_to_one_is_taken_if_nothing_rescales_it(processor: Any, rng: np.random.Generator) -> None:
+    array = np.asarray(random_image(rng))
+    batch = processor(images=[[array / 255]], images_kwargs={"do_rescale": False}, return_tensors="np")
+    np.testing.assert_allclose(batch["pixel_values"], seen(processor, array), atol=0.05)
+    np.testing.assert_array_equal(seen(processor, array.astype(np.float64)), seen(processor, array))
+
+
 def test_a_photo_is_turned_upright(processor: Any, rng: np.random.Generator) -> None:
     upright = random_image(rng, 60, 48)
     exif = Image.Exif()
@@ -543,6 +559,11 @@ NOISE = random_image(np.random.default_rng(0))
         (Image.new("RGB", (10, 2001)), "10×2001.*aspect ratio up to 200.*crop"),
         (np.zeros((2, 500, 3), dtype=np.uint8), "500×2.*aspect ratio up to 200.*crop"),
         (np.full((48, 60, 3), NAN), "NaN"),
+        (np.full((48, 60, 3), 0.5), r"0 … 0\.5 and would be divided by 255 again; multiply them by 255"),
+        (np.ones((48, 60, 3), dtype=bool), "divided by 255 again"),
+        (np.linspace(-1, 1, 48 * 60 * 3).reshape(48, 60, 3), "-1 … 1; they must be 0 … 255"),
+        (np.full((48, 60, 3), 256, dtype=np.uint16), "0 … 256; they must be 0 … 255"),
+        (Image.fromarray(np.full((48, 60), 0.5, dtype=np.float32)), "divided by 255 again"),
         (image_bytes(NOISE)[:2000], "2000 bytes.*cannot be read"),
         (image_bytes(NOISE, "JPEG")[:500], "500 bytes.*cannot be read"),
         (b"", "0 bytes.*cannot be read"),
@@ -564,7 +585,7 @@ def test_a_bad_image_is_an_error_that_names_the_value_and_the_remedy(image: Any,
 
 
 def test_a_decompression_bomb_is_refused(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vipolyqwen.processing_vipolyqwen.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("vipolyqwen.media_vipolyqwen.MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="60×48 is more than 100 pixels; scale it down"):
         processor(images=[[GREY]])
 

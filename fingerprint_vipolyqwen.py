@@ -1,0 +1,343 @@
+"""What a repository's model gave when it was published, so that a silent change can be found and named later.
+
+Libraries move on, and what they change is rarely an error: a layer is initialised anew because its name changed, an
+image is resized by other code, a cast loses digits. `write_fingerprint` writes into `fingerprint.json` the vectors of
+a few inputs that a formula makes, a mark of every tensor, and the settings that they depend on. `compare` measures
+again and names what differs: `python -m vipolyqwen.doctor REPO` prints it, `from_pretrained(…, verify=True)` raises.
+"""
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import cached_file
+
+from .processing_vipolyqwen import ViPolyQwenProcessor
+
+FILE_NAME = "fingerprint.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+TEXTS = {
+    "vi": "Ba quả bóng đỏ lớn trên bãi cỏ, biển ghi: Cà phê sữa đá 25.000đ.",
+    "en": "Three large red balls on the grass; the sign says: iced milk coffee, 25,000 dong.",
+    "zh": "草地上有三个红色的大球，牌子上写着：冰奶咖啡，两万五千盾。",  # noqa: RUF001
+}
+# The settings of the image processor and of the feature extractor on which tensors depend.
+IMAGE_SETTINGS = (
+    "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample "
+    "rescale_factor size temporal_patch_size"
+).split()
+AUDIO_SETTINGS = "do_normalize feature_size padding_side padding_value return_attention_mask sampling_rate".split()
+
+# 1 - cosine that rounding alone may cause. Two vectors at distance d have 1 - cosine = d² / 2.
+# float32: the model promises 1e-5 for each of 1024 components over batches and attention implementations, which is
+# d = 3.2e-4 and 5e-8; 1e-6 leaves a factor of 4 in d to deeper models and other machines.
+# bfloat16 keeps 8 bits, float16 11 (half a unit: 2^-9, 2^-12): each of a backbone's 2 x 28 residual additions rounds
+# by that much, in no common direction, so d = 2^-9 · √56 = 0.015 and 1e-4 where everything else is exact; matrix
+# products and the norms in between add several times that, hence d = 0.1 and 5e-3; float16: d = 0.0125 and 8e-5.
+TOLERANCES = {"float64": 1e-6, "float32": 1e-6, "float16": 8e-5, "bfloat16": 5e-3}
+
+# How far the marks of a tensor may move, relative to its norm. They are sums in float64; 1e-6 lets a table that is
+# computed on loading (rotary frequencies) differ in the last bit of float32, 6e-8.
+SAME = 1e-6
+# A cast to bfloat16 rounds each value by 2^-9 of itself at most, and a mark by about as much of the norm; 2^-7 leaves
+# a factor of 4. The projections of two random tensors differ by about their norm: both by less than 2^-7 in one case
+# of 25,000.
+ROUNDED = 2.0**-7
+MARK_PERIOD = 4093  # a prime, so that no row length of a matrix lines up with it
+
+
+@dataclass
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        check: what was looked at, such as `weights` or, for vectors, `image`.
+        level: `ok`, `note` (different, and harmless by itself) or `fail`.
+        text: what was found, and what to do about it.
+    """
+
+    check: str
+    level: str
+    text: str
+
+
+@dataclass
+class Measured:
+    """What is compared: `fingerprint.json` as an object."""
+
+    versions: dict[str, str]
+    dtype: list[str]  # of all parameters, sorted
+    attention: dict[str, str]  # tower -> implementation
+    settings: dict[str, Any]  # of the processor
+    prefix_ids: dict[str, int]  # task -> id of its prefix token
+    token_ids: dict[str, list[int]]  # golden text -> its ids
+    marks: dict[str, list[float]]  # tensor -> norm and two projections
+    vectors: dict[str, list[float]]  # golden input -> its vector; what is before the colon is the kind of input
+
+
+def golden_image() -> Image.Image:
+    """A picture of 96 × 64 pixels with edges, gradients and a disc, computed in integers: the same anywhere."""
+    y, x = np.mgrid[:64, :96]
+    red, green, blue = 255 * x // 95, 255 * y // 63, 128 + 0 * x
+    disc = (x - 60) ** 2 + (y - 30) ** 2 < 20**2
+    stripes = (x // 8 + y // 8) % 2 == 0
+    pixels = np.stack([np.where(disc, 230, red), np.where(disc, 20, green), np.where(stripes, blue, 40)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def golden_sound(sampling_rate: int) -> dict[str, Any]:
+    """One second that rises from 200 to 2000 Hz over a hum of 110 Hz, at the encoder's own rate."""
+    t = np.arange(sampling_rate) / sampling_rate
+    samples = 0.5 * np.sin(2 * np.pi * (200 * t + 900 * t**2)) + 0.1 * np.sin(2 * np.pi * 110 * t)
+    return {"array": samples.astype(np.float32), "sampling_rate": sampling_rate}
+
+
+def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
+    """Name -> arguments of the processor, one input each; a name begins with the kind of input."""
+    image, sound = [[golden_image()]], [golden_sound(processor.feature_extractor.sampling_rate)]
+    inputs: dict[str, dict[str, Any]] = {f"text: {language}": {"text": [text]} for language, text in TEXTS.items()}
+    inputs["image: drawing"] = {"images": image}
+    inputs["mix: image + text"] = {"text": [TEXTS["vi"]], "images": image}
+    if has_audio:
+        inputs["audio: tones"] = {"audio": sound}
+        inputs["mix: text + audio"] = {"text": [TEXTS["en"]], "audio": sound}
+        inputs["mix: image + text + audio"] = {"text": [TEXTS["zh"]], "images": image, "audio": sound}
+    for task in processor.task_prefixes:
+        inputs[f"prefix: {task}"] = {"text": [TEXTS["vi"]], "task": task}
+    return inputs
+
+
+@torch.no_grad()
+def embed(model: Any, processor: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    """The vector of one golden input, (projection_dim,) float32."""
+    batch = processor(**arguments, return_tensors="pt").to(model.device)
+    return model(**batch).embeddings[0].cpu()
+
+
+def mark(tensor: torch.Tensor) -> list[float]:
+    """Norm and two projections of a tensor: enough to tell other values, and rounded ones, from the same."""
+    flat = tensor.detach().flatten().cpu()
+    rest = flat[len(flat) // MARK_PERIOD * MARK_PERIOD :]
+    sums = flat[: len(flat) - len(rest)].view(-1, MARK_PERIOD).sum(dim=0, dtype=torch.float64)
+    sums[: len(rest)] += rest
+    angles = torch.arange(MARK_PERIOD, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return [float(norm), float(sums @ angles.cos()), float(sums @ angles.sin())]
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """The processor's settings on which tensors depend, as JSON gives them back."""
+    image, audio = processor.image_processor.to_dict(), processor.feature_extractor.to_dict()
+    settings = {
+        "image_processor": type(processor.image_processor).__name__,
+        "feature_extractor": type(processor.feature_extractor).__name__,
+        "tokenizer.model_max_length": processor.tokenizer.model_max_length,
+        "min_audio_samples": processor.min_audio_samples,
+        "max_audio_seconds": processor.max_audio_seconds,
+        **{f"image_processor.{name}": image.get(name) for name in IMAGE_SETTINGS},
+        **{f"feature_extractor.{name}": audio.get(name) for name in AUDIO_SETTINGS},
+    }
+    return json.loads(json.dumps(settings))
+
+
+def measure(model: Any, processor: Any) -> Measured:
+    """Measures a loaded model and its processor, except for the vectors."""
+    config, tokenizer = model.config, processor.tokenizer
+    towers = {"text": config.text_config, "vision": config.vision_config}
+    towers |= {"audio": config.audio_config} if config.audio_config is not None else {}
+    texts = processor(text=list(TEXTS.values()), padding=False)["input_ids"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return Measured(
+        versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        dtype=sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
+        attention={tower: part._attn_implementation for tower, part in towers.items()},
+        settings=processor_settings(processor),
+        prefix_ids={task: tokenizer.convert_tokens_to_ids(text) for task, text in processor.task_prefixes.items()},
+        token_ids=dict(zip(TEXTS, [list(map(int, ids)) for ids in texts], strict=True)),
+        marks={name: mark(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()},
+        vectors={},
+    )
+
+
+def write_fingerprint(folder: str | PathLike) -> None:
+    """Loads the repository at `folder` as its users do and writes `fingerprint.json` into it."""
+    folder = Path(folder)
+    model, report = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    faults = compare_loading(report)
+    if faults.level == "fail":
+        raise ValueError(f"{folder} cannot be fingerprinted, for it does not load whole: {faults.text}.")
+    measured = measure(model, processor)
+    inputs = golden_inputs(processor, model.config.audio_config is not None)
+    for name, arguments in inputs.items():
+        measured.vectors[name] = [round(value, 8) for value in embed(model, processor, arguments).tolist()]
+    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in vars(measured).items()]
+    (folder / FILE_NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def compare(
+    published: Measured, model: Any, processor: Any, report: dict[str, Any], dtype_was_asked_for: bool = False
+) -> list[Finding]:
+    """Measures a loaded model again and says what differs from when it was published.
+
+    Args:
+        published: what `fingerprint.json` says.
+        model: the model, as `from_pretrained` gave it.
+        processor: its processor.
+        report: what `from_pretrained(…, output_loading_info=True)` gave besides.
+        dtype_was_asked_for: the caller chose the dtype, so that another one than the published is no fault.
+    """
+    now = measure(model, processor)
+    return [
+        compare_loading(report),
+        _compare_dtype(published, now, dtype_was_asked_for),
+        _compare_marks(published, now, dtype_was_asked_for),
+        _compare_values("processor", published.settings, now.settings),
+        _compare_values("prefixes", published.prefix_ids, now.prefix_ids),
+        _compare_values("tokenizer", published.token_ids, now.token_ids),
+        _compare_values("attention", published.attention, now.attention, "note"),
+        _compare_values("versions", published.versions, now.versions, "note"),
+        *_compare_vectors(published, model, processor, tolerance(published, now.dtype if dtype_was_asked_for else [])),
+    ]
+
+
+def tolerance(published: Measured, asked_for: list[str]) -> float:
+    """The limit of 1 - cosine for the published dtype, or for the coarser one that was asked for."""
+    return max(TOLERANCES[dtype] for dtype in (*published.dtype, *asked_for))
+
+
+def compare_loading(report: dict[str, Any]) -> Finding:
+    """Whether every tensor of the model came from the files, and every one of the files went into the model."""
+    faults = {
+        "missing_keys": "not in the files, so initialised at random",
+        "mismatched_keys": "of another shape in the files, so initialised at random",
+        "unexpected_keys": "in the files, but not in the model",
+    }
+    found = [f"{_listed(report[name])} {meaning}" for name, meaning in faults.items() if report[name]]
+    if found:
+        return Finding("keys", "fail", f"{'; '.join(found)}: the files are not whole, or this version names them anew")
+    return Finding("keys", "ok", "every tensor of the model is in the files, and no other")
+
+
+def _compare_dtype(published: Measured, now: Measured, was_asked_for: bool) -> Finding:
+    if published.dtype == now.dtype:
+        return Finding("dtype", "ok", " and ".join(now.dtype))
+    text = f"published in {' and '.join(published.dtype)}, loaded in {' and '.join(now.dtype)}"
+    if was_asked_for:
+        return Finding("dtype", "note", f"{text}, as asked for")
+    return Finding(
+        "dtype", "fail", f"{text}: the weights were cast; load with dtype={published.dtype[0]!r} if they are whole"
+    )
+
+
+def _compare_marks(published: Measured, now: Measured, rounding_was_asked_for: bool) -> Finding:
+    rounded, replaced = [], []
+    for name in published.marks.keys() & now.marks.keys():
+        before, after = np.array(published.marks[name]), np.array(now.marks[name])
+        change = float(np.abs(after - before).max() / max(before[0], 1e-30))
+        if not change <= SAME:  # NaN is a change
+            (rounded if change <= ROUNDED else replaced).append(name)
+    gone = [
+        f"{_listed(names)} {what}"
+        for names, what in (
+            (replaced, "hold other values than when published: initialised at random, or another checkpoint's"),
+            (rounded, "hold rounded values: they were cast to a dtype with fewer digits at some point"),
+            (now.marks.keys() - published.marks.keys(), "were not there when published"),
+            (published.marks.keys() - now.marks.keys(), "are gone"),
+        )
+        if names
+    ]
+    harmless = not replaced and published.marks.keys() == now.marks.keys() and rounding_was_asked_for
+    if not gone:
+        return Finding("weights", "ok", f"all {len(now.marks)} tensors hold the published values")
+    return Finding("weights", "note" if harmless else "fail", "; ".join(gone))
+
+
+def _compare_values(check: str, before: dict[str, Any], after: dict[str, Any], level: str = "fail") -> Finding:
+    changes = [
+        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
+        for name in [*before, *(after.keys() - before.keys())]
+        if before.get(name) != after.get(name)
+    ]
+    return Finding(check, level if changes else "ok", "; ".join(changes) or "as when published")
+
+
+def _compare_vectors(published: Measured, model: Any, processor: Any, limit: float) -> list[Finding]:
+    worst: dict[str, tuple[float, str]] = {}
+    has_audio = any(name.startswith("audio: ") for name in published.vectors)
+    for name, arguments in golden_inputs(processor, has_audio).items():
+        if name not in published.vectors:  # a task that was added since; its prefix is named under `prefixes`
+            continue
+        kind = name.split(": ")[0]
+        try:
+            vector = embed(model, processor, arguments).double().numpy()
+        except Exception as error:  # whatever a library raises is what the caller asked about
+            worst[kind] = (-1.0, f"{name} raises {type(error).__name__}: {str(error)[:200]}")
+            continue
+        cosine = float(np.dot(vector, published.vectors[name]) / np.linalg.norm(vector))
+        if not cosine >= worst.get(kind, (2.0, ""))[0]:  # NaN is the worst
+            worst[kind] = (cosine, f"cosine {cosine:.7f} with the published vector of {name!r}")
+    return [
+        Finding(kind, "ok" if cosine >= 1 - limit else "fail", f"{text}; the limit is 1 - {limit:g}")
+        for kind, (cosine, text) in worst.items()
+    ]
+
+
+KINDS = ("text", "image", "audio", "mix", "prefix", "sentence-transformers")  # findings about vectors
+
+
+def verdict(findings: list[Finding]) -> str:
+    """What broke and the likely cause, in one line; empty if nothing did."""
+    failed = [finding for finding in findings if finding.level == "fail"]
+    if not failed:
+        return ""
+    broken = [finding.check for finding in failed if finding.check in KINDS]
+    measured = any(finding.check in KINDS for finding in findings)
+    what = "It could not be measured." if not measured else "Its vectors are still the published ones."
+    if broken:
+        what = f"Broken: {', '.join(broken)}."
+    causes = [finding for finding in failed if finding.check not in KINDS]
+    causes = causes or [finding for finding in findings if finding.level == "note"]
+    text = " ".join(f"[{finding.check}] {finding.text}." for finding in causes)
+    unknown = "weights, settings and versions are as published, so the hardware, or code that was changed by hand."
+    return f"{what} Likely cause: {text or unknown}"
+
+
+def read_fingerprint(repository: str | PathLike, **hub_kwargs: Any) -> Measured:
+    """Reads the `fingerprint.json` of a folder or a repository on the Hub."""
+    path = cached_file(repository, FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if path is None:
+        raise ValueError(
+            f"{str(repository)!r} has no {FILE_NAME}, so there is nothing to compare with. Whoever has the model as "
+            "it was meant writes it with `vipolyqwen.fingerprint_vipolyqwen.write_fingerprint(FOLDER)`."
+        )
+    return Measured(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def verify(
+    model: Any, report: dict[str, Any], repository: str | PathLike, dtype_was_asked_for: bool, **hub_kwargs: Any
+) -> None:
+    """Raises an error if a model, as it was just loaded from `repository`, is not what was published there."""
+    processor = ViPolyQwenProcessor.from_pretrained(repository, **hub_kwargs)
+    findings = compare(read_fingerprint(repository, **hub_kwargs), model, processor, report, dtype_was_asked_for)
+    fault = verdict(findings)
+    if fault:
+        raise ValueError(f"{str(repository)!r} does not give what was published there. {fault}")
+
+
+def _listed(names: Any) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"

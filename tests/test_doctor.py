@@ -1,0 +1,286 @@
+"""The doctor: a sound repository passes, and each way of breaking one silently is found and called by its name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+from vipolyqwen.doctor import diagnose, main
+from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Finding, mark, read_fingerprint, verdict, write_fingerprint
+from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
+from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
+
+VECTORS = {"text", "image", "audio", "mix", "prefix", "sentence-transformers"}
+
+
+@pytest.fixture(scope="module")
+def published(tiny: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    save_repository(*tiny, folder)
+    write_fingerprint(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(published: Path, tmp_path: Path) -> Path:
+    """A copy of the published repository that a test may break."""
+    return Path(shutil.copytree(published, tmp_path / "broken"))
+
+
+def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def failures(findings: list[Finding]) -> tuple[set[str], dict[str, str]]:
+    """The kinds of vectors that broke, and check -> text of every other fault."""
+    failed = {finding.check: finding.text for finding in findings if finding.level == "fail"}
+    return failed.keys() & VECTORS, {check: text for check, text in failed.items() if check not in VECTORS}
+
+
+def test_a_sound_repository_passes(published: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(published)]) == 0
+    printed = capsys.readouterr().out
+    assert "FAIL" not in printed and printed.endswith("Everything that matters is as published.\n")
+    assert all(f"OK    {check} " in printed for check in VECTORS | {"floors", "keys", "dtype", "weights", "prefixes"})
+
+
+def test_a_fingerprint_covers_every_tensor_task_and_kind_of_input(tiny: tuple, published: Path) -> None:
+    model, _ = tiny
+    fingerprint = read_fingerprint(published)
+    assert dict(model.named_parameters()).keys() < fingerprint.marks.keys()
+    assert {name.split(": ")[0] for name in fingerprint.vectors} == VECTORS - {"sentence-transformers"}
+    assert {name for name in fingerprint.vectors if name.startswith("prefix: ")} == {
+        f"prefix: {t}" for t in TASK_PREFIXES
+    }
+    assert all(len(vector) == 1024 for vector in fingerprint.vectors.values())
+    assert set(fingerprint.attention) == {"text", "vision", "audio"}
+
+
+# --- five breakages ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_tensor_is_named_with_the_kinds_of_input_that_it_breaks(
+    repository: Path, capsys: pytest.CaptureFixture
+) -> None:
+    edit_weights(repository, lambda tensors: tensors.pop("audio_projection.dense.weight"))
+    assert main([str(repository)]) == 1
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("Broken: mix, audio. Likely cause: [keys] audio_projection.dense.weight not in the files")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "broken"),
+    [
+        ("vlm.visual.blocks.1.attn.proj.weight", {"image", "mix", "sentence-transformers"}),
+        ("audio_tower.encoder.layers.1.feed_forward.output_dense.weight", {"audio", "mix"}),
+        ("vlm.language_model.layers.1.mlp.down_proj.weight", VECTORS - {"audio"}),
+    ],
+)
+def test_a_layer_that_was_initialised_anew_is_named(tensor: str, broken: set[str], repository: Path) -> None:
+    def initialise(tensors: dict[str, torch.Tensor]) -> None:
+        torch.manual_seed(1)
+        tensors[tensor] = torch.randn_like(tensors[tensor]) * tensors[tensor].std()
+
+    edit_weights(repository, initialise)
+    kinds, causes = failures(diagnose(repository))
+    assert kinds == broken
+    assert causes.keys() == {"weights"}
+    assert causes["weights"].startswith(f"{tensor} hold other values than when published: initialised at random")
+
+
+def test_weights_that_were_cast_are_told_by_their_dtype(repository: Path) -> None:
+    edit_weights(repository, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    edit_json(repository / "config.json", lambda config: config.update(dtype="bfloat16"))
+    kinds, causes = failures(diagnose(repository))
+    assert kinds == VECTORS
+    assert "published in float32, loaded in bfloat16: the weights were cast" in causes["dtype"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_were_cast_and_cast_back_are_told_by_their_values(dtype: torch.dtype, repository: Path) -> None:
+    edit_weights(repository, lambda tensors: tensors.update({n: t.to(dtype).float() for n, t in tensors.items()}))
+    _, causes = failures(diagnose(repository))
+    assert causes.keys() == {"weights"}
+    assert "rounded values: they were cast to a dtype with fewer digits" in causes["weights"]
+    assert "other values" not in causes["weights"]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "broken"),
+    [
+        ("image_processor", {"image_mean": [0.5, 0.5, 0.5]}, {"image", "mix", "sentence-transformers"}),
+        ("image_processor", {"do_rescale": False}, {"image", "mix", "sentence-transformers"}),
+        ("feature_extractor", {"sampling_rate": 8_000}, {"audio", "mix"}),
+        ("feature_extractor", {"do_normalize": False}, set()),  # HuBERT-base's group norm undoes it
+    ],
+)
+def test_a_changed_setting_of_the_processor_is_named(
+    part: str, change: dict[str, Any], broken: set[str], repository: Path
+) -> None:
+    edit_json(repository / "processor_config.json", lambda config: config[part].update(change))
+    kinds, causes = failures(diagnose(repository))
+    assert kinds == broken
+    assert causes.keys() == {"processor"}
+    assert causes["processor"].startswith(f"{part}.{next(iter(change))} was ")
+
+
+def swap_in_processor(folder: Path) -> None:
+    def swap(config: dict[str, Any]) -> None:
+        tasks = config["task_prefixes"]
+        tasks["ocr"], tasks["instr"] = tasks["instr"], tasks["ocr"]
+
+    edit_json(folder / "processor_config.json", swap)
+
+
+def swap_in_tokenizer(folder: Path) -> None:
+    def swap(tokenizer: dict[str, Any]) -> None:
+        tokens = {token["content"]: token for token in tokenizer["added_tokens"]}
+        tokens["<ocr>"]["content"], tokens["<instr>"]["content"] = "<instr>", "<ocr>"
+
+    edit_json(folder / "tokenizer.json", swap)
+
+
+@pytest.mark.parametrize("swap", [swap_in_processor, swap_in_tokenizer])
+def test_swapped_prefix_tokens_are_named(swap: Callable[[Path], None], repository: Path) -> None:
+    ids = read_fingerprint(repository).prefix_ids
+    swap(repository)
+    kinds, causes = failures(diagnose(repository))
+    assert "prefix" in kinds and not kinds - {"prefix", "sentence-transformers"}
+    assert causes == {
+        "prefixes": f"instr was {ids['instr']}, is {ids['ocr']}; ocr was {ids['ocr']}, is {ids['instr']}"
+    }
+
+
+# --- what else it looks at ---------------------------------------------------------------------------------------
+
+
+def test_versions_below_the_repository_s_floors_are_named_with_the_remedy(repository: Path) -> None:
+    config = repository / "config_sentence_transformers.json"
+    edit_json(config, lambda content: content["requirements"].update({"transformers": ">=99", "nothing-such": ">=1"}))
+    _, causes = failures(diagnose(repository))
+    assert "needed is >=99: pip install 'transformers>=99'" in causes["floors"]
+    assert "nothing-such>=1 is needed and not installed" in causes["floors"]
+
+
+def test_what_does_not_load_at_all_is_a_diagnosis_too(repository: Path, capsys: pytest.CaptureFixture) -> None:
+    (repository / "model.safetensors").write_bytes(b"\0" * 100)
+    assert main([str(repository)]) == 1
+    assert "It could not be measured. Likely cause: [loading] raises SafetensorError" in capsys.readouterr().out
+
+
+def test_a_dtype_that_was_asked_for_is_no_fault(published: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(published), "--dtype", "bfloat16"]) == 0
+    assert "NOTE  dtype " in capsys.readouterr().out
+
+
+def test_another_attention_is_noted(published: Path) -> None:
+    findings = diagnose(published, attn_implementation="eager")
+    assert failures(findings) == (set(), {})
+    notes = {finding.check: finding.text for finding in findings if finding.level == "note"}
+    assert notes == {
+        "attention": "; ".join(f"{tower} was 'sdpa', is 'eager'" for tower in ("text", "vision", "audio"))
+    }
+
+
+def test_without_a_fingerprint_there_is_nothing_to_say(repository: Path, capsys: pytest.CaptureFixture) -> None:
+    (repository / FILE_NAME).unlink()
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(repository)])
+    assert exit_info.value.code == 2
+    assert "has no fingerprint.json" in capsys.readouterr().err
+
+
+def test_what_does_not_load_whole_gets_no_fingerprint(repository: Path) -> None:
+    edit_weights(repository, lambda tensors: tensors.pop("pooling.query"))
+    with pytest.raises(ValueError, match=r"does not load whole: pooling\.query not in the files"):
+        write_fingerprint(repository)
+
+
+def test_a_bimodal_repository_is_measured_without_sound(tiny: tuple, tmp_path: Path) -> None:
+    model, processor = tiny
+    save_repository(type(model).from_backbones(tiny_vlm_config(processor.tokenizer, 64, 2, 32)), processor, tmp_path)
+    write_fingerprint(tmp_path)
+    findings = diagnose(tmp_path)
+    assert failures(findings) == (set(), {})
+    assert {finding.check for finding in findings} & VECTORS == VECTORS - {"audio"}
+
+
+def test_vectors_without_any_other_fault_point_at_what_else_changed() -> None:
+    broken = Finding("image", "fail", "cosine 0.5")
+    note = Finding("versions", "note", "pillow was '12', is '13'")
+    assert verdict([broken, note]) == "Broken: image. Likely cause: [versions] pillow was '12', is '13'."
+    assert "hardware" in verdict([broken])
+    assert verdict([note, Finding("image", "ok", "")]) == ""
+
+
+def test_a_mark_tells_rounded_from_replaced() -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(300, 70)
+    norm, *_ = marks = mark(tensor)
+    assert norm == pytest.approx(float(tensor.norm()), rel=1e-6)
+    flat = tensor.double().flatten()
+    angles = torch.arange(len(flat), dtype=torch.float64) % 4093
+    assert marks[1:] == pytest.approx([float(flat @ angles.cos()), float(flat @ angles.sin())], rel=1e-9)
+
+    def change(other: torch.Tensor) -> float:
+        return max(abs(a - b) for a, b in zip(mark(other), marks, strict=True)) / norm
+
+    assert change(tensor.clone()) == 0
+    assert 1e-6 < change(tensor.half()) < change(tensor.bfloat16()) < 2**-7
+    assert change(tensor[torch.randperm(300)]) > 2**-7
+    assert change(torch.randn(300, 70)) > 2**-7
+
+
+# --- at load -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_refuses_at_load_what_is_not_as_published(published: Path, repository: Path) -> None:
+    model = AutoModel.from_pretrained(published, trust_remote_code=True, verify=True)
+    plain, report = AutoModel.from_pretrained(
+        published, trust_remote_code=True, verify=True, output_loading_info=True, dtype=torch.bfloat16
+    )
+    assert (model.dtype, plain.dtype, report["missing_keys"]) == (torch.float32, torch.bfloat16, set())
+    assert not hasattr(model.config, "verify")
+
+    edit_weights(repository, lambda tensors: tensors.pop("audio_projection.dense.weight"))
+    with pytest.raises(ValueError, match=r"Broken: mix, audio\. Likely cause: \[keys\] audio_projection"):
+        AutoModel.from_pretrained(repository, trust_remote_code=True, verify=True)
+    AutoModel.from_pretrained(repository, trust_remote_code=True)  # what stock loading lets pass
+
+
+def test_verify_works_through_sentence_transformers(repository: Path) -> None:
+    def load() -> SentenceTransformer:
+        return SentenceTransformer(
+            str(repository), trust_remote_code=True, device="cpu", model_kwargs={"verify": True}
+        )
+
+    load()
+    swap_in_processor(repository)
+    with pytest.raises(ValueError, match=r"Broken: prefix\. Likely cause: \[prefixes\] instr was"):
+        load()
+
+
+def test_the_command_runs_as_a_module(repository: Path) -> None:
+    swap_in_processor(repository)
+    command = [sys.executable, "-m", "vipolyqwen.doctor", str(repository)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "FAIL  prefixes" in done.stdout
