@@ -9,6 +9,7 @@ repository alone: it loads it through `AutoModel` and `SentenceTransformer`, as 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,6 @@ from pathlib import Path
 from transformers import set_seed
 
 from vipolyqwen.data.demo_world import write_corpus
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.report_vipolyqwen import STAGES
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
@@ -48,7 +47,7 @@ def main() -> None:
     write_corpus(folder / "corpus")
     build_base(folder / "corpus", folder / "base")
     train(options.recipe, folder)
-    save_trained(folder / STAGES[-1], folder / "model")
+    publish(folder / STAGES[-1], folder / "model")
     judge(folder)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for group in ("directions", "tasks"):
@@ -89,10 +88,10 @@ def train(recipe: Path, folder: Path) -> None:
         subprocess.run([*command, *stage, "--output_dir", folder / name], check=True, env=environment)
 
 
-def save_trained(run: Path, folder: Path) -> None:
-    """The trained weights as a repository, without what only training needs."""
-    model = ViPolyQwenModel.from_pretrained(run)
-    save_repository(model, ViPolyQwenProcessor.from_pretrained(run, config=model.config), folder)
+def publish(run: Path, folder: Path) -> None:
+    """The trained model as a repository with card and fingerprint, without what only training needs."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
+    subprocess.run([sys.executable, ROOT / "publish_vipolyqwen.py", run, "--out", folder], check=True)
 
 
 def judge(folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vipolyqwen.card_vipolyqwen import TRAINING_FILE, model_card, read_training
+from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
 from vipolyqwen.hub_vipolyqwen import PublishError, upload
 from vipolyqwen.verify_vipolyqwen import embed, samples
 from vipolyqwen.whole_vipolyqwen import PUBLISHED, check_files, load_adapter, load_whole, refuse_checkpoint
@@ -126,6 +127,8 @@ def build_repository(
         _write_json(folder / TRAINING_FILE, training)
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+    if adapter_base is None:  # an adapter is checked with its base, which has a fingerprint of its own
+        write_fingerprint(folder)
     return model, processor
 
 

@@ -23,9 +23,13 @@ PUBLISHED = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "configuration_vipolyqwen.py",
+    "fingerprint.json",
+    "fingerprint_vipolyqwen.py",
+    "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",
     "processing_vipolyqwen.py",
     "processor_config.json",
+    "tasks_vipolyqwen.py",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -39,11 +43,13 @@ PUBLISHED = (
 )
 READING = {"processor_config.json", "processing_vipolyqwen.py", "tokenizer.json", "tokenizer_config.json"}
 READING |= {"chat_template.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
-READING |= {"README.md", "LICENSE", "requirements.txt"}
+READING |= {"README.md", "LICENSE", "requirements.txt", "media_vipolyqwen.py", "tasks_vipolyqwen.py"}
 NEEDED_WHOLE = READING | {"config.json", "configuration_vipolyqwen.py", "modeling_vipolyqwen.py"}
+NEEDED_WHOLE |= {"fingerprint.json", "fingerprint_vipolyqwen.py"}
 NEEDED_ADAPTER = READING | {"adapter_config.json", "adapter_model.safetensors"}
 
 TRAINING_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
+TRAINING_STATE += ("loss_state.safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 LOCAL_PATH = re.compile(r"file://|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^/\s]+/")  # absolute, of at least two parts
 
