@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from scipy.stats import t
 
 from vipolyqwen.balance_vipolyqwen import share_ratio, task_means
 from vipolyqwen.data.demo_world import write_corpus
@@ -213,6 +214,14 @@ def differences(figures: dict[str, dict[str, list[float]]], name: str) -> list[f
     return [own - plain for own, plain in pairs]
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean, by Student's t."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
 def task_table(runs: dict[str, list[dict[str, Any]]], key: str) -> list[str]:
     """One row a weighting, one column a task."""
     rows = [f"| weighting | {' | '.join(ROW_SHARES)} |", "|---" * (1 + len(ROW_SHARES)) + "|"]
@@ -237,13 +246,13 @@ def verdicts(figures: dict[str, dict[str, list[float]]]) -> list[str]:
     }
     for name, claim in claims.items():
         ratio, change = statistics.mean(figures[name]["share_ratio"]), differences(figures, name)
-        held = ratio < BALANCED
-        recall = "recall@1 is lower for every seed" if max(change) < 0 else "recall@1 is not lower for every seed"
-        if min(change) > 0:
-            recall = "recall@1 is higher for every seed"
+        low, high = interval(change)
+        recall = (
+            "recall@1 is lower" if high < 0 else "recall@1 is higher" if low > 0 else "no change of recall@1 shown"
+        )
         sentences.append(
-            f"{claim}: {'held' if held else 'did NOT hold'}; ratio {ratio:.1f} (bar {BALANCED:.0f}), {recall} "
-            f"({spread(change, 3, sign='+')})."
+            f"{claim}: {'held' if ratio < BALANCED else 'did NOT hold'}; ratio {ratio:.1f} (bar {BALANCED:.0f}), "
+            f"{recall} ({statistics.mean(change):+.3f}, 95 % interval {low:+.3f} … {high:+.3f})."
         )
     return sentences
 
