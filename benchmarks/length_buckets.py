@@ -16,16 +16,11 @@ from typing import Any
 
 import torch
 import transformers
+from demo_batches import model_and_batches
 
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
-from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.demo_vipolyqwen import BASE_SIZES
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.data.collator import row_lengths, take_rows
 from vipolyqwen.trainer_vipolyqwen import length_buckets
 
-TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
 TOLERANCES = (1.25, 1.5, 2.0, 3.0)
 
 
@@ -36,18 +31,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    sources = [
-        {"path": str(options.corpus / f"train/{task}.jsonl"), "media_root": str(options.corpus)} for task in TASKS
-    ]
-    texts = [json.loads(line)["b"] for source in sources for line in Path(source["path"]).open(encoding="utf-8")]
-    model, processor = build_tiny_base(texts, **BASE_SIZES)
-    data_types = declare_data_types(None)
-    pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
-    collate = MixedBatchCollator(processor, data_types)
-    order = list(MixtureSampler(pairs.source_lengths, pairs.source_weights))
     size = options.batch_size
-    batches = [collate([pairs[row] for row in order[i * size : (i + 1) * size]]) for i in range(options.batches)]
+    model, batches = model_and_batches(options.corpus, options.batches, size)
     ways = {"one": lambda batch: [list(range(2 * size))]}
     ways |= {str(t): lambda batch, t=t: length_buckets(row_lengths(batch).tolist(), t) for t in TOLERANCES}
     step(model, batches[0], ways["one"])  # warm-up

@@ -17,19 +17,14 @@ from typing import Any
 
 import torch
 import transformers
+from demo_batches import model_and_batches
 from transformers import TrainerControl, TrainerState
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
-from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.demo_vipolyqwen import BASE_SIZES
+from vipolyqwen.data.collator import row_lengths, take_rows
 from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
 from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
-from vipolyqwen.report_vipolyqwen import read_rows
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.trainer_vipolyqwen import length_buckets
 
 BAR = 0.03  # of the time of a step
@@ -43,19 +38,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=96)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    tasks = LOSS_TABLES["dle"]
-    sources = [
-        {"path": str(options.corpus / f"train/{task}.jsonl"), "media_root": str(options.corpus)} for task in tasks
-    ]
-    model, processor = build_tiny_base((row["b"] for s in sources for row in read_rows(Path(s["path"]))), **BASE_SIZES)
-    data_types = declare_data_types(None)
-    pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
-    collate = MixedBatchCollator(processor, data_types)
-    order = list(MixtureSampler(pairs.source_lengths, pairs.source_weights))
-    size = options.batch_size
-    batches = [collate([pairs[row] for row in order[i * size : (i + 1) * size]]) for i in range(options.batches)]
-    loss, monitor = MixedLoss(tasks), BalanceMonitor()
+    model, batches = model_and_batches(options.corpus, options.batches, options.batch_size)
+    loss, monitor = MixedLoss(LOSS_TABLES["dle"]), BalanceMonitor()
     monitor.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
     step(model, loss, batches[0], measured=True)  # warm-up
     extra, plain, logs = [], [], []
@@ -75,7 +59,7 @@ def main() -> None:
         "numbers_for_one_log_over_a_step": round(statistics.median(logs), 5),
         "seconds_of_a_step": round(statistics.median(plain), 4),
         "monitor_steps": MONITOR_STEPS,
-        "pairs": size,
+        "pairs": options.batch_size,
         "batches": options.batches,
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
