@@ -86,8 +86,7 @@ class _Surroundings:
         enabled, dtype = self.autocast
         with (
             torch.random.fork_rng(self.devices, device_type=self.device_type),
-            # weights that the first pass has cast, and autocast has kept, have no gradient
-            torch.autocast(self.device_type, dtype, enabled, cache_enabled=False),
+            torch.autocast(self.device_type, dtype, enabled),
         ):
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.device_states, device_type=self.device_type)
