@@ -148,7 +148,7 @@ class ViPolyQwenTrainer(Trainer):
         In one process, rows of like length go through the model together, since padding short answers to the longest
         question costs more than further calls. With several processes it is one call that passes through every tower,
         so that all ranks take part in the same collectives in the same order. With `embed_chunk` no call has more
-        rows than that, and all processes make as many calls.
+        rows than that, not counting the one for every tower, and all processes make as many calls.
         """
         device = inputs["attention_mask"].device
         calls = self._calls(inputs)
