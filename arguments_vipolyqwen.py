@@ -87,6 +87,10 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     loss_learning_rate: float | None = field(
         default=None, metadata={"help": "learned temperature and log-variances; none: learning_rate"}
     )
+    embed_chunk: int | None = field(
+        default=None,
+        metadata={"help": "most rows of one forward, by cached gradients: memory of so many, any batch; none: all"},
+    )
     monitor_steps: int = field(
         default=10, metadata={"help": "measure the tasks' gradients every so many steps; 0: never"}
     )
@@ -98,6 +102,8 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         """Checks what the stock arguments do not know."""
         if self.on_nan not in ("error", "skip"):
             raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
+        if self.embed_chunk is not None and self.embed_chunk < 1:
+            raise ValueError(f"`embed_chunk` is {self.embed_chunk}; give a number of rows >= 1, or leave it out.")
         if self.monitor_steps < 0:
             raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
         if self.on_nan == "skip":

@@ -319,11 +319,11 @@ def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
         parts: (T,) with gradient.
         embeddings: tensors that `parts` was computed from.
     """
-    each = torch.eye(len(parts), dtype=parts.dtype, device=parts.device)
-    gradients = torch.autograd.grad(
-        parts, tuple(embeddings), each, retain_graph=True, is_grads_batched=True, materialize_grads=True
-    )
-    flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).to(parts.dtype)  # (T, numbers)
+    rows = []
+    for part in parts:  # one after another: all at once would hold T matrices of (B, B) at every step of the backward
+        gradients = torch.autograd.grad(part, tuple(embeddings), retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).to(parts.dtype))
+    flat = torch.stack(rows)  # (T, numbers)
     return flat @ flat.T
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
+from vipolyqwen.cached_gradients_vipolyqwen import cut, embed_in_chunks
 from vipolyqwen.callbacks_vipolyqwen import RateCallback
 from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
 from vipolyqwen.data.sampler import MixtureSampler
@@ -75,6 +76,14 @@ class ViPolyQwenTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
                 f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
             )
+        if args.embed_chunk is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`embed_chunk` is {args.embed_chunk}, but DeepSpeed reduces gradients once a step, not once a chunk. "
+                "Shard with FSDP2 instead, or leave `embed_chunk` out."
+            )
+        for name, parameter in model.named_parameters():
+            if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
+                parameter.requires_grad_(False)
         self.eval_collator = eval_collator
         if args.world_size > 1:
             for collator in (train_collator, eval_collator):
@@ -138,16 +147,33 @@ class ViPolyQwenTrainer(Trainer):
 
         In one process, rows of like length go through the model together, since padding short answers to the longest
         question costs more than further calls. With several processes it is one call that passes through every tower,
-        so that all ranks take part in the same collectives in the same order.
+        so that all ranks take part in the same collectives in the same order. With `embed_chunk` no call has more
+        rows than that, not counting the one for every tower, and all processes make as many calls.
         """
         device = inputs["attention_mask"].device
-        if self.args.world_size > 1:
-            vectors = model(**take_rows(inputs, torch.arange(len(inputs["attention_mask"]), device=device))).embeddings
-            rows = 2 * len(inputs["data_type"]) + len(inputs["negative_owners"])
-            return vectors[:rows] + 0.0 * vectors[rows:].sum()
-        buckets = [torch.tensor(bucket, device=device) for bucket in length_buckets(row_lengths(inputs).tolist())]
-        vectors = torch.cat([model(**take_rows(inputs, bucket)).embeddings for bucket in buckets])
-        return torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
+        calls = self._calls(inputs)
+
+        def embed(rows: Sequence[int]) -> torch.Tensor:
+            return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device))
+
+        if self.args.embed_chunk is None:
+            vectors = torch.cat([embed(rows) for rows in calls])
+        else:
+            vectors = embed_in_chunks(embed, calls, model, device, exchange=self.accelerator.sync_gradients)
+        order = torch.tensor([row for rows in calls for row in rows], dtype=torch.long, device=device)
+        return torch.empty_like(vectors).index_copy(0, order, vectors)
+
+    def _calls(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
+        """Which rows go through the model together, each row once; as many calls in every process."""
+        rows = _row_count(inputs)
+        if self.args.world_size > 1 and self.args.embed_chunk is None:
+            return [range(rows)]
+        calls: list[Sequence[int]] = list(length_buckets(row_lengths(inputs)[:rows].tolist()))
+        if self.args.embed_chunk is not None:
+            calls = cut(calls, self.args.embed_chunk)
+            most = self.accelerator.gather(torch.tensor([len(calls)], device=inputs["attention_mask"].device)).max()
+            calls += [()] * (int(most) - len(calls))
+        return calls
 
     def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
         """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
@@ -351,6 +377,18 @@ def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[s
         rate = processor.feature_extractor.sampling_rate
         parts.append({"type": "audio", "audio": {"array": silence, "sampling_rate": rate}})
     return parts
+
+
+def _row_count(batch: Mapping[str, Any]) -> int:
+    """Rows of a collated batch that are sides or hard negatives of its pairs."""
+    return 2 * len(batch["data_type"]) + len(batch["negative_owners"])
+
+
+def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor:
+    """Unit vectors of some rows of a collated batch, in one call; the row for every tower comes along for nothing."""
+    extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
+    vectors = model(**take_rows(batch, torch.cat([rows, extra]))).embeddings
+    return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()
 
 
 def length_buckets(lengths: Sequence[int], tolerance: float = PADDING_TOLERANCE) -> list[list[int]]:

@@ -1,0 +1,320 @@
+"""Cached gradients: the same gradients from chunks as from the whole batch, in one process and in several."""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import train_run
+from safetensors.torch import load_file
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer
+
+from vipolyqwen import trainer_vipolyqwen
+from vipolyqwen.arguments_vipolyqwen import read_arguments
+from vipolyqwen.cached_gradients_vipolyqwen import cut
+from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
+from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.train_vipolyqwen import build_loss
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+
+EVERYTHING = [
+    *("--loss_table", "dle", "--matryoshka_dims", "1024", "256", "64", "--learnable_temperature", "true"),
+    *("--task_weighting", "gradnorm", "--task_weighting_options", '{"learning_rate": 0.2}', "--monitor_steps", "1"),
+]
+TEXT_ONLY = ("text_pair", "instr")
+KEY_BIAS = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # softmax ignores it: gradient 0, but for rounding
+
+
+@pytest.fixture(scope="module")
+def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base of `world` and its pairs, some of which name up to two wrong answers."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        row | {"negatives": [f"no {n} {k}" for k in range(n % 3)], "group": f"g{n % 5}"} for n, row in enumerate(rows)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "base").symlink_to(world / "base")
+    (folder / "media").symlink_to(world)
+    return folder
+
+
+def build(folder: Path, *flags: str, model: ViPolyQwenModel | None = None) -> tuple[ViPolyQwenTrainer, PairDataset]:
+    """A trainer of the corpus's base, or of `model`, and the pairs."""
+    base = str(folder / "base")
+    given = ["--model", base, "--output_dir", str(folder / "out"), "--use_cpu", "true", "--report_to", "none", *flags]
+    _, _, loss_args, args = read_arguments(given)
+    model = ViPolyQwenModel.from_pretrained(base) if model is None else model
+    processor = ViPolyQwenProcessor.from_pretrained(base, config=model.config)
+    data_types = declare_data_types(None)
+    source = {"path": str(folder / "pairs.jsonl"), "media_root": str(folder / "media")}
+    pairs = load_pairs([source], data_types, processor.min_audio_samples, check_media=False)
+    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0)
+    loss = build_loss(loss_args, {}, list(data_types))
+    trainer = ViPolyQwenTrainer(model, args, processor, loss, pairs, None, collator, collator)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, pairs
+
+
+def step(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn.Module | None = None) -> dict[str, Any]:
+    """The stock training step, without the update; what it logs."""
+    loss = trainer.training_step(trainer.model if model is None else model, trainer.data_collator(rows))
+    return {"loss": loss.item(), **{name: values[-1] for name, values in trainer._logged.items()}}
+
+
+def gradients_of(trainer: ViPolyQwenTrainer) -> dict[str, Tensor]:
+    """The gradient of every parameter, those of the loss among them."""
+    gradients = {f"loss.{name}": value.grad for name, value in trainer.mixed_loss.named_parameters()}
+    for name, value in trainer.model.named_parameters():
+        if value.requires_grad:
+            gradients[name] = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
+    return gradients
+
+
+def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Every parameter's gradient, relative to its own norm."""
+    assert found.keys() == wanted.keys()
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert whole > 1
+    for name, gradient in wanted.items():
+        if name == KEY_BIAS:
+            assert max(gradient.norm(), found[name].norm()) < 1e-8 * whole
+        else:
+            assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same chunks with all of their activations kept: ordinary gradients."""
+    keep_all = lambda embed, chunks, *_, **__: torch.cat([embed(chunk) for chunk in chunks])  # noqa: E731
+    monkeypatch.setattr(trainer_vipolyqwen, "embed_in_chunks", keep_all)
+
+
+# --- one process
+
+
+@pytest.fixture(scope="module", params=[[], EVERYTHING], ids=["plain", "everything"])
+def whole_batch(corpus: Path, request: pytest.FixtureRequest) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
+    """Flags, and gradients and log of a step of all rows without chunks."""
+    trainer, pairs = build(corpus, *request.param)
+    log = step(trainer, list(pairs))
+    return request.param, gradients_of(trainer), log
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_chunks_give_the_gradients_and_the_log_of_the_whole_batch(corpus: Path, whole_batch: Any, size: int) -> None:
+    flags, gradients, log = whole_batch
+    trainer, pairs = build(corpus, *flags, "--embed_chunk", str(size))
+    found_log = step(trainer, list(pairs))
+    assert_same_gradients(gradients_of(trainer), gradients)
+    assert found_log == pytest.approx(log, rel=1e-4, abs=1e-6)
+    assert any(name.startswith("gradient_cosine/") for name in log)
+    assert ("loss.log_temperatures" in gradients) == bool(flags)
+
+
+def test_rows_pass_in_small_chunks_first_all_without_gradient_then_all_with_it(corpus: Path) -> None:
+    trainer, pairs = build(corpus, "--embed_chunk", "3")
+    calls = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, __, inputs: calls.append((torch.is_grad_enabled(), len(inputs["input_ids"]))), with_kwargs=True
+    )
+    batch = trainer.data_collator([row for row in pairs if row["data_type"] != "audio"])
+    rows = len(batch["attention_mask"])
+    trainer.training_step(trainer.model, batch)
+    first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
+    assert {with_gradient for with_gradient, _ in first} == {False}
+    assert {with_gradient for with_gradient, _ in second} == {True}
+    assert [size for _, size in first] == [size for _, size in second]
+    assert sum(size for _, size in first) == rows and max(size for _, size in first) == 3
+
+
+def test_both_passes_drop_the_same_activations(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ViPolyQwenConfig.from_pretrained(corpus / "base")
+    config.text_config.attention_dropout = 0.3
+    for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"):
+        setattr(config.audio_config, name, 0.3)
+
+    def run(seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        model = ViPolyQwenModel.from_pretrained(corpus / "base", config=config)
+        trainer, pairs = build(corpus, "--embed_chunk", "3", model=model)
+        batch = trainer.data_collator(list(pairs))
+        torch.manual_seed(seed)
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        torch.rand(1)  # what anything else draws is not drawn again
+        loss.backward()
+        return gradients_of(trainer), torch.get_rng_state()
+
+    found, state = run(0)
+    without_cache(monkeypatch)
+    wanted, wanted_state = run(0)
+    other = run(1)[0]
+    assert_same_gradients(found, wanted)
+    assert torch.equal(state, wanted_state)  # the next step draws what it would draw without chunks
+    for part in ("audio_projection.dense.weight", "vlm.language_model.layers.0.self_attn.v_proj.weight"):
+        assert (other[part] - wanted[part]).norm() > 0.1 * wanted[part].norm()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_both_passes_have_the_same_autocast(
+    corpus: Path, backward_inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(dtype: torch.dtype, cache: bool = False) -> dict[str, Tensor]:
+        trainer, pairs = build(corpus, "--embed_chunk", "3")
+        batch = trainer.data_collator(list(pairs))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=cache):
+            loss = trainer.compute_loss(trainer.model, batch)
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        return gradients_of(trainer)
+
+    found, in_float32 = run(torch.bfloat16, cache=True), run(torch.float32)
+    without_cache(monkeypatch)
+    wanted = run(torch.bfloat16)
+    assert found.keys() == wanted.keys()
+    for name in wanted.keys() - {KEY_BIAS}:
+        assert (found[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+        assert (in_float32[name] - wanted[name]).norm() > 1e-4 * wanted[name].norm(), name
+
+
+def test_a_run_with_chunks_ends_where_a_run_without_ends(world: Path, tmp_path: Path) -> None:
+    flags = ["--optim", "sgd", "--gradient_accumulation_steps", "2", "--max_steps", "2", "--save_strategy", "no"]
+    flags += ["--load_best_model_at_end", "false", "--max_grad_norm", "0"]
+    logs = {
+        name: train_run(world, tmp_path / name, *flags, *chunk)
+        for name, chunk in {"plain": [], "chunks": ["--embed_chunk", "5"]}.items()
+    }
+    for plain, chunks in zip(logs["plain"][:-1], logs["chunks"][:-1], strict=True):
+        assert plain.keys() == chunks.keys()
+        same = {name: value for name, value in plain.items() if not name.endswith(("_per_second", "_runtime"))}
+        assert {name: chunks[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
+    base = load_file(world / "base" / "model.safetensors")
+    plain, chunks = (load_file(tmp_path / name / "model.safetensors") for name in logs)
+    moved = sum((plain[name] - base[name]).square().sum() for name in base if base[name].shape == plain[name].shape)
+    apart = sum((plain[name] - chunks[name]).square().sum() for name in plain)
+    assert moved > 0
+    assert apart.sqrt() <= 1e-4 * moved.sqrt()
+
+
+def test_groups_are_cut_into_chunks() -> None:
+    assert cut([[4, 2, 0, 1, 3], [5], []], 2) == [[4, 2], [0, 1], [3], [5]]
+
+
+def test_a_chunk_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="`embed_chunk` is 0; give a number of rows >= 1"):
+        read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--embed_chunk", "0"])
+
+
+def test_chunks_with_deepspeed_are_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Trainer.create_accelerator_and_postprocess
+
+    def create_for_deepspeed(self: Trainer) -> None:
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_for_deepspeed)
+    with pytest.raises(ValueError, match="`embed_chunk` is 3, but DeepSpeed .* FSDP2"):
+        build(corpus, "--embed_chunk", "3")
+
+
+# --- several processes: rank 0 has text only, rank 1 images and sounds, and more rows
+
+
+def rows_of(pairs: PairDataset, rank: int) -> list[dict[str, Any]]:
+    rows = [pairs[number] for number in range(len(pairs))]
+    text_only = [row for row in rows if row["data_type"] in TEXT_ONLY]
+    return text_only[:5] if rank == 0 else [row for row in rows if row["data_type"] not in TEXT_ONLY]
+
+
+def sharded(model: ViPolyQwenModel) -> nn.Module:
+    """FSDP2 over two processes, layer by layer."""
+    mesh = init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+class CountReductions(TorchDispatchMode):
+    """Counts the collectives that sum over processes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += str(func).startswith("c10d.") and "reduce" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+WRAPPERS: dict[str, Callable[[ViPolyQwenModel], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": sharded}
+CASES = [(wrapper, chunk, batches) for wrapper in WRAPPERS for chunk, batches in ((None, 1), (3, 1), (3, 2))]
+
+
+def accumulate(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn.Module) -> None:
+    """A batch before the last one of a step: its gradients stay in each process."""
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            step(trainer, rows, model)
+    else:
+        model.set_requires_gradient_sync(False)
+        step(trainer, rows, model)
+        model.set_requires_gradient_sync(True)
+    trainer.accelerator.gradient_state._set_sync_gradients(True)
+
+
+def take_steps(rank: int, folder: Path) -> None:
+    """Runs in each of two processes; the first leaves gradients, log and number of reductions of every case."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    for name, chunk, batches in CASES:
+        trainer, pairs = build(folder, *EVERYTHING, *([] if chunk is None else ["--embed_chunk", str(chunk)]))
+        model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
+        for _ in range(batches - 1):
+            accumulate(trainer, rows, model)
+        with CountReductions() as reductions:
+            log = step(trainer, rows, model)
+        gradients = gradients_of(trainer)
+        if rank == 0:
+            torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Gradients and log of joined batches, by their number, after two processes have left theirs in the folder."""
+    multiprocessing.spawn(take_steps, args=(corpus,), nprocs=2)
+    trainer, pairs = build(corpus, *EVERYTHING)
+    found = {}
+    for batches in (1, 2):
+        log = step(trainer, [*rows_of(pairs, 0), *rows_of(pairs, 1)])
+        found[batches] = {name: value.clone() for name, value in gradients_of(trainer).items()}, log
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrapper", "chunk", "batches"), CASES)
+def test_processes_without_a_modality_and_with_uneven_rows_have_the_gradients_of_one(
+    wrapper: str, chunk: int | None, batches: int, corpus: Path, one_process: dict[int, tuple[dict, dict]]
+) -> None:
+    gradients, log, reductions = torch.load(corpus / f"{wrapper}-{chunk}-{batches}.pt")
+    wanted, wanted_log = one_process[batches]
+    assert_same_gradients(gradients, wanted)
+    assert log == pytest.approx(wanted_log, rel=1e-4, abs=1e-6)
+    assert reductions == torch.load(corpus / f"{wrapper}-None-1.pt")[2]  # once a step, not once a chunk
