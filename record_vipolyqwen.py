@@ -46,8 +46,6 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
     """One entry a source: its file's name or its id on the Hub, and how many rows of which task it has."""
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
-        task_ids = pairs.task_ids[start : start + rows].tolist()
-        counts = {name: task_ids.count(number) for number, name in enumerate(pairs.data_types)}
         on_hub = _is_hub_id(source.path)
         described.append(
             {
@@ -55,7 +53,7 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
                 "on_hub": on_hub,
                 "rows": rows,
                 "weight": source.weight,
-                "data_types": {name: count for name, count in counts.items() if count},
+                "data_types": pairs.data_type_counts(start, start + rows),
             }
         )
         start += rows
