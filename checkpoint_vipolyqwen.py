@@ -1,7 +1,7 @@
 """Checkpoints that are there whole or not at all, also after a kill or a power cut, and that show damage.
 
-A checkpoint is written in a folder of its own, flushed to the disk and then renamed. The last file written is a manifest
-of all others; what differs from it is damaged.
+A checkpoint is written in a folder of its own, flushed to the disk and then renamed. The last file written is a
+manifest of all others; what differs from it is damaged.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ def check_checkpoint(folder: Path) -> None:
     faults = find_faults(folder)
     if faults:
         raise DamagedCheckpointError(
-            f"The checkpoint {folder} is damaged: {'; '.join(faults)}. Resume from another one, or from the newest that "
-            "is whole with `--resume_from_checkpoint true`."
+            f"The checkpoint {folder} is damaged: {'; '.join(faults)}. Resume from another one, or from the newest "
+            "that is whole with `--resume_from_checkpoint true`."
         )
 
 
@@ -106,8 +106,8 @@ def newest_whole_checkpoint(output_dir: Path) -> Path | None:
         logger.warning(f"The checkpoint {folder} is damaged and left out: {'; '.join(faults)}.")
     if checkpoints:
         raise DamagedCheckpointError(
-            f"All checkpoints in {output_dir} are damaged: {', '.join(path.name for path in checkpoints)}. Restore one, "
-            "or start anew in another folder or without `--resume_from_checkpoint`."
+            f"All checkpoints in {output_dir} are damaged: {', '.join(path.name for path in checkpoints)}. Restore "
+            "one, or start anew in another folder or without `--resume_from_checkpoint`."
         )
     return None
 

@@ -19,7 +19,7 @@ SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task
 SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "data_types")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
-SETTINGS += ("loss_learning_rate",)
+SETTINGS += ("loss_learning_rate", "freeze")
 SETTINGS += ("lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 SETTINGS += ("bf16", "fp16", "seed", "load_best_model_at_end", "metric_for_best_model")
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
@@ -28,8 +28,8 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, held_out: PairDataset | None) -> None:
     """Writes `training.json` into the run's folder."""
     model_args, data_args, loss_args, args = arguments
-    values = {**vars(data_args), **vars(loss_args), **args.to_dict()}
-    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, -1)}  # -1: no max_steps
+    values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
+    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
     record = {
         **_origin(model_args),
         "settings": {"processes": args.world_size, **settings},

@@ -33,8 +33,8 @@ SAMPLER_STATE = "sampler_state.json"  # in a checkpoint: how far the run was in 
 class ResumingTrainer(Trainer):
     """The stock Trainer with checkpoints that are there whole or not at all, and a place in the data that is exact.
 
-    The place is kept in rows of the epoch's order, not in steps, so that a run goes on with any number of processes and
-    any batch size; no row is then lost or visited twice in an epoch. A subclass gives `_get_train_sampler` a
+    The place is kept in rows of the epoch's order, not in steps, so that a run goes on with any number of processes
+    and any batch size; no row is then lost or visited twice in an epoch. `_get_train_sampler` of a subclass returns a
     `MixtureSampler`.
     """
 
@@ -101,6 +101,8 @@ class ResumingTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
         return prepare_data_loader(  # for one process, since the batches are shared out already

@@ -18,7 +18,8 @@ class MixtureSampler(Sampler[int]):
     `weight` × rows of it: 2.0 gives every row twice, 0.5 one half of the rows in one epoch and the other half in the
     next. The order depends on (seed, epoch) alone.
 
-    Nothing is drawn ahead or kept: `rows` computes any stretch of an epoch, at a cost that depends on its length alone.
+    Nothing is drawn ahead or kept: `rows` computes any stretch of an epoch, and what that costs depends on its length
+    alone.
 
     Args:
         lengths: number of rows of each source; the sources stand one after the other.
@@ -65,9 +66,9 @@ class MixtureSampler(Sampler[int]):
 class MixtureBatches(Sampler[list[int]]):
     """This process's share of each joined batch; it can begin in the middle of an epoch.
 
-    The joined batch of all processes is a stretch of the epoch's order, and each process takes an equal part of it. The
-    last one of an epoch may be smaller: then the parts differ by one row at most, and nothing is visited twice to fill
-    them up.
+    The joined batch of all processes is a stretch of the epoch's order, and each process takes an equal part of it.
+    The last one of an epoch may be smaller: then the parts differ by one row at most, and nothing is visited twice to
+    fill them up.
 
     Args:
         sampler: the order of the rows.
