@@ -10,11 +10,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-TOWERS = {
-    "vision": "vlm.visual",
-    "language": "vlm.language_model",
-    "audio": "audio_tower",
-}  # name -> part of the model
+# Name in `freeze` -> part of the model.
+TOWERS = {"vision": "vlm.visual", "language": "vlm.language_model", "audio": "audio_tower"}
 
 
 @dataclass
