@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -145,6 +146,11 @@ class ResumingTrainer(Trainer):
         _, _, batches = self._batches.begin(epoch)
         kwargs |= {"steps_in_epoch": batches, "num_update_steps_per_epoch": self._updates(batches)}
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The stock evaluation; it leaves the random state alone, so that it may come before or after a checkpoint."""
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed on the CPU
+            return super().evaluate(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)

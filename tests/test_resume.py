@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import train_run
 from killing import draw_moments, kill_and_resume, same_weights, train_uninterrupted
+from packaging import version
 from safetensors.torch import load_file
 
 from vipolyqwen.arguments_vipolyqwen import TOWERS, ModelArguments
@@ -192,13 +194,13 @@ def test_the_checkpoint_that_was_just_written_and_the_best_are_never_deleted(tmp
 
 @pytest.fixture(scope="module")
 def straight(world: Path) -> tuple[Path, list[dict]]:
-    """A run of two epochs of three and a half batches, with its log."""
+    """A run of two epochs of three steps, with its log."""
     output = world / "straight"
     return output, train_run(world, output, *PLAIN, *EPOCHS)
 
 
 EPOCHS = ["--max_steps", "-1", "--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--save_steps", "1"]
-EPOCHS += ["--gradient_accumulation_steps", "2"]  # 32 rows: 6 batches, 3 steps an epoch
+EPOCHS += ["--gradient_accumulation_steps", "2", "--eval_strategy", "epoch"]  # 32 rows: 6 batches, 3 steps an epoch
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -208,6 +210,11 @@ def test_a_run_resumed_inside_or_at_the_end_of_an_epoch_ends_with_the_same_weigh
     flags = ["--resume_from_checkpoint", str(straight[0] / f"checkpoint-{step}")]
     log = train_run(world, tmp_path, *PLAIN, *EPOCHS, *flags)
     assert same_weights(straight[0], tmp_path)
+    random_states = [
+        torch.load(folder / "checkpoint-6" / "rng_state.pth", weights_only=False) for folder in (straight[0], tmp_path)
+    ]
+    assert torch.equal(random_states[0]["cpu"], random_states[1]["cpu"])
+    assert np.array_equal(random_states[0]["numpy"][1], random_states[1]["numpy"][1])
     rates = {entry["step"]: entry["learning_rate"] for entry in straight[1] if "learning_rate" in entry}
     assert rates == {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
     assert [entry["epoch"] for entry in log if "loss" in entry] == (
@@ -347,6 +354,10 @@ def test_a_tower_that_there_is_not_is_named_with_those_there_are(world: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="older Trainers cannot load an optimizer into several processes on CPU (device cpu:0)",
+)
 def test_two_processes_go_on_from_a_checkpoint_of_one(world: Path, frozen: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, ROOT / "train_vipolyqwen.py", world / "recipe.yaml", "--output_dir", tmp_path, *FROZEN]
