@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+# Name in `freeze` -> part of the model.
+TOWERS = {"vision": "vlm.visual", "language": "vlm.language_model", "audio": "audio_tower"}
+
 
 @dataclass
 class ModelArguments:
@@ -28,9 +31,20 @@ class ModelArguments:
     min_pixels: int | None = field(default=None, metadata={"help": "fewest pixels of an image"})
     max_pixels: int | None = field(default=None, metadata={"help": "most pixels of an image"})
     max_audio_seconds: float | None = field(default=None, metadata={"help": "longest sound"})
+    freeze: list[str] | None = field(
+        default=None, metadata={"help": f"towers that are not trained: {','.join(TOWERS)}, or some of these"}
+    )
 
     def __post_init__(self) -> None:
-        """Refuses two origins, or none."""
+        """Refuses two origins, or none, and towers that there are not."""
+        names = self.freeze if isinstance(self.freeze, str) else ",".join(self.freeze or [])
+        self.freeze = [name.strip() for name in names.split(",") if name.strip()]
+        for name in self.freeze:
+            if name not in TOWERS:
+                raise ValueError(
+                    f"`freeze` names {name!r}; the towers are {', '.join(TOWERS)}. Poolings and projections are "
+                    "always trained."
+                )
         if (self.model is None) == (self.vlm is None):
             raise ValueError(
                 f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "

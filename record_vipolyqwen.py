@@ -19,7 +19,7 @@ SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task
 SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "data_types")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
-SETTINGS += ("loss_learning_rate",)
+SETTINGS += ("loss_learning_rate", "freeze")
 SETTINGS += ("lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 SETTINGS += ("bf16", "fp16", "seed", "load_best_model_at_end", "metric_for_best_model")
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
@@ -28,8 +28,8 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, held_out: PairDataset | None) -> None:
     """Writes `training.json` into the run's folder."""
     model_args, data_args, loss_args, args = arguments
-    values = {**vars(data_args), **vars(loss_args), **args.to_dict()}
-    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, -1)}  # -1: no max_steps
+    values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
+    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
     record = {
         **_origin(model_args),
         "settings": {"processes": args.world_size, **settings},
@@ -46,8 +46,6 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
     """One entry a source: its file's name or its id on the Hub, and how many rows of which task it has."""
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
-        task_ids = pairs.task_ids[start : start + rows].tolist()
-        counts = {name: task_ids.count(number) for number, name in enumerate(pairs.data_types)}
         on_hub = _is_hub_id(source.path)
         described.append(
             {
@@ -55,7 +53,7 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
                 "on_hub": on_hub,
                 "rows": rows,
                 "weight": source.weight,
-                "data_types": {name: count for name, count in counts.items() if count},
+                "data_types": pairs.data_type_counts(start, start + rows),
             }
         )
         start += rows

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import (
+    TOWERS,
     DataArguments,
     LossArguments,
     ModelArguments,
@@ -110,8 +111,22 @@ def load_model(
         processor.add_task(data_type.name, data_type.prefix)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(processor.tokenizer))
-    logger.info(f"{model.num_parameters():,} parameters, attention: {attention}")
+    freeze_towers(model, model_args.freeze)
+    trained = model.num_parameters(only_trainable=True)
+    logger.info(f"{model.num_parameters():,} parameters, {trained:,} of them trained, attention: {attention}")
     return model, processor
+
+
+def freeze_towers(model: ViPolyQwenModel, names: list[str]) -> None:
+    """Keeps the weights of towers as they are; those behind which nothing is trained build no graph."""
+    for name in names:
+        if name == "audio" and model.config.audio_config is None:
+            raise ValueError("`freeze` names 'audio', but this model has no speech encoder; drop it.")
+        tower = model.get_submodule(TOWERS[name])
+        tower.requires_grad_(False)
+        if name != "language" or "vision" in names:  # else the images' part of the graph passes through
+            # Frozen weights are not enough: gradient checkpointing makes the first layer's output require a gradient.
+            tower.forward = torch.no_grad()(tower.forward)
 
 
 def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -29,6 +29,7 @@ from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLoss
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +37,7 @@ LOSS_STATE = "loss_state.safetensors"  # in a checkpoint: what the loss has lear
 PADDING_TOLERANCE = 2.0  # longest over shortest row of one forward; benchmarks/length_buckets.py compares
 
 
-class ViPolyQwenTrainer(Trainer):
+class ViPolyQwenTrainer(ResumingTrainer):
     """Embeds both sides of each pair, looks up the losses of each row's task, weights, and logs every component.
 
     Args:

@@ -61,7 +61,7 @@ class MixedBatchCollator:
                 )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collates B rows of a `PairDataset`.
+        """Collates B rows of a `PairDataset`; with `extra_parts` B may be 0, where other processes have the last rows.
 
         Returns:
             `input_ids`, `attention_mask` (2B, tokens) long; `pixel_values` (patches, patch values) float and
@@ -89,7 +89,7 @@ class MixedBatchCollator:
             )
         )
         task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
-        images_per_row = torch.tensor(
+        images_per_row = _long(
             [sum(part["type"] == "image" for part in turns[-1]["content"]) for turns in conversations]
         )
         scores = [float("nan") if row["score"] is None else row["score"] for row in rows]
@@ -97,14 +97,14 @@ class MixedBatchCollator:
             **batch,
             "images_per_row": images_per_row,
             "has_image": images_per_row > 0,
-            "data_type": torch.tensor([task_ids[row["data_type"]] for row in rows]),
+            "data_type": _long([task_ids[row["data_type"]] for row in rows]),
             "similarity_scores": torch.tensor(scores, dtype=torch.float32),
-            "a_keys": torch.tensor([row["a_key"] for row in rows]),
-            "b_keys": torch.tensor([row["b_key"] for row in rows]),
-            "groups": torch.tensor([0 if row["group"] is None else content_key(row["group"]) for row in rows]),
-            "modalities": torch.tensor([MODALITY_PAIRS.index(_modality_pair(row)) for row in rows]),
-            "negative_owners": torch.tensor([row for row, _ in negatives], dtype=torch.long),
-            "negative_keys": torch.tensor([content_key(text) for _, text in negatives], dtype=torch.long),
+            "a_keys": _long([row["a_key"] for row in rows]),
+            "b_keys": _long([row["b_key"] for row in rows]),
+            "groups": _long([0 if row["group"] is None else content_key(row["group"]) for row in rows]),
+            "modalities": _long([MODALITY_PAIRS.index(_modality_pair(row)) for row in rows]),
+            "negative_owners": _long([row for row, _ in negatives]),
+            "negative_keys": _long([content_key(text) for _, text in negatives]),
             "ids": [row["id"] for row in rows],
         }
 
@@ -119,6 +119,10 @@ class MixedBatchCollator:
             dropped = uniform < self.prefix_dropout or name in self.tasks_without_prefix
             prefixes.append(None if dropped else self.data_types[name].prefix)
         return prefixes
+
+
+def _long(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long)  # also where there are none
 
 
 def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:

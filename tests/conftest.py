@@ -72,6 +72,12 @@ def speech_config(kind: str = "hubert", norm: str = "group", **fields: Any) -> P
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base, pairs of all six tasks and of a seventh, and a recipe for them."""
     folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+def write_world(folder: Path) -> Path:
+    """Writes that; returns the recipe."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 56, "vocab_size": 400}
     save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "base")
@@ -106,7 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "disable_tqdm": True,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return folder
+    return folder / "recipe.yaml"
 
 
 def write_pairs(folder: Path) -> None:

@@ -1,0 +1,98 @@
+"""Kills training runs with SIGKILL at random moments, and resumes them: for test_resume.py and benchmarks/kill.py."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from vipolyqwen.checkpoint_vipolyqwen import UNFINISHED, find_faults
+from vipolyqwen.train_vipolyqwen import main as train_main
+
+STEPS, SAVE_STEPS = 8, 3
+FLAGS = ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1"]
+FLAGS += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--eval_strategy", "no"]
+FLAGS += ["--load_best_model_at_end", "false", "--task_weighting", "gradnorm"]
+WRITING_SECONDS = 0.15  # about as long as writing a tiny model's checkpoint takes
+SAVED = [*range(SAVE_STEPS, STEPS, SAVE_STEPS), STEPS]
+
+processes = multiprocessing.get_context("forkserver")  # each run is a process of its own that need not import all anew
+processes.set_forkserver_preload(["vipolyqwen.train_vipolyqwen"])
+
+
+@dataclass
+class Moment:
+    """When a run is killed: a share of the run's duration after its start, or of a checkpoint's writing."""
+
+    share: float
+    writing: int | None = None  # the step whose checkpoint is being written
+
+
+def draw_moments(count: int, seed: int) -> Iterator[Moment]:
+    """Every second one while a checkpoint is written."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        yield Moment(rng.uniform(), int(rng.choice(SAVED)) if number % 2 else None)
+
+
+def train_quietly(argv: list[str]) -> None:
+    """What a process runs."""
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    train_main(argv)
+
+
+def start(recipe: Path, output: Path, *flags: str) -> multiprocessing.Process:
+    """Starts a run."""
+    process = processes.Process(
+        target=train_quietly, args=([str(recipe), "--output_dir", str(output), *FLAGS, *flags],)
+    )
+    process.start()
+    return process
+
+
+def train_uninterrupted(recipe: Path, output: Path) -> float:
+    """Trains from beginning to end; returns the seconds."""
+    warm_up = processes.Process(target=time.time)
+    warm_up.start()
+    warm_up.join()
+    started = time.monotonic()
+    process = start(recipe, output)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float) -> str:
+    """Kills a run, checks what it leaves, and lets another go on to the end; returns what was left."""
+    process = start(recipe, output)
+    begun = time.monotonic()
+    if moment.writing is not None:
+        while process.is_alive() and not (output / UNFINISHED / f"checkpoint-{moment.writing}").exists():
+            time.sleep(0.001)
+    delay = moment.share * (duration if moment.writing is None else WRITING_SECONDS)
+    process.join(delay)
+    process.kill()
+    process.join()
+    begun = time.monotonic() - begun
+    checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
+    unfinished = sorted(path.name for path in (output / UNFINISHED).glob("*"))
+    assert all(not find_faults(output / name) for name in checkpoints), checkpoints
+    resumed = start(recipe, output, "--resume_from_checkpoint", "true")
+    resumed.join()
+    assert resumed.exitcode == 0
+    assert not (output / UNFINISHED).exists() or not list((output / UNFINISHED).iterdir())
+    return f"killed after {begun:.2f} s (exit {process.exitcode}): whole {checkpoints}, unfinished {unfinished}"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether the models that two runs left are equal bit by bit."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
