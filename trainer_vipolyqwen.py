@@ -318,11 +318,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         """Loads the state of the loss and of the monitor too."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / LOSS_STATE
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take an older one.")
             parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}}
-            for name, value in load_file(path).items():
+            for name, value in load_file(Path(checkpoint) / LOSS_STATE).items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
             self.mixed_loss.load_state_dict(parts["loss"])

@@ -23,6 +23,7 @@ from vipolyqwen.balance_vipolyqwen import (
     write_page,
 )
 from vipolyqwen.callbacks_vipolyqwen import balance
+from vipolyqwen.checkpoint_vipolyqwen import DamagedCheckpointError
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 
@@ -171,7 +172,7 @@ def test_a_checkpoint_without_the_state_of_the_loss_is_refused(
     for file in (monitored[0] / "checkpoint-2").iterdir():
         if file.name != "loss_state.safetensors":
             (checkpoint / file.name).symlink_to(file)
-    with pytest.raises(FileNotFoundError, match="loss_state.safetensors is missing"):
+    with pytest.raises(DamagedCheckpointError, match="loss_state.safetensors is missing"):
         train_run(world, tmp_path / "out", "--resume_from_checkpoint", str(checkpoint))
 
 
