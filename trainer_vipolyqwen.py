@@ -318,8 +318,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
         """Loads the state of the loss and of the monitor too."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            path = Path(checkpoint) / LOSS_STATE
+            if not path.is_file():  # a whole checkpoint, but of `save_only_model`
+                raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
             parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}}
-            for name, value in load_file(Path(checkpoint) / LOSS_STATE).items():
+            for name, value in load_file(path).items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
             self.mixed_loss.load_state_dict(parts["loss"])
