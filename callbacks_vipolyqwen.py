@@ -6,6 +6,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from vipolyqwen.balance_vipolyqwen import task_means
+
 
 class RateCallback(TrainerCallback):
     """Counts pairs and tokens, and turns them into rates since the last time it was asked."""
@@ -62,7 +64,7 @@ class CompactProgressCallback(ProgressCallback):
 
 def balance(logs: dict[str, float]) -> str:
     """The task with the smallest gradient share and how many times larger the largest is; empty if not measured."""
-    shares = {name.split("/")[1]: value for name, value in logs.items() if name.startswith("gradient_share/")}
+    shares = task_means([logs], "gradient_share")
     if len(shares) < 2 or not min(shares.values()):
         return ""
     least = min(shares, key=shares.__getitem__)

@@ -511,6 +511,15 @@ def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **confi
     return ViPolyQwenConfig(**{**fields, "audio_config": audio, **config_kwargs})
 
 
+def loading_problems(report: dict[str, Any]) -> str:
+    """The keys in which a checkpoint differs from its model, by `from_pretrained`'s loading info; empty if in none."""
+    return "; ".join(
+        f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[name]
+    )
+
+
 def _backbone(
     auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -525,14 +534,10 @@ def _backbone(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported below, with the other faults
     )
-    problems = [
-        f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report[name]
-    ]
+    problems = loading_problems(report)
     if problems:
         raise ValueError(
-            f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {'; '.join(problems)}. "
+            f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {problems}. "
             "Nothing was re-initialised: use a whole checkpoint of this architecture."
         )
     return model

@@ -336,7 +336,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
 
 
 class DiscardCallback(TrainerCallback):
-    """Leaves out the update of a step in which a loss was not finite, and counts such steps."""
+    """Leaves out the update of a step in which a loss was not finite, and counts such steps; clears gradients."""
 
     def __init__(self) -> None:
         self.pending = False

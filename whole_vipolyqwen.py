@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vipolyqwen.hub_vipolyqwen import PublishError
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
 # What a published repository may hold; everything else in a folder is refused, and left alone on the Hub.
@@ -103,14 +103,10 @@ def load_whole(source: Path | str) -> tuple[PreTrainedModel, ProcessorMixin]:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported below, with the other faults
     )
-    problems = [
-        f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report[name]
-    ]
+    problems = loading_problems(report)
     if problems:
         raise PublishError(
-            f"{source} does not hold the tensors of its model. {'; '.join(problems)}. Nothing may be re-initialised: "
+            f"{source} does not hold the tensors of its model. {problems}. Nothing may be re-initialised: "
             "save the model again, with the versions it was trained with."
         )
     for part in (model.config.text_config, model.config.vision_config, model.config.audio_config):
