@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from result_files import machine
 from scipy.stats import t
 
 from vipolyqwen.balance_vipolyqwen import share_ratio, task_means
@@ -83,8 +83,8 @@ def warm_up(folder: Path, seed: int) -> None:
     model, processor = build_tiny_base(texts, **BASE_SIZES)
     save_repository(model, processor, folder / f"seed{seed}/base")
     stages = {
-        "text": ({"text_pair": 3.0, "instr": 1.0}, {"steps": 250, "rows": 192, "model": "base"}),
-        "warm": (dict.fromkeys(ROW_SHARES, 1.0) | {"audio": 2.0}, {"steps": 300, "rows": 96, "model": "text"}),
+        "text": ({"text_pair": 3.0, "instr": 1.0}, {"steps": 400, "rows": 192, "model": "base"}),
+        "warm": (dict.fromkeys(ROW_SHARES, 1.0) | {"audio": 2.0}, {"steps": 600, "rows": 112, "model": "text"}),
     }
     for name, (weights, how) in stages.items():
         recipe = settings(folder, weights) | {
@@ -171,14 +171,12 @@ def report(runs: dict[str, list[dict[str, Any]]], steps: int, folder: Path) -> N
         for name, of_name in runs.items()
     }
     (folder / "balance.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-    machine += f"transformers {transformers.__version__}"
     rows = ", ".join(f"{task} {share:.0%}" for task, share in ROW_SHARES.items())
     lines = [
         "# Do the task weightings balance the tasks?",
         "",
         f"`make balance`, {len(runs['none'])} seeds, {steps} steps of 96 pairs from a model warmed up on InfoNCE, "
-        f"on {machine}.",
+        f"on {machine()}, torch {torch.__version__}, transformers {transformers.__version__}.",
         f"Rows: {rows}; text pairs are graded, losses DLE. GradNorm's learning rate is 0.1, since the runs are short.",
         "Shares are those of the gradient by the embeddings, over the last quarter of the steps; recall@1 is that of "
         "held-out scenes, within each task. Mean ± standard deviation over the seeds.",

@@ -9,7 +9,6 @@ both kinds in turn. Writes benchmarks/results/cached_gradients.json.
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
+from result_files import claim, write_result
 
 from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
@@ -53,15 +52,11 @@ def main() -> None:
         print(json.dumps(measure(*options.measure)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(folder), options)
-    path = Path(__file__).parent / "results" / "cached_gradients.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+        compare(Path(folder), options)
 
 
-def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes model and batches, and compares memory and time."""
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Makes model and batches, compares memory and time, and writes the result."""
     torch.manual_seed(0)
     save_repository(*build_tiny_base([" ".join(WORDS)] * 4, vocab_size=400, **SIZES), folder / "model")
     memory = {
@@ -73,17 +68,14 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_over_small_batch": (memory["large_batch_in_chunks"][1] / memory["small_batch"][1], MEMORY_BAR),
         "step_time_over_plain": (statistics.median(seconds["chunks"]) / statistics.median(seconds["plain"]), TIME_BAR),
     }
-    return {
-        "claims": {
-            name: {"value": round(value, 3), "bar": bar, "holds": value <= bar}
-            for name, (value, bar) in ratios.items()
-        },
-        "MiB_before_and_at_the_peak_of_a_step": memory,
-        "median_seconds_of_a_step": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
-        "settings": {name: value for name, value in vars(options).items() if name != "measure"},
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    claims = {name: claim(round(value, 3), bar, holds=value <= bar) for name, (value, bar) in ratios.items()}
+    write_result(
+        "cached_gradients",
+        claims,
+        MiB_before_and_at_the_peak_of_a_step=memory,
+        median_seconds_of_a_step={name: round(statistics.median(values), 3) for name, values in seconds.items()},
+        settings={name: value for name, value in vars(options).items() if name != "measure"},
+    )
 
 
 def peak(folder: Path, pairs: int, chunk: int | None) -> list[int]:

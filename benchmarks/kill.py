@@ -7,18 +7,14 @@ float32; then `--resume_from_checkpoint true`. Writes benchmarks/results/kill.js
 """
 
 import argparse
-import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import write_world
 from killing import draw_moments, kill_and_resume, same_weights, train_uninterrupted
+from result_files import claim, write_result
 
 
 def main() -> None:
@@ -38,21 +34,8 @@ def main() -> None:
             equal = same_weights(folder / "straight", folder / str(number))
             same += equal
             print(f"{left}: weights {'equal' if equal else 'DIFFER'}", flush=True)
-    result = {
-        "claims": {
-            "killed_runs_that_end_bit_identical": {
-                "value": same,
-                "bar": options.moments,
-                "holds": same == options.moments,
-            }
-        },
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    path = Path(__file__).parent / "results" / "kill.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    bar = options.moments
+    write_result("kill", {"killed_runs_that_end_bit_identical": claim(same, bar, holds=same == bar)})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Writes 
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from demo_batches import model_and_batches
+from result_files import claim, write_result
 
 from vipolyqwen.data.collator import row_lengths, take_rows
 from vipolyqwen.trainer_vipolyqwen import length_buckets
@@ -42,17 +40,11 @@ def main() -> None:
         for name, own_seconds in seconds.items()
     }
     claims = {
-        f"tolerance_{name}_speedup_over_one_forward": {"value": round(ratio, 3), "bar": 1.0, "holds": ratio >= 1.0}
+        f"tolerance_{name}_speedup_over_one_forward": claim(round(ratio, 3), 1.0, holds=ratio >= 1.0)
         for name, ratio in ratios.items()
         if name != "one"
     }
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"claims": claims, "machine": machine, "versions": versions, "batches": options.batches, "pairs": size}
-    path = Path(__file__).parent / "results" / "length_buckets.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    write_result("length_buckets", claims, batches=options.batches, pairs=size)
 
 
 def step(model: torch.nn.Module, batch: dict[str, Any], way: Callable[[dict[str, Any]], list[list[int]]]) -> float:

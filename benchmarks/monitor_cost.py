@@ -8,16 +8,14 @@ every 10 steps. Writes benchmarks/results/monitor_cost.json.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from demo_batches import model_and_batches
+from result_files import claim, write_result
 from transformers import TrainerControl, TrainerState
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
@@ -53,21 +51,16 @@ def main() -> None:
         monitor.summary(model, TrainerState(max_steps=100), 1.0)
         logs.append((time.perf_counter() - started) / seconds[False])
     cost = (statistics.median(extra) + statistics.median(logs)) / MONITOR_STEPS
-    result = {
-        "claims": {"monitoring_share_of_step_time": {"value": round(cost, 5), "bar": BAR, "holds": cost < BAR}},
-        "measuring_gradients_in_every_step": round(statistics.median(extra), 5),
-        "numbers_for_one_log_over_a_step": round(statistics.median(logs), 5),
-        "seconds_of_a_step": round(statistics.median(plain), 4),
-        "monitor_steps": MONITOR_STEPS,
-        "pairs": options.batch_size,
-        "batches": options.batches,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    path = Path(__file__).parent / "results" / "monitor_cost.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    write_result(
+        "monitor_cost",
+        {"monitoring_share_of_step_time": claim(round(cost, 5), BAR, holds=cost < BAR)},
+        measuring_gradients_in_every_step=round(statistics.median(extra), 5),
+        numbers_for_one_log_over_a_step=round(statistics.median(logs), 5),
+        seconds_of_a_step=round(statistics.median(plain), 4),
+        monitor_steps=MONITOR_STEPS,
+        pairs=options.batch_size,
+        batches=options.batches,
+    )
 
 
 def step(model: torch.nn.Module, loss: MixedLoss, batch: dict[str, Any], measured: bool) -> float:

@@ -10,7 +10,6 @@ command anew from the beginning and from there. Writes benchmarks/results/resume
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-import transformers
 import yaml
+from result_files import claim, write_result
 
 from vipolyqwen.checkpoint_vipolyqwen import MANIFEST, publish_checkpoint
 from vipolyqwen.publish_vipolyqwen import save_repository
@@ -57,31 +56,19 @@ def main() -> None:
             resumed.append(measure(recipe, folder / f"resumed{number}", *flags))
     seconds = median(resumed, "seconds_to_first_batch")
     memory = median(resumed, "peak_mib") / median(fresh, "peak_mib")
-    result = {
-        "claims": {
-            "seconds_to_first_batch_after_resuming": {
-                "value": round(seconds, 2),
-                "bar": SECONDS_BAR,
-                "holds": seconds <= SECONDS_BAR,
-            },
-            "peak_memory_over_fresh_start": {
-                "value": round(memory, 3),
-                "bar": MEMORY_BAR,
-                "holds": memory <= MEMORY_BAR,
-            },
-        },
-        "rows": options.rows,
-        "position": step * BATCH,
-        "first_run_that_checks_all_rows": checking,
-        "fresh": fresh,
-        "resumed": resumed,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    claims = {
+        "seconds_to_first_batch_after_resuming": claim(round(seconds, 2), SECONDS_BAR, holds=seconds <= SECONDS_BAR),
+        "peak_memory_over_fresh_start": claim(round(memory, 3), MEMORY_BAR, holds=memory <= MEMORY_BAR),
     }
-    path = Path(__file__).parent / "results" / "resume.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    write_result(
+        "resume",
+        claims,
+        rows=options.rows,
+        position=step * BATCH,
+        first_run_that_checks_all_rows=checking,
+        fresh=fresh,
+        resumed=resumed,
+    )
 
 
 def write_run(folder: Path, rows: int) -> Path:

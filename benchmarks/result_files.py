@@ -1,0 +1,50 @@
+"""The result of a benchmark as a file: what it claims, the bar, whether that holds, and on what it was measured."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "peft", "deepspeed", "mteb")
+
+
+def claim(value: float, bar: float, holds: bool) -> dict[str, Any]:
+    """One measured number against its bar."""
+    return {"value": value, "bar": bar, "holds": bool(holds)}
+
+
+def write_result(name: str, claims: dict[str, dict[str, Any]], **figures: Any) -> None:
+    """Writes and prints results/NAME.json: claims, what else was measured, machine and versions.
+
+    Args:
+        name: of the file.
+        claims: {id: what `claim` gives}.
+        figures: whatever the claims were computed from, and the settings.
+    """
+    result = {"claims": claims, **figures, "machine": machine(), "versions": versions()}
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    processor = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else f"{processor}, CPU"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that are there."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
