@@ -44,7 +44,7 @@ WEIGHTINGS = {
     "uncertainty": "weighting_uncertainty",
     "gradnorm": "weighting_gradnorm",
 }
-ROW_SHARES = {"text_pair": 0.50, "audio": 0.15, "ocr": 0.15, "instr": 0.12, "vqa_multi": 0.05, "vqa_single": 0.03}
+ROW_SHARES = {"text_pair": 0.50, "audio": 0.17, "ocr": 0.17, "instr": 0.09, "vqa_multi": 0.05, "vqa_single": 0.02}
 TASK_ROWS = 2736  # training rows of each task in the demo corpus
 FAST_GRADNORM = ["--task_weighting_options", '{"learning_rate": 0.1}']  # these runs are short
 BALANCED, IMBALANCED = 3.0, 10.0  # share ratios: the bar for a weighting, and what `none` must be above to need one
@@ -133,7 +133,7 @@ def settings(folder: Path, weights: dict[str, float]) -> dict[str, Any]:
         "warmup_steps": 20,
         "weight_decay": 0.01,
         "adam_beta2": 0.98,
-        "monitor_steps": 5,
+        "monitor_steps": 1,
         "logging_steps": 5,
         "save_strategy": "no",
         "dataloader_num_workers": 1,
