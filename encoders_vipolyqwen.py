@@ -42,12 +42,12 @@ def load_encoder(
         name: folder or Hub id.
         table: see `prompt_key`; a value is the name of one of the model's prompts, or None for none.
         device: such as "cuda"; None: the library's choice.
-        dtype: such as "bfloat16"; None: the library's choice.
+        dtype: such as "bfloat16"; None: the library's choice, as for a model that mteb knows.
         trust_remote_code: whether code from the Hub may run; code of a folder always may.
     """
     folder = Path(name)
     if name in MODEL_REGISTRY and not folder.is_dir():
-        encoder = mteb.get_model(name, device=device, **({"model_kwargs": {"dtype": dtype}} if dtype else {}))
+        encoder = mteb.get_model(name, device=device)
         if not isinstance(encoder, EncoderProtocol):
             raise ValueError(f"{name}: mteb has it as {type(encoder).__name__}, which makes no vectors of its own.")
         return MeasuredEncoder(encoder)
@@ -74,10 +74,11 @@ def _content(folder: Path) -> str:
 
 def _commit(name: str) -> str:
     """The commit of a model that was loaded from the Hub."""
-    cached = try_to_load_from_cache(name, "config.json") or try_to_load_from_cache(name, "modules.json")
-    if not isinstance(cached, str):
-        raise ValueError(f"{name}: the commit it was loaded from cannot be told; give a folder instead.")
-    return Path(cached).parent.name
+    for file in ("modules.json", "config.json"):
+        cached = try_to_load_from_cache(name, file)
+        if isinstance(cached, str):  # neither unknown nor known to be absent
+            return Path(cached).parent.name
+    raise ValueError(f"{name}: the commit it was loaded from cannot be told; give a folder instead.")
 
 
 def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[str]:
@@ -221,17 +222,22 @@ class MeasuredEncoder:
             return {"all": self.encoder.prompt(metadata, None) or ""}
         return {side.value: self.encoder.prompt(metadata, side) or "" for side in PromptType}
 
-    def measures(self) -> dict[str, Any]:
-        """What was counted since `start`."""
+    def home(self) -> dict[str, str]:
+        """Device and dtype of the weights."""
         model = vars(self.encoder).get("model")  # what mteb's own wrappers call theirs
         weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+        if weight is None:
+            return {"device": "unknown", "dtype": "unknown"}
+        return {"device": _device(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+
+    def measures(self) -> dict[str, Any]:
+        """What was counted since `start`."""
         return {
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
             "rows_per_second": round(self.rows / self.seconds, 2) if self.rows else None,
             **_peaks(),
-            "device": _device(weight.device) if weight is not None else "unknown",
-            "dtype": str(weight.dtype).removeprefix("torch.") if weight is not None else "unknown",
+            **self.home(),
         }
 
 

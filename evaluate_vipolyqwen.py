@@ -21,7 +21,7 @@ from mteb.abstasks import AbsTask
 from vipolyqwen.encoders_vipolyqwen import MeasuredEncoder, load_encoder
 from vipolyqwen.scorecard_vipolyqwen import write_scorecard
 from vipolyqwen.suite_check_vipolyqwen import check_task, show_check
-from vipolyqwen.suite_runs_vipolyqwen import Row, run_task, suite_tasks
+from vipolyqwen.suite_runs_vipolyqwen import Row, describe, run_task, suite_tasks
 from vipolyqwen.suites_vipolyqwen import Suite, SuiteError, read_suite
 
 BASELINES = "baselines"  # in `--against`: those that the suite names
@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return check(load(options.model, prompts, options), tasks)
     rows: dict[str, list[Row]] = {}
     for name in [options.model, *baselines(suite, options.against)]:
-        encoder = load(name, prompts, options)
-        rows[name] = [run(encoder, task, options) for task in tasks]
-        del encoder  # before the next model takes its memory
+        rows[name] = run_all(name, tasks, prompts, options)
     folder = options.out / suite.name / options.model.strip("/").replace("/", "__")
     print(write_scorecard(folder, suite.name, rows))
     print(f"\nWritten to {folder / 'summary.md'}")
@@ -60,7 +58,9 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--save_vectors", action="store_true", help="write vectors; runs every task anew")
     parser.add_argument("--batch_size", type=int, default=32, help="rows that are embedded at a time")
     parser.add_argument("--device", help="such as cuda or cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model's weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; not of models that mteb knows"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
     return parser.parse_args(argv)
 
@@ -78,13 +78,27 @@ def baselines(suite: Suite, names: list[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def run(encoder: MeasuredEncoder, task: AbsTask | Row, options: argparse.Namespace) -> Row:
-    """One row of the scorecard, said aloud as it comes."""
-    row = task
-    if isinstance(task, AbsTask):
-        row = run_task(encoder, task, options.out, options.batch_size, options.save_vectors)
-    print(f"{encoder.mteb_model_meta.name}, {row['task']}: {row.get('score', row.get('reason'))}", flush=True)
-    return row
+def run_all(
+    name: str, tasks: list[AbsTask | Row], prompts: dict[str, str | None], options: argparse.Namespace
+) -> list[Row]:
+    """The rows of one model; a baseline that cannot be loaded has failed in all of them."""
+    try:
+        encoder = load(name, prompts, options)
+    except Exception as error:
+        if name == options.model:
+            raise
+        reason = f"{name} cannot be loaded: {type(error).__name__}: {error}"
+        print(reason, flush=True)
+        described = [describe(task) if isinstance(task, AbsTask) else task for task in tasks]
+        return [{"status": "failed", "reason": reason, **row} for row in described]
+    rows = []
+    for task in tasks:
+        row = task
+        if isinstance(task, AbsTask):
+            row = run_task(encoder, task, options.out, options.batch_size, options.save_vectors)
+        print(f"{name}, {row['task']}: {row.get('score', row.get('reason'))}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def check(encoder: MeasuredEncoder, tasks: list[AbsTask | Row]) -> int:

@@ -55,7 +55,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     meta = encoder.mteb_model_meta
     kept = out / "measures" / meta.model_name_as_path() / str(meta.revision) / f"{row['task']}.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-    known = {key: row[key] for key in ("revision", "subsets", "prompts")}
+    known = {key: row[key] for key in ("revision", "subsets", "prompts")} | {"dtype": encoder.home()["dtype"]}
     is_same = before is not None and all(before[key] == value for key, value in known.items())
     cache = mteb.ResultCache(out)
     if is_same and before["status"] == "run" and not save_vectors:
@@ -66,7 +66,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     kept.write_text(json.dumps(known | {"status": "begun"}), encoding="utf-8")
     encoder.start(save_vectors)
     try:
-        result = mteb.evaluate(
+        run = mteb.evaluate(
             encoder,
             task,
             co2_tracker=False,
@@ -74,12 +74,15 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
             overwrite_strategy="only-missing" if is_same and not save_vectors else "always",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
             show_progress_bar=False,
-        ).task_results[0]
+        )
     except Exception as error:  # a suite goes on after a task that fails; the row and the exit code tell of it
         status, reason = why(error, task)
         if status == "failed":
             logger.exception("%s failed", row["task"])
         return row | {"status": status, "reason": reason}
+    if not run.task_results:  # mteb does not raise for a private data set that it may not read
+        return row | {"status": "skipped", "reason": run.exceptions[0].exception}
+    result = run.task_results[0]
     measures = encoder.measures() | {"candidates": list(encoder.documents.values())}
     kept.write_text(json.dumps(known | {"status": "run", "measures": measures}, indent=1), encoding="utf-8")
     if save_vectors:
@@ -108,8 +111,15 @@ def why(error: Exception, task: AbsTask) -> tuple[str, str]:
     if isinstance(error, ConnectionError):
         there = f"{metadata.dataset['path']} at revision {metadata.dataset['revision']}"
         return "skipped", f"the data set {there} is not here and the Hub cannot be reached"
+    if isinstance(error, FileNotFoundError):  # also what `datasets` raises for a gated or a removed data set
+        return "skipped", str(error)
+    if isinstance(error, ImportError) and "audio" in metadata.modalities:
+        return "skipped", (
+            f"{error} mteb's own loaders of models read sounds with torchcodec, FFmpeg and torchaudio: install those "
+            "of your torch's version. A model that sentence-transformers loads needs none of them here."
+        )
     if isinstance(error, ImportError):
-        return "skipped", f"{error} (loading this data set needs a library that is not installed)"
+        return "skipped", str(error)
     return "failed", f"{type(error).__name__}: {error}"
 
 

@@ -65,11 +65,7 @@ class Suite:
         """
         if entry["task"] in KINDS:
             return local_tasks(entry, self.data_types)
-        languages = entry.get("languages", self.languages)
-        task = mteb.get_task(entry["task"], languages=languages)
-        if not task.hf_subsets:
-            raise ValueError(f"{entry['task']} has none of the languages {languages}; drop it or name others.")
-        return [task]
+        return [mteb.get_task(entry["task"], languages=entry.get("languages", self.languages))]
 
     def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | None]:
         """The table of prompts, with those that own tasks bring along where the suite names none."""
