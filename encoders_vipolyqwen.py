@@ -23,9 +23,10 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from vipolyqwen.media_vipolyqwen import load_audio
+from vipolyqwen.media_vipolyqwen import load_audio, resample
 
 MODALITIES = ("image", "audio", "text", "video")  # in this order an input is read: a picture, then its question
+AUDIO_RATE = 16_000  # Hz, as mteb's own; sentence-transformers takes one rate a batch
 PLACEHOLDER = "<image>"  # where each of several images stands in a text
 ENCODE = {None: SentenceTransformer.encode, PromptType.query: SentenceTransformer.encode_query}
 ENCODE[PromptType.document] = SentenceTransformer.encode_document
@@ -96,7 +97,7 @@ def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[
 class SentenceEncoder(AbsEncoder):
     """A SentenceTransformer with the prompts of a suite.
 
-    Sounds are read by soundfile and given as they are: mteb's own way needs torchcodec and torchaudio.
+    Sounds are read by soundfile and resampled by scipy: mteb's own way needs torchcodec and torchaudio.
     """
 
     def __init__(self, model: SentenceTransformer, name: str, revision: str, table: Mapping[str, str | None]) -> None:
@@ -147,8 +148,8 @@ def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | lis
     shown = {name: row[name] for name in columns}
     if "audio" in shown:
         source = shown["audio"]["bytes"] or shown["audio"]["path"]
-        samples, rate = load_audio(source)
-        shown["audio"] = {"array": samples, "sampling_rate": rate}
+        samples = resample(*load_audio(source), AUDIO_RATE)
+        shown["audio"] = {"array": samples, "sampling_rate": AUDIO_RATE}
     images = shown.get("image")
     if not isinstance(images, list):
         return shown
@@ -215,9 +216,9 @@ class MeasuredEncoder:
         return self.encoder.similarity_pairwise(embeddings1, embeddings2)
 
     def prompts(self, metadata: TaskMetadata) -> dict[str, str]:
-        """The prompt of each side of a task, to be shown; "" for none."""
+        """The prompt of each side of a task, to be shown; "" for none, and no side for a model's own ways in mteb."""
         if not isinstance(self.encoder, SentenceEncoder):
-            return {"all": "as mteb has it for this model"}
+            return {}
         if metadata.simplified_task_type != "retrieval":
             return {"all": self.encoder.prompt(metadata, None) or ""}
         return {side.value: self.encoder.prompt(metadata, side) or "" for side in PromptType}

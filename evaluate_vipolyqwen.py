@@ -2,8 +2,9 @@
 
     python evaluate_vipolyqwen.py MODEL [--suite papers|vietnamese|chinese|trimodal|demo|FILE.yaml] [--against MODEL …]
 
-MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. Leaves in `--out`: mteb's own
-results (`results/`), and for each suite and model summary.md and summary.json with scores, prompts, speed and memory.
+MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. Leaves in `--out`: mteb's results
+(`results/`, to be submitted as they are; `own/results/` for own tasks), and for each suite and model summary.md and
+summary.json with scores, prompts, speed and memory.
 """
 
 import argparse

@@ -149,18 +149,24 @@ def local_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) ->
 def answer_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, both_directions: bool = False
 ) -> list[AbsTask]:
-    """For each data type: side a, with the prompt of its data type, finds side b; and the reverse, if asked for."""
+    """For each data type: side a, with the prompt of its data type, finds side b; and the reverse, if asked for.
+
+    Sides a of other modalities, such as a picture with and one without a question, make another task.
+    """
+    kinds: dict[str, dict[tuple[str, ...], list[Row]]] = {}
+    for row in rows:
+        kinds.setdefault(row.data_type, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
     tasks = []
-    for data_type in dict.fromkeys(row.data_type for row in rows):
-        own = [row for row in rows if row.data_type == data_type]
-        sides = [(_side_a(row, placeholder), Side(row.b)) for row in own]
-        relevant = [row.score is None or row.score >= MIN_SCORE for row in own]
-        label = f"{name}-{data_type}"
-        tasks.append(retrieval_task(label, sides, relevant, {"query": data_type, "document": None}, languages))
-        if both_directions:
-            reverse = [(b, a) for a, b in sides]
-            prompts = {"query": None, "document": data_type}
-            tasks.append(retrieval_task(f"{label}-reverse", reverse, relevant, prompts, languages))
+    for data_type, of_type in kinds.items():
+        for modalities, own in of_type.items():
+            label = f"{name}-{data_type}" + (f"-{'+'.join(modalities)}" if len(of_type) > 1 else "")
+            sides = [(_side_a(row, placeholder), Side(row.b)) for row in own]
+            relevant = [row.score is None or row.score >= MIN_SCORE for row in own]
+            tasks.append(retrieval_task(label, sides, relevant, {"query": data_type, "document": None}, languages))
+            if both_directions:
+                reverse = [(b, a) for a, b in sides]
+                prompts = {"query": None, "document": data_type}
+                tasks.append(retrieval_task(f"{label}-reverse", reverse, relevant, prompts, languages))
     return tasks
 
 
@@ -197,6 +203,8 @@ def page_tasks(
     if several:
         raise ValueError(f"{name}: {len(several)} rows have not exactly one image, the first being {several[0]!r}.")
     texts = [row.a.replace(placeholder, "").strip() if query == "a" else row.b for row in rows]
+    if "" in texts:
+        raise ValueError(f"{name}: side a of {rows[texts.index('')].id!r} has no text; say `query: b`, or `only`.")
     sides = [(Side(text), Side(images=tuple(row.images))) for text, row in zip(texts, rows, strict=True)]
     return [retrieval_task(name, sides, [True] * len(rows), {}, languages, "DocumentUnderstanding")]
 
@@ -241,7 +249,7 @@ def retrieval_task(
 
     Args:
         name: of the task.
-        pairs: query and document of each row.
+        pairs: query and document of each row; all queries are of the same modalities, and so are all documents.
         relevant: whether they belong together.
         prompt_names: name of the model's prompt for "query" and "document"; an absent side has none.
         languages: as mteb writes them, such as "vie-Latn".
@@ -256,8 +264,7 @@ def retrieval_task(
             found.setdefault(query.key(), set()).add(position[document.key()])
     if not queries:
         raise ValueError(f"{name}: no pair is relevant; all {len(pairs)} are scored below {MIN_SCORE}.")
-    asked = _modalities(name, "query", queries.values())
-    shown = _modalities(name, "document", documents.values())
+    asked, shown = next(iter(queries.values())).modalities, next(iter(documents.values())).modalities
     matches = [(number, document) for number, key in enumerate(queries) for document in sorted(found[key])]
     qrels: dict[str, dict[str, int]] = {f"q{number}": {} for number in range(len(queries))}
     for number, document in matches:
@@ -291,14 +298,6 @@ def _sound(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
     buffer = io.BytesIO()
     soundfile.write(buffer, audio["array"], audio["sampling_rate"], format="WAV", subtype="FLOAT")
     return buffer.getvalue()
-
-
-def _modalities(name: str, role: str, sides: Iterable[Side]) -> tuple[str, ...]:
-    kinds = {side.modalities for side in sides}
-    if len(kinds) != 1:
-        shown = ", ".join("+".join(kind) for kind in sorted(kinds))
-        raise ValueError(f"{name}: a {role} is of one kind, these are {shown}; choose rows with `only`.")
-    return kinds.pop()
 
 
 def _letters(modalities: tuple[str, ...]) -> str:

@@ -108,6 +108,8 @@ def _left_out(rows: Mapping[str, list[Row]]) -> list[str]:
 
 
 def _prompts(prompts: Mapping[str, str]) -> str:
+    if not prompts:
+        return "as mteb has it for this model"
     return ", ".join(f"{side} {f'`{prompt}`' if prompt else 'none'}" for side, prompt in prompts.items())
 
 

@@ -29,7 +29,7 @@ from mteb.types import PromptType
 from PIL import Image
 
 from vipolyqwen.encoders_vipolyqwen import MeasuredEncoder
-from vipolyqwen.suite_runs_vipolyqwen import Row, describe
+from vipolyqwen.suite_runs_vipolyqwen import Row, describe, why
 
 ROWS = 16  # of a stand-in: cross-validation wants some of each label
 LABELS = 2
@@ -54,7 +54,7 @@ def check_task(encoder: MeasuredEncoder, task: AbsTask) -> Row:
             show_progress_bar=False,
         ).task_results[0]
     except Exception as error:  # whatever a task of mteb raises is the finding
-        return row | {"encode": f"{type(error).__name__}: {error}", "status": "failed"}
+        return row | {"encode": why(error, task)[1], "status": "failed"}
     finally:
         task.dataset, task.data_loaded = None, False
     row["encode"] = f"{encoder.rows} stand-in rows embedded, {task.metadata.main_score} {result.get_score():.3f}"

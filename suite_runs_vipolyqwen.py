@@ -41,7 +41,8 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     Args:
         encoder: the model.
         task: of mteb or of one's own.
-        out: folder of mteb's results (`results/`), of our measures (`measures/`) and of vectors (`vectors/`).
+        out: folder of the results of mteb's tasks (`results/`) and of own ones (`own/results/`), in mteb's format,
+            of what was measured beside (`measures/`) and of vectors (`vectors/`).
         batch_size: rows that are embedded at a time.
         save_vectors: whether to write vectors, for own tasks with what is relevant to what.
 
@@ -57,7 +58,8 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     known = {key: row[key] for key in ("revision", "subsets", "prompts")} | {"dtype": encoder.home()["dtype"]}
     is_same = before is not None and all(before[key] == value for key, value in known.items())
-    cache = mteb.ResultCache(out)
+    is_own = isinstance(task, LocalRetrieval | LocalSTS)
+    cache = mteb.ResultCache(out / "own" if is_own else out)  # what is submitted holds mteb's tasks alone
     if is_same and before["status"] == "run" and not save_vectors:
         result = cache.load_task_result(row["task"], meta)
         if result is not None:

@@ -31,7 +31,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(1)
     for number in range(ROWS):
         random_image(rng).save(folder / f"{number}.png")
-        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.02 * number)["array"], 16_000)
+        rate = (16_000, 22_050)[number % 2]  # one batch holds sounds of both
+        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.02 * number, rate)["array"], rate)
     words = [f"{TEXTS[number % 5]} {number}" for number in range(ROWS)]
     media = [{"image": f"{number}.png", "audio": f"{number}.wav"} for number in range(ROWS)]
     write_rows(folder / "scenes.jsonl", [{"text": text, **row} for text, row in zip(words, media, strict=True)])
@@ -88,7 +89,7 @@ def evaluated(world: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def mteb_scores(out: Path, task: str) -> dict[str, float]:
-    (path,) = (out / "results").glob(f"local__base/*/{task}.json")
+    (path,) = (out / "own" / "results").glob(f"local__base/*/{task}.json")
     return json.loads(path.read_text(encoding="utf-8"))["scores"]["test"][0]
 
 

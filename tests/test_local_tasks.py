@@ -72,6 +72,19 @@ def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> N
     }
 
 
+def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
+    pictures = [str(world / f"{number}.png") for number in range(3)]
+    rows = [
+        {"data_type": "ocr", "a": text, "b": f"số {number}", "images": picture}
+        for number, (text, picture) in enumerate(zip(("Gì?", "", "Đâu?"), pictures, strict=True))
+    ]
+    tasks = local_tasks(entry(tmp_path, rows), TYPES)
+    found = {task.metadata.name: (task.metadata.category, len(task.split["queries"])) for task in tasks}
+    assert found == {"Mine-ocr-text+image": ("it2t", 2), "Mine-ocr-image": ("i2t", 1)}
+    with pytest.raises(ValueError, match="side a of 'rows.jsonl:2' has no text; say `query: b`"):
+        local_tasks(entry(tmp_path, rows, "pages"), TYPES)
+
+
 def test_other_content_has_another_revision(tmp_path: Path) -> None:
     rows = [{"data_type": "instr", "a": "x", "b": word} for word in "ABC"]
     first, again, other = (
