@@ -113,7 +113,7 @@ class SentenceEncoder(AbsEncoder):
             if key in self.table:
                 name = self.table[key]
                 if name is None or name in self.model.prompts:
-                    return self.model.prompts[name] if name else None
+                    return self.model.prompts[name] if name else ""  # None would let the model choose
                 break  # a prompt that this model does not have
         own = get_prompt_name(self.model.prompts, metadata, prompt_type) or self.model.default_prompt_name
         return self.model.prompts[own] if own else None
