@@ -1,162 +1,116 @@
-"""A model -> numbers: retrieval and similarity metrics over vectors the model has already made."""
+"""Measures a model, and any other beside it, on a suite of tasks through mteb.
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-from itertools import permutations
+    python evaluate_vipolyqwen.py MODEL [--suite papers|vietnamese|chinese|trimodal|demo|FILE.yaml] [--against MODEL …]
 
-import torch
-from scipy.stats import spearmanr
-from torch import Tensor
-from torch.nn import functional
+MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. Leaves in `--out`: mteb's results
+(`results/`, to be submitted as they are; `own/results/` for own tasks), and for each suite and model summary.md and
+summary.json with scores, prompts, speed and memory.
+"""
 
-MAX_SIMILARITIES = 2**24  # 64 MiB of float32: the part of queries x candidates in memory at any time
-TIE = 1e-6  # cosines closer than this are equal: float32 rounding must not decide a rank
+import argparse
+import sys
+from pathlib import Path
 
+try:
+    import mteb  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("Evaluation needs mteb; install it with: pip install -e '.[evaluate]'") from error
 
-def retrieval_metrics(
-    queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor, ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """Ranks all candidates for every query by cosine; the rank of a query is that of its best relevant candidate.
+import datasets
+from mteb.abstasks import AbsTask
 
-    Ties count against the model: a candidate that is not relevant and as similar as the relevant one stands before it,
-    so a constant embedding finds nothing.
+from vipolyqwen.encoders_vipolyqwen import MeasuredEncoder, load_encoder
+from vipolyqwen.scorecard_vipolyqwen import write_scorecard
+from vipolyqwen.suite_check_vipolyqwen import check_task, show_check
+from vipolyqwen.suite_runs_vipolyqwen import Row, describe, run_task, suite_tasks
+from vipolyqwen.suites_vipolyqwen import Suite, SuiteError, read_suite
 
-    Args:
-        queries: (Q, D) float, finite; need not be normalised.
-        candidates: (C, D) float, finite; need not be normalised.
-        relevant: per query the positions of its relevant candidates, or a (Q, C) bool matrix; never empty.
-        ks: cut-offs of the recall.
-
-    Returns:
-        recall@K (share of queries with rank <= K), mrr (mean of 1/rank), mean_rank, candidates (C), and chance (the
-        expected recall@1 of a random order).
-    """
-    queries, candidates = _directions(queries, "queries"), _directions(candidates, "candidates")
-    if len(relevant) != len(queries):
-        raise ValueError(f"There are {len(queries)} queries but {len(relevant)} sets of relevant candidates.")
-    ranks, relevant_count = [], 0
-    chunk = max(1, MAX_SIMILARITIES // len(candidates))
-    for start in range(0, len(queries), chunk):
-        rows = slice(start, start + chunk)
-        is_relevant = _relevance_matrix(relevant[rows], start, len(candidates)).to(queries.device)
-        ranks.append(_best_ranks(queries[rows] @ candidates.T, is_relevant))
-        relevant_count += int(is_relevant.sum())
-    rank = torch.cat(ranks).double()
-    metrics = {f"recall@{k}": (rank <= k).double().mean().item() for k in ks}
-    metrics |= {"mrr": (1 / rank).mean().item(), "mean_rank": rank.mean().item()}
-    return metrics | {"candidates": len(candidates), "chance": relevant_count / len(queries) / len(candidates)}
+BASELINES = "baselines"  # in `--against`: those that the suite names
 
 
-def _directions(vectors: Tensor, name: str) -> Tensor:
-    """(N, D) float32 unit vectors; raises ValueError for none or for one that is not finite."""
-    if vectors.ndim != 2 or not len(vectors):
-        raise ValueError(f"{name} has shape {tuple(vectors.shape)}; it must be (N, D) with at least one row.")
-    broken = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(f"{name} has NaN or infinite values in {len(broken)} rows, the first being row {broken[0]}.")
-    return functional.normalize(vectors.detach().float(), dim=1)
+def main(argv: list[str] | None = None) -> int:
+    """Runs or checks a suite; returns the exit code: 0, or 1 if a task failed or does not resolve."""
+    options = read_options(sys.argv[1:] if argv is None else argv)
+    datasets.disable_progress_bars()  # mteb casts and maps small tables by the hundred
+    suite = read_suite(options.suite)
+    tasks = suite_tasks(suite)
+    prompts = suite.table(task for task in tasks if isinstance(task, AbsTask))
+    if options.check:
+        return check(load(options.model, prompts, options), tasks)
+    rows: dict[str, list[Row]] = {}
+    for name in [options.model, *baselines(suite, options.against)]:
+        rows[name] = run_all(name, tasks, prompts, options)
+    folder = options.out / suite.name / options.model.strip("/").replace("/", "__")
+    print(write_scorecard(folder, suite.name, rows))
+    print(f"\nWritten to {folder / 'summary.md'}")
+    return int(any(row["status"] == "failed" for of_model in rows.values() for row in of_model))
 
 
-def _relevance_matrix(relevant: Sequence[AbstractSet[int]] | Tensor, first_query: int, width: int) -> Tensor:
-    """(q, C) bool from sets of positions or from the matrix itself, with at least one True per row."""
-    if isinstance(relevant, Tensor):
-        matrix = relevant.bool()
-        if matrix.shape[1:] != (width,):
-            raise ValueError(f"relevant has rows of shape {tuple(matrix.shape[1:])}; there are {width} candidates.")
-    else:
-        matrix = torch.zeros(len(relevant), width, dtype=torch.bool)
-        for row, positions in enumerate(relevant):
-            if positions and not 0 <= min(positions) <= max(positions) < width:
-                raise ValueError(f"Query {first_query + row}: relevant {sorted(positions)}, but {width} candidates.")
-            matrix[row, list(positions)] = True
-    empty = (~matrix.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"Query {first_query + empty[0]} has no relevant candidate; leave such queries out.")
-    return matrix
+def read_options(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--suite", default="papers", help="name in recipes/suites, or a YAML file")
+    parser.add_argument("--against", nargs="+", default=[], help=f"more models; {BASELINES!r}: those of the suite")
+    parser.add_argument("--check", action="store_true", help="only say whether every task resolves; fetch nothing")
+    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder of results")
+    parser.add_argument("--save_vectors", action="store_true", help="write vectors; runs every task anew")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows that are embedded at a time")
+    parser.add_argument("--device", help="such as cuda or cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; not of models that mteb knows"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
+    return parser.parse_args(argv)
 
 
-def _best_ranks(similarities: Tensor, is_relevant: Tensor) -> Tensor:
-    """(q,) rank from 1 of each query's best relevant candidate, after every tied candidate that is not relevant."""
-    best = similarities.masked_fill(~is_relevant, -torch.inf).amax(dim=1, keepdim=True)
-    return 1 + ((similarities >= best - TIE) & ~is_relevant).sum(dim=1)
+def load(name: str, prompts: dict[str, str | None], options: argparse.Namespace) -> MeasuredEncoder:
+    """The model as an encoder of mteb."""
+    return load_encoder(name, prompts, options.device, options.dtype, options.trust_remote_code)
 
 
-def pair_retrieval(
-    a: Tensor,
-    b: Tensor,
-    a_keys: Tensor,
-    b_keys: Tensor,
-    scores: Tensor | None = None,
-    min_score: float | None = 0.5,
-) -> dict[str, float]:
-    """Retrieval of b by a over held-out pairs: every distinct a that has a relevant b searches all distinct b.
-
-    Args:
-        a: (N, D) float, one row per pair.
-        b: (N, D) float, one row per pair.
-        a_keys: (N,) int64, equal for equal content of side a.
-        b_keys: (N,) int64, equal for equal content of side b.
-        scores: (N,) float in [0, 1], NaN where absent; None if no pair has one.
-        min_score: a pair scored below this is not relevant, though its b stays a candidate; None: all are relevant.
-
-    Returns:
-        The numbers of `retrieval_metrics`.
-    """
-    columns = {"a": a, "b": b, "a_keys": a_keys, "b_keys": b_keys} | ({} if scores is None else {"scores": scores})
-    lengths = {name: None if column is None else len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or not lengths["a"]:
-        raise ValueError(f"Row counts of the pairs are {lengths}; all must be equal and at least 1.")
-    is_relevant = torch.ones(len(a), dtype=torch.bool)
-    if scores is not None and min_score is not None:
-        is_relevant = ~(scores.cpu() < min_score)  # NaN, no score, is relevant
-    if not is_relevant.any():
-        raise ValueError(f"All {len(a)} pairs are scored below min_score = {min_score}; none is relevant. Lower it.")
-    b_ids, b_rows = _distinct(b_keys)
-    a_ids, a_rows = _distinct(a_keys)
-    relevant: dict[int, set[int]] = {}
-    for row in is_relevant.nonzero().flatten().tolist():
-        relevant.setdefault(a_ids[row], set()).add(b_ids[row])
-    return retrieval_metrics(a[[a_rows[query] for query in relevant]], b[b_rows], list(relevant.values()))
+def baselines(suite: Suite, names: list[str]) -> list[str]:
+    """The models of `--against`, each once."""
+    if BASELINES in names and not suite.baselines:
+        raise SuiteError(f"--against {BASELINES}: the suite {suite.name!r} names none; give names of models.")
+    expanded = [model for name in names for model in (suite.baselines if name == BASELINES else [name])]
+    return list(dict.fromkeys(expanded))
 
 
-def _distinct(keys: Tensor) -> tuple[list[int], list[int]]:
-    """Per row the number of its content, counted in order of appearance, and per content its first row."""
-    ids: dict[int, int] = {}
-    numbers = [ids.setdefault(key, len(ids)) for key in keys.tolist()]
-    first_rows: dict[int, int] = {}
-    for row, number in enumerate(numbers):
-        first_rows.setdefault(number, row)
-    return numbers, list(first_rows.values())
+def run_all(
+    name: str, tasks: list[AbsTask | Row], prompts: dict[str, str | None], options: argparse.Namespace
+) -> list[Row]:
+    """The rows of one model; a baseline that cannot be loaded has failed in all of them."""
+    try:
+        encoder = load(name, prompts, options)
+    except Exception as error:
+        if name == options.model:
+            raise
+        reason = f"{name} cannot be loaded: {type(error).__name__}: {error}"
+        print(reason, flush=True)
+        described = [describe(task) if isinstance(task, AbsTask) else task for task in tasks]
+        return [{"status": "failed", "reason": reason, **row} for row in described]
+    rows = []
+    for task in tasks:
+        row = task
+        if isinstance(task, AbsTask):
+            row = run_task(encoder, task, options.out, options.batch_size, options.save_vectors)
+        print(f"{name}, {row['task']}: {row.get('score', row.get('reason'))}", flush=True)
+        rows.append(row)
+    return rows
 
 
-def spearman(a: Tensor, b: Tensor, scores: Tensor) -> float:
-    """Spearman's ρ between the cosine of each pair and its score.
-
-    Args:
-        a: (N, D) float, finite.
-        b: (N, D) float, finite.
-        scores: (N,) float; pairs whose score is NaN are left out.
-
-    Returns:
-        ρ in [-1, 1]; NaN where it is not defined: fewer than two pairs, or all cosines or all scores equal.
-    """
-    scored = ~scores.isnan()
-    cosines = (_directions(a, "a") * _directions(b, "b")).sum(dim=1)[scored]
-    kept = scores[scored]
-    if len(kept) < 2 or cosines.max() - cosines.min() < TIE or kept.max() == kept.min():
-        return float("nan")
-    return float(spearmanr(cosines.cpu().numpy(), kept.float().cpu().numpy()).statistic)
+def check(encoder: MeasuredEncoder, tasks: list[AbsTask | Row]) -> int:
+    """Prints whether every task resolves; returns the exit code."""
+    rows = [check_task(encoder, task) if isinstance(task, AbsTask) else task for task in tasks]
+    print(show_check(rows))
+    return int(any(row["status"] == "failed" for row in rows))
 
 
-def six_directions(vectors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Retrieval of each modality by each other one, as {"text->image": metrics, …}: six directions for three.
-
-    Args:
-        vectors: modality -> (N, D) float; row i of every modality shows the same thing.
-    """
-    counts = {name: len(rows) for name, rows in vectors.items()}
-    if len(counts) < 2 or len(set(counts.values())) != 1:
-        raise ValueError(f"Rows per modality are {counts}; there must be two modalities or more, all with equal rows.")
-    same = [{row} for row in range(next(iter(counts.values())))]
-    pairs = permutations(vectors, 2)
-    return {f"{query}->{found}": retrieval_metrics(vectors[query], vectors[found], same) for query, found in pairs}
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SuiteError as error:
+        sys.exit(f"error: {error}")

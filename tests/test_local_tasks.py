@@ -1,0 +1,184 @@
+"""Own tasks: what is relevant to what, with numbers derived by hand; and what of a pair reaches a model, and how."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import random_image, random_sound
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+mteb = pytest.importorskip("mteb")
+
+from mteb.models import ModelMeta  # noqa: E402
+from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
+from mteb.types import PromptType  # noqa: E402
+
+from vipolyqwen.data.schema import declare_data_types  # noqa: E402
+from vipolyqwen.encoders_vipolyqwen import as_input, load_encoder, prompt_keys  # noqa: E402
+from vipolyqwen.local_tasks_vipolyqwen import local_tasks  # noqa: E402
+
+TYPES = declare_data_types()
+
+
+def entry(folder: Path, rows: list[dict[str, Any]], task: str = "retrieval", **more: Any) -> dict[str, Any]:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return {"task": task, "name": "Mine", "path": str(path), **more}
+
+
+class Lookup(AbsEncoder):
+    """An encoder whose vectors are given by text."""
+
+    def __init__(self, vectors: dict[str, list[float]]) -> None:
+        self.vectors = vectors
+        self.mteb_model_meta = ModelMeta.create_empty({"modalities": ["text"]})
+
+    def encode(self, inputs: Any, **kwargs: Any) -> np.ndarray:
+        return np.array([self.vectors[text] for batch in inputs for text in batch["text"]], dtype=np.float32)
+
+
+def test_scores_chance_and_mean_rank_are_those_of_a_worked_example(tmp_path: Path) -> None:
+    # "x" finds A first. "y" (twice, one question) has two answers, B and C, and finds A, then C, then B: rank 2.
+    # "z" and its answer A do not belong together (score 0.2), so z is no query.
+    pairs = [("x", "A", 1.0), ("y", "B", 0.9), ("y", "C", 0.5), ("z", "A", 0.2), ("z", "D", 0.1)]
+    rows = [{"data_type": "text_pair", "a": a, "b": b, "score": score} for a, b, score in pairs]
+    (task,) = local_tasks(entry(tmp_path, rows), TYPES)
+    vectors = {"x": [1, 0], "y": [0.8, 0.6], "A": [1, 0.2], "C": [0.1, 1], "B": [-1, 1], "D": [-1, -1]}
+    scores = mteb.evaluate(Lookup(vectors), task, cache=None, co2_tracker=False)[0].scores["test"][0]
+    assert scores["candidates"] == 4
+    assert scores["chance"] == pytest.approx(3 / 2 / 4)
+    assert scores["hit_rate_at_1"] == scores["main_score"] == 0.5
+    assert scores["hit_rate_at_5"] == scores["recall_at_5"] == 1
+    assert scores["mean_rank"] == 1.5
+    gain, ideal = 1 / np.log2(3) + 1 / np.log2(4), 1 + 1 / np.log2(3)
+    assert scores["ndcg_at_10"] == pytest.approx((1 + gain / ideal) / 2)
+
+
+def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> None:
+    tasks = local_tasks({"task": "retrieval", "name": "All", "path": str(world / "pairs.jsonl")}, TYPES)
+    found = {task.metadata.name: (task.metadata.type, task.metadata.category, task.prompt_names) for task in tasks}
+    assert found == {
+        "All-text_pair": ("Retrieval", "t2t", {"query": "text_pair", "document": None}),
+        "All-instr": ("Retrieval", "t2t", {"query": "instr", "document": None}),
+        "All-ocr": ("VisionCentricQA", "it2t", {"query": "ocr", "document": None}),
+        "All-vqa_single": ("VisionCentricQA", "it2t", {"query": "vqa_single", "document": None}),
+        "All-vqa_multi": ("VisionCentricQA", "it2t", {"query": "vqa_multi", "document": None}),
+        "All-audio": ("Any2AnyRetrieval", "a2t", {"query": "audio", "document": None}),
+    }
+
+
+def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
+    pictures = [str(world / f"{number}.png") for number in range(3)]
+    rows = [
+        {"data_type": "ocr", "a": text, "b": f"số {number}", "images": picture}
+        for number, (text, picture) in enumerate(zip(("Gì?", "", "Đâu?"), pictures, strict=True))
+    ]
+    tasks = local_tasks(entry(tmp_path, rows), TYPES)
+    found = {task.metadata.name: (task.metadata.category, len(task.split["queries"])) for task in tasks}
+    assert found == {"Mine-ocr-text+image": ("it2t", 2), "Mine-ocr-image": ("i2t", 1)}
+    with pytest.raises(ValueError, match="side a of 'rows.jsonl:2' has no text; say `query: b`"):
+        local_tasks(entry(tmp_path, rows, "pages"), TYPES)
+
+
+def test_other_content_has_another_revision(tmp_path: Path) -> None:
+    rows = [{"data_type": "instr", "a": "x", "b": word} for word in "ABC"]
+    first, again, other = (
+        local_tasks(entry(tmp_path, some), TYPES)[0].metadata.revision for some in (rows, rows, rows[1:])
+    )
+    assert first == again != other
+
+
+def test_the_text_of_a_page_finds_its_image(world: Path) -> None:
+    source = {"path": str(world / "pairs.jsonl"), "only": ["ocr"]}
+    (task,) = local_tasks({"task": "pages", "name": "Signs", "query": "b", **source}, TYPES)
+    assert (task.metadata.type, task.metadata.category) == ("DocumentUnderstanding", "t2i")
+    assert task.split["queries"]["text"][:] == [f"số {number}" for number in range(4)]
+    assert task.split["corpus"][1]["image"].tobytes() == Image.open(world / "1.png").tobytes()
+    with pytest.raises(ValueError, match="query is 'c'; it must be a or b"):
+        local_tasks({"task": "pages", "name": "Signs", "query": "c", **source}, TYPES)
+
+
+@pytest.mark.parametrize(
+    ("task", "only", "message"),
+    [
+        ("trimodal", ["audio"], "4 rows have no image, the first being 'pairs-5'; a trimodal row has"),
+        ("pages", ["instr"], "4 rows have not exactly one image"),
+        ("sts", ["ocr"], "4 rows are not two texts and a score"),
+        ("retrieval", ["nothing"], r"has no rows of \['nothing'\]; it has {'text_pair': 4"),
+    ],
+)
+def test_rows_that_do_not_fit_the_kind_of_task_are_named(
+    world: Path, task: str, only: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        local_tasks({"task": task, "name": "Mine", "path": str(world / "pairs.jsonl"), "only": only}, TYPES)
+
+
+def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        random_image(rng).save(tmp_path / f"{number}.png")
+    soundfile.write(tmp_path / "a.wav", random_sound(rng, 0.3, 8_000)["array"], 8_000)  # another rate than the model's
+    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
+    dialogue = {"data_type": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": pictures}
+    single = {"data_type": "vqa_single", "a": "Gì?", "b": "hình", "images": pictures[:1]}
+    sound = {"data_type": "audio", "b": "tiếng", "audio": str(tmp_path / "a.wav")}
+    encoder = load_encoder(str(world / "base"), {"audio": None}, "cpu", None, False)
+    encoder.encoder.table = {"Mine-vqa_multi-query": "vqa_multi", "Mine-vqa_single-query": "vqa_single"}
+    made = {}
+    for task in local_tasks(entry(tmp_path, [dialogue, single, sound]), TYPES):
+        encoder.start(keep_vectors=True)
+        mteb.evaluate(encoder, task, cache=None, co2_tracker=False)
+        made[task.metadata.name] = encoder.kept["default", "test"]["query"][0][0]
+
+    model: SentenceTransformer = encoder.encoder.model
+    first, second = (Image.open(picture) for picture in pictures)
+    words = [{"type": "text", "text": text} for text in ("Một ", " hai ", "?")]
+    content = [words[0], {"type": "image", "image": first}, words[1], {"type": "image", "image": second}, words[2]]
+    by_hand = {
+        "Mine-vqa_multi": model.encode([[{"role": "user", "content": content}]], prompt_name="vqa_multi")[0],
+        "Mine-vqa_single": model.encode([{"image": first, "text": "Gì?"}], prompt_name="vqa_single")[0],
+        "Mine-audio": model.encode([str(tmp_path / "a.wav")])[0],
+    }
+    for name, vector in by_hand.items():
+        np.testing.assert_allclose(made[name], vector, atol=1e-5, err_msg=name)
+
+
+def test_several_images_without_places_stand_first() -> None:
+    assert as_input({"image": [1, 2], "text": "x"}, ["image", "text"])[0]["content"] == [
+        {"type": "image", "image": 1},
+        {"type": "image", "image": 2},
+        {"type": "text", "text": "x"},
+    ]
+
+
+def test_the_name_of_a_task_is_the_strongest_key_of_a_prompt_and_modalities_the_weakest(tmp_path: Path) -> None:
+    rows = [{"data_type": "instr", "a": "x", "b": "A"}]
+    (task,) = local_tasks(entry(tmp_path, rows), TYPES)
+    assert prompt_keys(task.metadata, PromptType.query) == [
+        "Mine-instr-query",
+        "Mine-instr",
+        "Retrieval-query",
+        "Retrieval",
+        "text-query",
+        "text",
+    ]
+    assert prompt_keys(mteb.get_task("BIOSSES-VN").metadata, None) == ["BIOSSES-VN", "STS", "text"]
+
+
+def test_other_weights_have_another_revision(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    first, again = (load_encoder(str(folder / "base"), {}, "cpu", None, False) for folder in (world, tmp_path))
+    weights = tmp_path / "base" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1
+    weights.write_bytes(content)
+    other = load_encoder(str(tmp_path / "base"), {}, "cpu", None, False)
+    assert first.mteb_model_meta.revision == again.mteb_model_meta.revision != other.mteb_model_meta.revision
+    assert first.mteb_model_meta.name == "local/base"
+    assert set(first.mteb_model_meta.modalities) == {"text", "image", "audio"}

@@ -1,0 +1,95 @@
+"""Suites: what ships resolves in the installed mteb; what is wrong in a file is named, with what may be meant."""
+
+from pathlib import Path
+
+import pytest
+
+mteb = pytest.importorskip("mteb")
+
+from vipolyqwen.local_tasks_vipolyqwen import KINDS  # noqa: E402
+from vipolyqwen.suites_vipolyqwen import SUITES, SuiteError, read_suite  # noqa: E402
+
+
+def names(suite: str) -> list[str]:
+    return [entry["task"] for entry in read_suite(suite).entries if entry["task"] not in KINDS]
+
+
+def test_all_shipped_suites_are_read() -> None:
+    assert sorted(file.stem for file in SUITES.glob("*.yaml")) == [
+        "chinese",
+        "demo",
+        "papers",
+        "trimodal",
+        "vietnamese",
+    ]
+    for file in SUITES.glob("*.yaml"):
+        assert read_suite(file.stem).entries == read_suite(str(file)).entries
+
+
+@pytest.mark.parametrize(
+    ("suite", "benchmark", "languages"),
+    [("vietnamese", "VN-MTEB (vie, v1)", {"vie"}), ("chinese", "MTEB(cmn, v1)", {"zho", "cmn"})],
+)
+def test_a_scorecard_of_a_language_holds_its_benchmark_and_that_language_alone(
+    suite: str, benchmark: str, languages: set[str]
+) -> None:
+    known = {task.metadata.name for task in mteb.get_benchmark(benchmark).tasks}
+    assert known <= set(names(suite))
+    read = read_suite(suite)
+    tasks = [task for entry in read.entries for task in read.tasks(entry)]
+    assert {modality for task in tasks for modality in task.metadata.modalities} == {"text", "image", "audio"}
+    for task in tasks:
+        scripts = task.metadata.hf_subsets_to_langscripts
+        spoken = {code.split("-")[0] for subset in task.hf_subsets for code in scripts[subset]}
+        assert spoken & languages, task.metadata.name
+        if task.metadata.name not in known:
+            assert spoken <= languages, task.metadata.name
+
+
+def test_the_papers_plan_has_both_directions_of_each_pair_of_modalities() -> None:
+    read = read_suite("papers")
+    tasks = [mteb.get_task(name) for name in names("papers")]
+    categories = [task.metadata.category for task in tasks if task.metadata.type == "Any2AnyRetrieval"]
+    assert sorted(categories) == ["a2t", "a2t", "i2t", "i2t", "t2a", "t2a", "t2i", "t2i"]
+    assert sum(task.metadata.type == "STS" for task in tasks) == 3
+    assert {entry["task"] for entry in read.entries} & set(KINDS) == {"sts", "trimodal"}
+    assert len(read.baselines) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("tasks: [STSBenchmarkVN]", "has no task 'STSBenchmarkVN' Did you mean 'STSBenchmark-VN'?"),
+        ("tasks: [BIOSSES-VN]\nprompt: {}", "unknown key 'prompt'; known: .* Did you mean 'prompts'?"),
+        ("tasks: [{task: BIOSSES-VN, langs: [vie]}]", "unknown key 'langs'; .*Did you mean 'languages'?"),
+        (
+            "tasks: [{task: sts, name: A, path: a.jsonl, colums: {}}]",
+            "unknown key 'colums'; .*Did you mean 'columns'?",
+        ),
+        ("tasks: [{task: sts, path: a.jsonl}]", "`task: sts` has no name"),
+        ("tasks: [{task: sts, name: A}]", "`task: sts` has no path"),
+        ("tasks: [BIOSSES-VN, BIOSSES-VN]", r"\['BIOSSES-VN'\] stand there twice"),
+        ("tasks: [BIOSSES-VN]\nprompts: {Retrievl: ocr}", "'Retrievl', which is no type .* Did you mean 'Retrieval'?"),
+        ("tasks: [1]", "the entry 1 names no task"),
+        ("tasks: []", "holds no list of tasks"),
+        ("tasks: [", "is no valid YAML"),
+    ],
+)
+def test_a_wrong_suite_is_an_error_that_names_what_is_meant(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SuiteError, match=message.replace("?", r"\?")):
+        read_suite(str(path))
+
+
+def test_an_unknown_suite_is_an_error_that_suggests_one() -> None:
+    with pytest.raises(SuiteError, match="no suite 'vietnam'; known: chinese, .* Did you mean 'vietnamese'"):
+        read_suite("vietnam")
+
+
+def test_a_task_without_any_of_the_languages_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("languages: [vie]\ntasks: [XFlickr30kCoI2TRetrieval]", encoding="utf-8")
+    suite = read_suite(str(path))
+    with pytest.raises(ValueError, match=r"No subsets were found for XFlickr30kCoI2TRetrieval .*\['vie'\]"):
+        suite.tasks(suite.entries[0])
