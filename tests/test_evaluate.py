@@ -108,7 +108,7 @@ def test_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.ones(len(similarities))
 
     monkeypatch.setattr(evaluate_vipolyqwen, "MAX_SIMILARITIES", 100)
-    monkeypatch.setattr(evaluate_vipolyqwen, "_best_ranks", spy)
+    monkeypatch.setattr(evaluate_vipolyqwen, "best_ranks", spy)
     retrieval_metrics(random_vectors(23, 0), random_vectors(31, 1), [{0}] * 23)
     assert max(sizes) <= 100
     assert sum(sizes) == 23 * 31
