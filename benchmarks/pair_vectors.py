@@ -1,7 +1,8 @@
 """Held-out pairs as vectors, and what retrieval makes of them within each task and language."""
 
+import resource
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def collate(pairs: PairDataset, collator: MixedBatchCollator, batch_size: int) -
 
 
 @torch.inference_mode()
-def embed(model: ViPolyQwenModel, batches: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> dict[str, Tensor]:
+def embed(model: ViPolyQwenModel, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
     """Vectors `a` and `b` of all pairs, (pairs, D) each, and their `a_keys`, `b_keys` and `similarity_scores`."""
     columns = defaultdict(list)
     for batch in batches:
@@ -96,3 +97,10 @@ def search(columns: Mapping[str, Tensor], rows: Sequence[int], min_score: float 
     for query, positions in enumerate(relevant):
         is_relevant[query, list(positions)] = True
     return Search([rows[i] for i in queries], [rows[i] for i in candidates], is_relevant)
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has held: the GPU's if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

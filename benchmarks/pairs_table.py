@@ -8,7 +8,6 @@ the distinct sides b of its task and language. Side a carries its task's prefix.
 
 import argparse
 import json
-import resource
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pair_vectors import cells, collate, embed, load_grouped, search
+from pair_vectors import cells, collate, embed, load_grouped, peak_memory_mib, search
 from result_files import machine, versions
 from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr
@@ -94,9 +93,7 @@ def measure(
     speed = {
         "pairs": len(pairs),
         "pairs_per_second": len(pairs) / seconds,
-        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_mib(),
     }
     return rows, speed
 
