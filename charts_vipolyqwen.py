@@ -64,7 +64,7 @@ def interval_chart(rows: dict[str, tuple[float, float, float]], title: str, widt
             parts.append(f'<line {ends_at} stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<circle cx="{place(value):.1f}" cy="{y:.0f}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{left + width + 8}" y="{y + 4:.0f}">{value:+.3f}</text>')
-    for value in (low, 0.0, high):
+    for value in [0.0] + [end for end in (low, high) if abs(place(end) - place(0)) > 40]:  # labels must not overlap
         parts.append(f'<text x="{place(value):.1f}" y="{height - 8}" text-anchor="middle">{value:+.2f}</text>')
     parts.append(f'<text x="{left}" y="14">{escape(title)}</text>')
     total = left + width + 60

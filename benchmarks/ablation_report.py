@@ -69,10 +69,7 @@ def write_report(results: Results, out: Path) -> None:
     answers = answer(results)
     out.parent.mkdir(parents=True, exist_ok=True)
     figures = {
-        "answers": [
-            asdict(question) | asdict(found) | {"verdict": verdict(found, question.margin)}
-            for question, found in answers
-        ],
+        "answers": [asdict(question) | as_json(found, question.margin) for question, found in answers],
         "recall@1": {
             name: {cell: [recall(run["own"]["ranks"][cell]) for run in runs] for cell in runs[0]["own"]["ranks"]}
             for name, runs in results["runs"].items()
@@ -80,11 +77,18 @@ def write_report(results: Results, out: Path) -> None:
         **{name: value for name, value in results.items() if name not in ("runs", "ngrams")},
         "seconds": {name: [run["seconds"] for run in runs] for name, runs in results["runs"].items()},
     }
-    out.with_suffix(".json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
+    out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
     text = page(results, answers, out.name)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def as_json(found: Comparison, margin: float) -> dict[str, Any]:
+    """A comparison and its verdict; one seed has no interval."""
+    alone = {"seeds": None, "p_seeds": None} if len(found.by_seed) == 1 else {}
+    return asdict(found) | alone | {"difference": found.difference, "verdict": verdict(found, margin)}
 
 
 def answer(results: Results) -> list[tuple[Question, Comparison]]:

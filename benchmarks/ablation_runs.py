@@ -71,7 +71,7 @@ QUIET = {
     "resume_from_checkpoint": True,
 }
 # A stand-in for pretrained backbones, where there are none: InfoNCE, and no prefix, since those do not know any.
-WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0, "learning_rate": 1.0e-3}
+WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0}
 TEXT_ROWS = 192  # pairs of a batch of texts alone: they cost little
 
 
@@ -123,6 +123,7 @@ class Study:
         folder: of warm-ups and cached figures.
         text_steps: steps of the warm-up on texts alone; 0: none.
         warm_steps: steps of the warm-up on everything after it; 0: none.
+        warm_learning_rate: of both; `None`: the recipe's.
     """
 
     recipe: Settings
@@ -130,6 +131,7 @@ class Study:
     folder: Path
     text_steps: int = 0
     warm_steps: int = 0
+    warm_learning_rate: float | None = None
 
     def stage(self, name: str, seed: int) -> Stage:
         """The last run of a variant, with those that it starts from."""
@@ -138,15 +140,17 @@ class Study:
         early = {key: value for key, value in changes.items() if key in BEFORE_THE_LOSS}
         without = left_out(variant.leaves_out, self.data_types)
         base = {**self.recipe, **QUIET, "seed": seed} | ({"model": self.bases[seed]} if self.bases else {})
+        rate = {} if self.warm_learning_rate is None else {"learning_rate": self.warm_learning_rate}
         start = None
         if self.text_steps:
             rows = {"per_device_train_batch_size": TEXT_ROWS, "max_steps": self.text_steps}
             only_text = {"without_tasks": left_out("sounds and images", self.data_types)}
-            start = Stage(warm(base | early | rows | only_text), start)
+            start = Stage(warm(base | early | rows | rate | only_text), start)
         without_some = {"without_tasks": without} if without else {}
         rows = {"per_device_train_batch_size": self.batch_size(tuple(without))}
         if self.warm_steps:
-            start = Stage(warm(base | early | rows | without_some | {"max_steps": self.warm_steps}), start)
+            steps = {"max_steps": self.warm_steps}
+            start = Stage(warm(base | early | rows | rate | without_some | steps), start)
         return Stage(base | rows | without_some | changes | declared_losses(base | changes), start)
 
     @property

@@ -31,7 +31,12 @@ from vipolyqwen.arguments_vipolyqwen import read_recipe
 from vipolyqwen.data.demo_world import write_corpus
 
 ROOT = Path(__file__).parent.parent
-DEMO_STEPS = {"text_steps": 200, "warm_steps": 200, "steps": 60}  # three quarters of an hour for three seeds
+DEMO_STEPS = {
+    "text_steps": 200,
+    "warm_steps": 200,
+    "warm_learning_rate": 1e-3,
+    "steps": 60,
+}  # three quarters of an hour for three seeds
 # How often an epoch visits the rows of a task: reading is learned slowest, then hearing.
 DEMO_WEIGHTS = {"text_pair": 0.8, "instr": 0.5, "ocr": 1.6, "vqa_single": 0.4, "vqa_multi": 0.25, "audio": 2.4}
 DEMO_WEIGHTS["image_caption"] = 1.2
@@ -47,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each variant; default: the recipe's")
     parser.add_argument("--text_steps", type=int, help="warm-up on texts alone")
     parser.add_argument("--warm_steps", type=int, help="warm-up on everything after it")
+    parser.add_argument("--warm_learning_rate", type=float, help="of both warm-ups; default: the recipe's")
     parser.add_argument("--batch_size", type=int, help="pairs a step; default: the recipe's")
     parser.add_argument("--group_by", help="column of the held-out pairs: retrieval is within each of its values")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
@@ -90,13 +96,11 @@ def demo_study(options: argparse.Namespace) -> Study:
     for source in recipe["train_data"]:
         source["weight"] = DEMO_WEIGHTS[Path(source["path"]).stem]
     recipe["eval_data"] = [{"path": str(corpus / "parallel.jsonl"), "media_root": str(corpus)}]
-    recipe |= {"max_steps": DEMO_STEPS["steps"] if options.steps is None else options.steps}
     if options.batch_size:
         recipe["per_device_train_batch_size"] = options.batch_size
-    steps = {
-        name: DEMO_STEPS[name] if getattr(options, name) is None else getattr(options, name)
-        for name in ("text_steps", "warm_steps")
-    }
+    given = {name: value for name, value in vars(options).items() if name in DEMO_STEPS and value is not None}
+    steps = DEMO_STEPS | given
+    recipe |= {"max_steps": steps.pop("steps")}
     return Study(recipe, tuple(map(str, bases)), folder, **steps)
 
 
@@ -110,7 +114,8 @@ def recipe_study(options: argparse.Namespace) -> Study:
         recipe["max_steps"] = options.steps
     if options.batch_size:
         recipe["per_device_train_batch_size"] = options.batch_size
-    return Study(recipe, (), options.output_dir, options.text_steps or 0, options.warm_steps or 0)
+    steps = (options.text_steps or 0, options.warm_steps or 0)
+    return Study(recipe, (), options.output_dir, *steps, options.warm_learning_rate)
 
 
 def run(study: Study, names: list[str], seeds: int, group_by: str | None) -> dict[str, Any]:

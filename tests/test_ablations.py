@@ -21,6 +21,7 @@ from scipy.stats import ttest_rel
 from vipolyqwen.charts_vipolyqwen import interval_chart
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 
 # --- statistics
 
@@ -187,6 +188,29 @@ def test_variants_share_a_warm_up_unless_their_setting_holds_there_already(world
     assert not ablations.applies(weighted, "STW weights")  # the base is that already
 
 
+def test_an_interrupted_run_goes_on_from_its_checkpoint(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text(encoding="utf-8"))  # saves every second step
+    original, steps = ViPolyQwenTrainer.compute_loss, []
+
+    def loss(self: ViPolyQwenTrainer, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ViPolyQwenTrainer, "compute_loss", loss)
+    stage = Study(recipe, (), tmp_path).stage("base", 0)
+    with pytest.raises(KeyboardInterrupt):
+        stage.train(tmp_path)
+    assert not (tmp_path / stage.key / "finished").is_file()
+    stage.train(tmp_path)
+    assert steps == [0, 1, 2, 3, 2, 3]
+    stage.train(tmp_path)
+    assert len(steps) == 6
+
+
 def test_left_out_tasks_are_not_trained_and_rows_keep_their_places(world: Path) -> None:
     sources = [
         {"path": str(world / "pairs.jsonl")},
@@ -239,6 +263,8 @@ def test_a_study_writes_its_report_and_uses_what_it_has_measured(
     assert figures["left_out"] == {"base": [], "NCE only": []} and set(figures["chance"]) == {
         f"{task}/all" for task in ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
     }
+    [h2] = [found for found in figures["answers"] if found["hypothesis"] == "H2"]
+    assert h2["seeds"] is None and h2["verdict"] == "not shown" and h2["by_seed"] == [h2["difference"]]
     report = (tmp_path / "r.md").read_text(encoding="utf-8")
     assert "| NCE only | `nce_only.yaml` | 6 of 6 |" in report and "**H2**" in report and "**H7**" not in report
     assert (tmp_path / "r.svg").read_text(encoding="utf-8").startswith("<svg xmlns")

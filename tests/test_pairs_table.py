@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pairs_table
 import pytest
+import tiny_base
 import torch
 import yaml
 from conftest import TEXTS
@@ -14,6 +15,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.evaluate_vipolyqwen import pair_retrieval
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
 NAN = float("nan")
 
@@ -100,3 +103,16 @@ def test_a_group_is_read_from_any_column(recipe: Path) -> None:
     assert groups == ["made"] * 24 == ["made"] * len(pairs)
     with pytest.raises(ValueError, match="'langage' is missing"):
         load_grouped(sources, "langage", declare_data_types(None), 1)
+
+
+def test_a_base_is_built_on_the_texts_of_a_recipe(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
+    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["tiny_base.py", str(world / "recipe.yaml"), str(tmp_path / "base"), *flags])
+    tiny_base.main()
+    model = ViPolyQwenModel.from_pretrained(tmp_path / "base")
+    assert model.get_input_embeddings().embedding_dim == 64
+    processor = ViPolyQwenProcessor.from_pretrained(tmp_path / "base")
+    assert len(processor.tokenizer("tiếng")["input_ids"]) < len("tiếng".encode())  # its words are merged
