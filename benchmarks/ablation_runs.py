@@ -71,7 +71,7 @@ QUIET = {
     "resume_from_checkpoint": True,
 }
 # A stand-in for pretrained backbones, where there are none: InfoNCE, and no prefix, since those do not know any.
-WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0}
+WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0, "warmup_steps": 20}
 TEXT_ROWS = 192  # pairs of a batch of texts alone: they cost little
 
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 from ablation_report import write_report
 from ablation_runs import VARIANTS, HeldOut, Study, left_out, measured
-from demo_runs import SETTINGS, write_base, write_parallel
+from demo_runs import write_base, write_parallel
 from pair_vectors import peak_memory_mib
 from result_files import machine, versions
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -92,7 +92,7 @@ def demo_study(options: argparse.Namespace) -> Study:
             write_base(corpus, seed, base)
     text = (ROOT / "recipes/demo.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(text.replace("outputs/demo/corpus", corpus.as_posix()))
-    recipe |= SETTINGS | {"prefix_dropout": 0.1, "save_strategy": "no"}
+    recipe |= {"prefix_dropout": 0.1, "save_strategy": "no"}
     for source in recipe["train_data"]:
         source["weight"] = DEMO_WEIGHTS[Path(source["path"]).stem]
     recipe["eval_data"] = [{"path": str(corpus / "parallel.jsonl"), "media_root": str(corpus)}]

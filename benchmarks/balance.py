@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from demo_runs import SETTINGS, write_base
+from demo_runs import write_base
 from paired_statistics import interval, spread
 from result_files import machine
 
@@ -117,13 +117,20 @@ def settings(folder: Path, weights: dict[str, float]) -> dict[str, Any]:
         {"path": str(corpus / f"train/{task}.jsonl"), "media_root": str(corpus), "weight": weight}
         for task, weight in weights.items()
     ]
-    return SETTINGS | {
+    return {
         "train_data": sources,
+        "check_media": False,
+        "nce_min_score": 0.9,
         "learning_rate": 1.0e-3,
         "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 20,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
         "monitor_steps": 5,
         "logging_steps": 5,
         "save_strategy": "no",
+        "dataloader_num_workers": 1,
+        "report_to": "none",
         "per_device_eval_batch_size": 64,
     }
 

@@ -1,7 +1,6 @@
-"""What benchmarks that train on the demo world have in common: bases, settings, held-out rows in three languages."""
+"""What benchmarks that train on the demo world have in common: bases, and held-out rows in three languages."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,17 +11,6 @@ from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.report_vipolyqwen import read_rows
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
-
-# How the tiny model is trained, whatever on.
-SETTINGS: dict[str, Any] = {
-    "check_media": False,
-    "nce_min_score": 0.9,
-    "warmup_steps": 20,
-    "weight_decay": 0.01,
-    "adam_beta2": 0.98,
-    "dataloader_num_workers": 1,
-    "report_to": "none",
-}
 
 
 def write_base(corpus: Path, seed: int, folder: Path) -> None:

@@ -239,8 +239,14 @@ def test_a_study_writes_its_report_and_uses_what_it_has_measured(
             raise KeyboardInterrupt  # the study is stopped in its third run
         original(argv)
 
-    original = ablation_runs.train_main
+    def loss(self: ViPolyQwenTrainer, model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        batches[self.args.output_dir] = inputs["ids"]
+        return original_loss(self, model, inputs, **kwargs)
+
+    batches: dict[str, list[str]] = {}
+    original, original_loss = ablation_runs.train_main, ViPolyQwenTrainer.compute_loss
     monkeypatch.setattr(ablation_runs, "train_main", train)
+    monkeypatch.setattr(ViPolyQwenTrainer, "compute_loss", loss)
     arguments = ["--recipe", str(world / "recipe.yaml"), "--steps", "1", "--warm_steps", "1", "--seeds", "1"]
     arguments += [
         "--variants",
@@ -259,6 +265,8 @@ def test_a_study_writes_its_report_and_uses_what_it_has_measured(
     assert len(trained) == 4  # a warm-up and the base, the run that was stopped, and that run again
     ablations.main()
     assert len(trained) == 4
+    _, base, nce_only = batches.values()  # after the warm-up
+    assert base == nce_only  # the same rows in the same order
     figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert figures["left_out"] == {"base": [], "NCE only": []} and set(figures["chance"]) == {
         f"{task}/all" for task in ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
@@ -268,7 +276,7 @@ def test_a_study_writes_its_report_and_uses_what_it_has_measured(
     report = (tmp_path / "r.md").read_text(encoding="utf-8")
     assert "| NCE only | `nce_only.yaml` | 6 of 6 |" in report and "**H2**" in report and "**H7**" not in report
     assert (tmp_path / "r.svg").read_text(encoding="utf-8").startswith("<svg xmlns")
-    # The recall of the report is that of the metrics which training itself uses.
+    # The report counts the ranks that are kept.
     [run] = [
         json.loads(file.read_text())
         for file in (tmp_path / "runs/figures").glob("*.json")
