@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance test test-lowest lint format clean
+.PHONY: install demo balance ablations test test-lowest lint format clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ demo: install
 
 balance: install
 	$(BIN)/python benchmarks/balance.py
+
+# Threads soon give way while they wait for others, or a second busy process would slow every step several times.
+ablations: install
+	GOMP_SPINCOUNT=5000 $(BIN)/python benchmarks/ablations.py
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -62,6 +62,7 @@ class DataArguments:
     prefix_sides: str = field(default="a", metadata={"help": "which side carries the task prefix: a or both"})
     prefix_dropout: float = field(default=0.1, metadata={"help": "share of rows trained without prefix"})
     tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get one"})
+    without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks whose training rows are left out"})
     check_media: bool = field(default=True, metadata={"help": "read every file's header before training"})
 
 

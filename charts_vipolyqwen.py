@@ -1,6 +1,7 @@
-"""Lines as SVG, for pages that need nothing else."""
+"""Lines and intervals as SVG, for pages that need nothing else."""
 
 from html import escape
+from math import isfinite
 
 COLOURS = ("#1864ab", "#d9480f", "#2b8a3e", "#862e9c", "#e67700", "#0b7285", "#a61e4d", "#495057")
 MARGIN = 34  # pixels left of and below the plot, for its numbers
@@ -33,4 +34,41 @@ def line_chart(series: dict[str, Points], width: int = 480, height: int = 160) -
     return (
         f'<svg width="{width + MARGIN + 4}" height="{height + 28}" font-size="11">{drawing}</svg>'
         f'<div style="max-width:{width + MARGIN}px;font-size:12px">{" &nbsp; ".join(legend)}</div>'
+    )
+
+
+def interval_chart(rows: dict[str, tuple[float, float, float]], title: str, width: int = 420) -> str:
+    """A dot and an interval for each row over an axis with zero, as an SVG file of its own.
+
+    Args:
+        rows: name -> (value, lower end, upper end); ends that are not finite leave the dot alone.
+        title: what the axis counts.
+        width: of the axis in pixels.
+    """
+    left, line = 150, 24  # pixels for the names, and for each row
+    ends = [end for row in rows.values() for end in row if isfinite(end)] + [0.0]
+    low, high = min(ends), max(ends)
+    margin = 0.05 * (high - low or 1.0)
+    scale = width / (high - low + 2 * margin)
+
+    def place(value: float) -> float:
+        return left + (value - low + margin) * scale
+
+    height = line * len(rows) + 50
+    parts = [f'<line x1="{place(0):.1f}" y1="24" x2="{place(0):.1f}" y2="{height - 24}" stroke="#999"/>']
+    for number, (name, (value, lower, upper)) in enumerate(rows.items()):
+        y, colour = 24 + line * (number + 0.5), COLOURS[0]
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{escape(name)}</text>')
+        if isfinite(lower) and isfinite(upper):
+            ends_at = f'x1="{place(lower):.1f}" y1="{y:.0f}" x2="{place(upper):.1f}" y2="{y:.0f}"'
+            parts.append(f'<line {ends_at} stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{place(value):.1f}" cy="{y:.0f}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{left + width + 8}" y="{y + 4:.0f}">{value:+.3f}</text>')
+    for value in [0.0] + [end for end in (low, high) if abs(place(end) - place(0)) > 40]:  # labels must not overlap
+        parts.append(f'<text x="{place(value):.1f}" y="{height - 8}" text-anchor="middle">{value:+.2f}</text>')
+    parts.append(f'<text x="{left}" y="14">{escape(title)}</text>')
+    total = left + width + 60
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{height}" font-size="12" '
+        f'font-family="sans-serif"><rect width="{total}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )

@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     data_types = declare_data_types(data_args.data_types)
     mixed_loss = build_loss(loss_args, data_args.data_types, list(data_types))
     model, processor = load_model(model_args, args, data_types)
-    train_pairs = read_pairs(data_args.train_data, data_types, processor, data_args.check_media)
+    train_pairs = read_pairs(
+        data_args.train_data, data_types, processor, data_args.check_media, data_args.without_tasks
+    )
     eval_pairs = read_pairs(data_args.eval_data, data_types, processor, data_args.check_media)
     trainer = ViPolyQwenTrainer(
         model=model,
@@ -144,11 +146,12 @@ def read_pairs(
     data_types: dict[str, DataType],
     processor: ViPolyQwenProcessor,
     check_media: bool,
+    without_tasks: list[str] | None = None,
 ) -> PairDataset | None:
-    """All rows of all sources, checked; `None` if no source is given."""
+    """All rows of all sources, checked, but those of `without_tasks`; `None` if no source is given."""
     if sources is None:
         return None
-    return load_pairs(sources, data_types, processor.min_audio_samples, check_media=check_media)
+    return load_pairs(sources, data_types, processor.min_audio_samples, check_media, without_tasks or ())
 
 
 def build_collator(

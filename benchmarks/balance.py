@@ -13,7 +13,6 @@ share ratio is the largest over the smallest of the tasks' means over the last q
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -26,15 +25,13 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from demo_runs import write_base
+from paired_statistics import interval, spread
 from result_files import machine
-from scipy.stats import t
 
 from vipolyqwen.balance_vipolyqwen import share_ratio, task_means
 from vipolyqwen.data.demo_world import write_corpus, write_rows
-from vipolyqwen.demo_vipolyqwen import BASE_SIZES
-from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.report_vipolyqwen import read_rows
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 ROOT = Path(__file__).parent.parent
 WEIGHTINGS = {
@@ -77,11 +74,7 @@ def main() -> None:
 
 def warm_up(folder: Path, seed: int) -> None:
     """A tiny base of its own for the seed, trained on InfoNCE: texts first, then all tasks alike."""
-    rows = (row for path in (folder / "corpus/train").glob("*.jsonl") for row in read_rows(path))
-    texts = [row[side] for row in rows for side in ("a", "b") if row.get(side)]
-    torch.manual_seed(seed)
-    model, processor = build_tiny_base(texts, **BASE_SIZES)
-    save_repository(model, processor, folder / f"seed{seed}/base")
+    write_base(folder / "corpus", seed, folder / f"seed{seed}/base")
     stages = {
         "text": ({"text_pair": 3.0, "instr": 1.0}, {"steps": 400, "rows": 192, "model": "base"}),
         "warm": (dict.fromkeys(ROW_SHARES, 1.0) | {"audio": 2.0}, {"steps": 600, "rows": 112, "model": "text"}),
@@ -206,24 +199,10 @@ def report(runs: dict[str, list[dict[str, Any]]], steps: int, folder: Path) -> N
     print("\n".join(lines))
 
 
-def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
-
-
 def differences(figures: dict[str, dict[str, list[float]]], name: str) -> list[float]:
     """Recall of a weighting less that of `none`, seed by seed."""
     pairs = zip(figures[name]["recall@1"], figures["none"]["recall@1"], strict=True)
     return [own - plain for own, plain in pairs]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean, by Student's t."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - half, statistics.mean(values) + half
 
 
 def task_table(runs: dict[str, list[dict[str, Any]]], key: str) -> list[str]:

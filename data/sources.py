@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Piece:
     table: datasets.Dataset  # in arrow format: media are never decoded here
     reader: RowReader
     task_ids: np.ndarray  # (rows,) int16: of ten million rows, eight bytes each would be most of what is held
+    records: np.ndarray | None = None  # (rows,) int64: each row's number in the file, where some were left out
+
+    def only(self, kept: np.ndarray) -> "Piece":
+        """The rows with the given numbers."""
+        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], kept)
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -114,6 +119,12 @@ class PairDataset(torch.utils.data.Dataset):
         counts = {name: int(np.count_nonzero(task_ids == number)) for number, name in enumerate(self.data_types)}
         return {name: count for name, count in counts.items() if count}
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Both sides' texts of every row, without decoding anything."""
+        for index in range(len(self)):
+            _, row, _ = self._read(index)
+            yield row.a, row.b
+
     def groups(self) -> list[str | None]:
         """The `group` of every row, without decoding anything."""
         groups: list[str | None] = []
@@ -136,7 +147,8 @@ class PairDataset(torch.utils.data.Dataset):
         number = bisect.bisect_right(self.ends, index)
         piece = self.pieces[number]
         local = int(index) - (self.ends[number] - len(piece.table))
-        row, place = piece.reader.read(piece.table[local].to_pylist()[0], local)
+        record = local if piece.records is None else int(piece.records[local])
+        row, place = piece.reader.read(piece.table[local].to_pylist()[0], record)
         return number, row, place
 
 
@@ -145,6 +157,7 @@ def load_pairs(
     data_types: Mapping[str, DataType],
     min_audio_samples: int,
     check_media: bool = True,
+    without_tasks: Collection[str] = (),
 ) -> PairDataset:
     """Loads a recipe's `train_data` or `eval_data` and checks every row.
 
@@ -156,10 +169,11 @@ def load_pairs(
         data_types: the data types in the order of their task ids, from `declare_data_types`.
         min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
         check_media: whether to open every image and sound as far as its header.
+        without_tasks: data types whose rows are left out, after they were checked.
 
     Raises:
         RowError: a row that cannot be used.
-        ValueError: a setting, a file or a column that is wrong.
+        ValueError: a setting, a file or a column that is wrong, or no row left.
     """
     if not configs:
         raise ValueError("There is no data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
@@ -171,7 +185,31 @@ def load_pairs(
         for table, reader in read_source(source, data_types):
             checker = RowChecker(reader, dict(data_types), min_audio_samples, check_media)
             pieces[-1].append(Piece(table, reader, _check_rows(table, checker)))
+    if without_tasks:
+        sources, pieces = _leave_out(without_tasks, sources, pieces, data_types)
     return PairDataset(sources, pieces, data_types)
+
+
+def _leave_out(
+    tasks: Collection[str],
+    sources: list[SourceConfig],
+    pieces: list[list[Piece]],
+    data_types: Mapping[str, DataType],
+) -> tuple[list[SourceConfig], list[list[Piece]]]:
+    """Sources and pieces without the rows of some data types; what is empty then goes too."""
+    names = list(data_types)
+    for task in tasks:
+        if task not in names:
+            raise ValueError(f"without_tasks: unknown data type {task!r}; known: {', '.join(names)}.")
+    numbers = [names.index(task) for task in tasks]
+    kept = [
+        [piece.only(rows) for piece in of_source if len(rows := np.flatnonzero(~np.isin(piece.task_ids, numbers)))]
+        for of_source in pieces
+    ]
+    if not any(kept):
+        raise ValueError(f"without_tasks: no row is left without {', '.join(tasks)}; leave fewer out.")
+    left = [number for number, of_source in enumerate(kept) if of_source]
+    return [sources[number] for number in left], [kept[number] for number in left]
 
 
 def content_key(text: str, media: Sequence[bytes] = ()) -> int:

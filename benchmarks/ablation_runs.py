@@ -1,0 +1,342 @@
+"""The runs of the ablation study: variants as settings, warm-ups shared where settings allow it, all of it cached.
+
+A run is named by a hash of what its result follows from: its settings, those of the runs it starts from, the files it
+learns from and is measured on, the training code and the libraries. So a change of any of these makes new runs, and a
+study that was interrupted, or asked for more seeds or variants, keeps the others.
+"""
+
+import gc
+import glob
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pair_vectors import ALL, Search, cells, collate, embed, load_grouped, search
+from result_files import versions
+
+from vipolyqwen.arguments_vipolyqwen import read_recipe
+from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.schema import DataType, declare_data_types
+from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
+from vipolyqwen.metrics_vipolyqwen import spearman
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.train_vipolyqwen import main as train_main
+
+ROOT = Path(__file__).parent.parent
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the base: a recipe of recipes/ablations, or tasks that are left out."""
+
+    recipe: str | None = None
+    leaves_out: str = "nothing"  # or "sounds", or "sounds and images"
+
+
+VARIANTS = {
+    "base": Variant(),
+    "mean pooling": Variant("mean_pool"),
+    "last token": Variant("last_token"),
+    "NCE only": Variant("nce_only"),
+    "fixed sum": Variant("fixed_sum"),
+    "faithful losses": Variant("faithful_losses"),
+    "STW weights": Variant("weighting_table"),
+    "no prefix": Variant("no_prefix"),
+    "no OCR prefix": Variant("no_ocr_prefix"),
+    "no prefix dropout": Variant("no_prefix_dropout"),
+    "no audio": Variant(leaves_out="sounds"),
+    "text only": Variant(leaves_out="sounds and images"),
+}
+BEFORE_THE_LOSS = ("pooling",)  # settings of a variant that hold in its warm-up too
+QUIET = {
+    "eval_data": None,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "report_to": "none",
+    "logging_strategy": "no",
+    "monitor_steps": 0,
+    "disable_tqdm": True,
+    "resume_from_checkpoint": True,
+}
+# A stand-in for pretrained backbones, where there are none: InfoNCE, and no prefix, since those do not know any.
+WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0, "warmup_steps": 20}
+TEXT_ROWS = 192  # pairs of a batch of texts alone: they cost little
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training run; it goes on from another one, or from the model that its settings name."""
+
+    settings: Settings
+    start: "Stage | None" = None
+
+    @property
+    def key(self) -> str:
+        """Names what the run's result follows from; the order of the settings does not matter."""
+        model = self.settings.get("model")
+        return digest(
+            {
+                "settings": self.settings,
+                "start": self.start.key if self.start else repository_digest(model) if model else None,
+                "data": {source["path"]: data_digest(source["path"]) for source in self.settings["train_data"]},
+                "code": code_digest(),
+                "versions": versions(),
+            }
+        )
+
+    def train(self, folder: Path) -> Path:
+        """The repository that the run, or an earlier one of the same key, leaves in `folder`."""
+        place = folder / self.key
+        finished = place / "finished"  # written last
+        if not finished.is_file():
+            settings = dict(self.settings) | {"output_dir": str(place)}
+            if self.start is not None:
+                settings = {name: value for name, value in settings.items() if name not in ("vlm", "audio")}
+                settings["model"] = str(self.start.train(folder))
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+            train_main([str(place / "recipe.yaml")])
+            gc.collect()  # a Trainer refers to itself
+            finished.touch()
+        return place
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs of a study share.
+
+    Attributes:
+        recipe: settings of the base, as `read_recipe` gives them.
+        bases: the model of each seed; empty if the recipe's own serves all.
+        folder: of warm-ups and cached figures.
+        text_steps: steps of the warm-up on texts alone; 0: none.
+        warm_steps: steps of the warm-up on everything after it; 0: none.
+        warm_learning_rate: of both; `None`: the recipe's.
+    """
+
+    recipe: Settings
+    bases: tuple[str, ...]
+    folder: Path
+    text_steps: int = 0
+    warm_steps: int = 0
+    warm_learning_rate: float | None = None
+
+    def stage(self, name: str, seed: int) -> Stage:
+        """The last run of a variant, with those that it starts from."""
+        variant = VARIANTS[name]
+        changes = read_recipe(ROOT / f"recipes/ablations/{variant.recipe}.yaml") if variant.recipe else {}
+        early = {key: value for key, value in changes.items() if key in BEFORE_THE_LOSS}
+        without = left_out(variant.leaves_out, self.data_types)
+        base = {**self.recipe, **QUIET, "seed": seed} | ({"model": self.bases[seed]} if self.bases else {})
+        rate = {} if self.warm_learning_rate is None else {"learning_rate": self.warm_learning_rate}
+        start = None
+        if self.text_steps:
+            rows = {"per_device_train_batch_size": TEXT_ROWS, "max_steps": self.text_steps}
+            only_text = {"without_tasks": left_out("sounds and images", self.data_types)}
+            start = Stage(warm(base | early | rows | rate | only_text), start)
+        without_some = {"without_tasks": without} if without else {}
+        rows = {"per_device_train_batch_size": self.batch_size(tuple(without))}
+        if self.warm_steps:
+            steps = {"max_steps": self.warm_steps}
+            start = Stage(warm(base | early | rows | rate | without_some | steps), start)
+        return Stage(base | rows | without_some | changes | declared_losses(base | changes), start)
+
+    @property
+    def data_types(self) -> dict[str, DataType]:
+        """The six, and those that the recipe declares."""
+        return declare_data_types(self.recipe.get("data_types"))
+
+    def batch_size(self, without: tuple[str, ...]) -> int:
+        """So many pairs a step that as many as in the base are of the tasks that are trained."""
+        return max(2, round(self.recipe["per_device_train_batch_size"] * self.kept_share(without)))
+
+    def kept_share(self, without: tuple[str, ...]) -> float:
+        """Share of an epoch's pairs that are not of these tasks."""
+        pairs = _train_pairs(json.dumps(self.recipe["train_data"]), json.dumps(self.recipe.get("data_types", {})))
+        total = kept = 0.0
+        first = 0
+        for length, weight in zip(pairs.source_lengths, pairs.source_weights, strict=True):
+            for task, count in pairs.data_type_counts(first, first + length).items():
+                total += weight * count
+                kept += 0 if task in without else weight * count
+            first += length
+        return kept / total
+
+
+@lru_cache
+def _train_pairs(sources: str, declared: str) -> PairDataset:
+    return load_pairs(json.loads(sources), declare_data_types(json.loads(declared)), 1, check_media=False)
+
+
+def warm(settings: Settings) -> dict[str, Any]:
+    """These settings, but for a warm-up."""
+    changed = {**settings, **WARM_UP}
+    changed.pop("task_weighting_options", None)
+    return changed | declared_losses(changed)
+
+
+def declared_losses(settings: Settings) -> dict[str, Any]:
+    """`data_types` with the losses that an ablation of the loss gives to every task."""
+    table, declared = settings.get("loss_table"), settings.get("data_types")
+    if table not in ("nce", "sum") or not declared:
+        return {}
+    loss = asdict(next(iter(LOSS_TABLES[table].values())))
+    return {"data_types": {name: {**fields, "loss": loss} for name, fields in declared.items()}}
+
+
+def left_out(what: str, data_types: Mapping[str, DataType]) -> list[str]:
+    """The tasks whose rows must have sounds, or sounds or images."""
+    if what == "nothing":
+        return []
+    images = what == "sounds and images"
+    return [name for name, task in data_types.items() if task.needs_audio or (images and task.needs_image)]
+
+
+class HeldOut:
+    """The held-out pairs of a study, and what retrieval of a model finds among them."""
+
+    def __init__(self, study: Study, group_by: str | None, min_samples: int = 1) -> None:
+        recipe, self.keeps = study.recipe, bool(study.bases)
+        self.data_types = study.data_types
+        self.min_score = recipe.get("nce_min_score", 0.5)
+        self.prefix_sides = recipe.get("prefix_sides", "a")
+        self.pairs, groups = load_grouped(recipe["eval_data"], group_by, self.data_types, min_samples)
+        names = list(self.data_types)
+        self.tasks = [names[number] for number in self.pairs.task_ids]
+        found = cells(self.tasks, groups)
+        self.cells = {cell: rows for cell, rows in found.items() if group_by is None or cell[1] != ALL}
+        if group_by is not None and not self.cells:
+            raise ValueError(f"No held-out pair has a value in the column {group_by!r}; name another one.")
+        keys = [(row["a_key"], row["b_key"], row["score"]) for row in (self.pairs[i] for i in range(len(self.pairs)))]
+        self.columns = {
+            "a_keys": torch.tensor([key[0] for key in keys]),
+            "b_keys": torch.tensor([key[1] for key in keys]),
+            "similarity_scores": torch.tensor([float("nan") if key[2] is None else key[2] for key in keys]),
+        }
+        self.searches: dict[tuple[str, str], Search] = {
+            cell: search(self.columns, rows, self.min_score) for cell, rows in self.cells.items()
+        }
+        self._batches: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = {}
+
+    def figures(self, repository: Path, unprefixed: Sequence[str]) -> dict[str, Any]:
+        """Ranks of all queries with prefixes as trained ("own") and without any ("bare"), and Spearman's ρ."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = ViPolyQwenModel.from_pretrained(repository).eval().to(device)
+        processor = ViPolyQwenProcessor.from_pretrained(repository, config=model.config)
+        started = time.perf_counter()
+        views = {"own": tuple(unprefixed), "bare": tuple(self.data_types)}
+        made = {without: embed(model, self.batches(processor, without)) for without in set(views.values())}
+        figures: dict[str, Any] = {}
+        for view, without in views.items():
+            vectors = made[without]
+            ranks = {
+                cell: found.ranks(vectors["a"][found.queries] @ vectors["b"][found.candidates].T)
+                for cell, found in self.searches.items()
+            }
+            figures[view] = {"ranks": {"/".join(cell): rank.tolist() for cell, rank in ranks.items()}}
+            figures[view]["spearman"] = self.correlations(vectors)
+        return figures | {"seconds_of_embedding": time.perf_counter() - started}
+
+    def batches(self, processor: ViPolyQwenProcessor, without: tuple[str, ...]) -> Iterable[dict[str, Any]]:
+        """The pairs as model inputs; on the demo world they are kept, since all its runs see the same ones."""
+        tokens = processor.tokenizer.backend_tokenizer.to_str()
+        key = (digest([tokens, processor.task_prefixes, processor.tokenizer.model_max_length]), without)
+        if key in self._batches:
+            return self._batches[key]
+        collator = MixedBatchCollator(
+            processor,
+            self.data_types,
+            prefix_sides=self.prefix_sides,
+            prefix_dropout=0.0,
+            tasks_without_prefix=without,
+            with_negatives=False,
+        )
+        made = collate(self.pairs, collator, 64)
+        if self.keeps:
+            made = self._batches[key] = list(made)
+        return made
+
+    def correlations(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Spearman's ρ of each task whose scores are not all alike."""
+        found = {}
+        for task in dict.fromkeys(self.tasks):
+            rows = torch.tensor([number for number, name in enumerate(self.tasks) if name == task])
+            value = spearman(*(vectors[name][rows] for name in ("a", "b", "similarity_scores")))
+            if value == value:
+                found[task] = value
+        return found
+
+
+def measured(study: Study, held_out: HeldOut, name: str, seed: int, group_by: str | None) -> dict[str, Any]:
+    """The figures of a variant's run: those of an earlier one of the same key, or of one that is trained now."""
+    stage = study.stage(name, seed)
+    sources = study.recipe["eval_data"]
+    data = {source["path"]: data_digest(source["path"]) for source in sources}
+    key = digest({"run": stage.key, "sources": sources, "data": data, "group_by": group_by})
+    path = study.folder / "figures" / f"{key}.json"
+    if not path.is_file():
+        started = time.perf_counter()
+        model = stage.train(study.folder / "models")
+        no_prefix = stage.settings.get("prefix_dropout") == 1.0
+        unprefixed = list(held_out.data_types) if no_prefix else stage.settings.get("tasks_without_prefix") or []
+        figures = held_out.figures(model, unprefixed)
+        figures |= {"variant": name, "seed": seed, "seconds": time.perf_counter() - started}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(figures | {"settings": dict(stage.settings)}), encoding="utf-8")
+        unfinished.rename(path)
+        shutil.rmtree(model)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain data."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@lru_cache
+def data_digest(path: str) -> str:
+    """Hash of the files that a source names; of the name alone where they are on the Hub. Media are not read."""
+    found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else sorted(map(Path, glob.glob(path)))
+    files = [
+        file for file in found if file.is_file() and file.suffix in (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+    ]
+    return files_digest(files) if files else path
+
+
+@lru_cache
+def repository_digest(model: str) -> str:
+    """Hash of a local repository's weights, config and tokenizer, or the name of one on the Hub."""
+    files = [file for file in sorted(Path(model).glob("*")) if file.suffix in (".safetensors", ".json")]
+    return files_digest(files) if files else model
+
+
+@lru_cache
+def code_digest() -> str:
+    """Hash of the code that a run's result follows from."""
+    names = ("arguments", "cached_gradients", "evaluate", "losses", "media", "mixed_loss", "modeling", "processing")
+    files = [ROOT / f"{name}_vipolyqwen.py" for name in (*names, "train", "trainer", "weighting")]
+    files += [ROOT / f"data/{name}.py" for name in ("collator", "readers", "sampler", "schema", "sources")]
+    return files_digest([*files, Path(__file__).with_name("pair_vectors.py")])
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """Hash of the contents of files."""
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as content:
+            found.update(hashlib.file_digest(content, "blake2b").digest())
+    return found.hexdigest()
