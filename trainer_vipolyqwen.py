@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,10 +22,12 @@ from vipolyqwen.balance_vipolyqwen import BalanceMonitor
 from vipolyqwen.cached_gradients_vipolyqwen import embed_in_chunks
 from vipolyqwen.callbacks_vipolyqwen import RateCallback
 from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, plan_calls
+from vipolyqwen.compile_vipolyqwen import compile_layers
 from vipolyqwen.data.collator import MixedBatchCollator, first_images, row_lengths, take_rows
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.sources import PairDataset
 from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, spearman
+from vipolyqwen.liger_vipolyqwen import use_liger_kernels
 from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import takes_lengths
@@ -87,6 +89,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
             )
         pays = takes_lengths(model.vlm.language_model.config, args.device)
         self.packing = args.packing == "true" or (args.packing == "auto" and pays)
+        if args.use_liger_kernel:
+            use_liger_kernels(model, args.device)
+        if args.torch_compile:
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
                 parameter.requires_grad_(False)

@@ -156,7 +156,7 @@ def _share_images(batch: Mapping[str, Any], images: Sequence[Image.Image]) -> di
         indices.append(numbers[content])
     kept = _long(kept)
     return {
-        "pixel_values": batch["pixel_values"][_members(batch["image_grid_thw"].prod(dim=-1), kept)],
+        "pixel_values": batch["pixel_values"][members(batch["image_grid_thw"].prod(dim=-1), kept)],
         "image_grid_thw": batch["image_grid_thw"][kept],
         "image_indices": _long(indices),
     }
@@ -176,13 +176,13 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         inputs["input_ids"] = batch["input_ids"][rows][:, used]
         inputs["attention_mask"] = mask[:, used]
     if batch["images_per_row"][rows].any():
-        slots = _members(batch["images_per_row"], rows)
+        slots = members(batch["images_per_row"], rows)
         images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
-        patches = _members(batch["image_grid_thw"].prod(dim=-1), images)
+        patches = members(batch["image_grid_thw"].prod(dim=-1), images)
         inputs["pixel_values"] = batch["pixel_values"][patches]
         inputs["image_grid_thw"] = batch["image_grid_thw"][images]
     if "has_audio" in batch and batch["has_audio"][rows].any():
-        clips = _members(batch["has_audio"].long(), rows)
+        clips = members(batch["has_audio"].long(), rows)
         mask = batch["audio_attention_mask"][clips]  # (clips, samples)
         used = mask.any(dim=0)
         inputs["audio_features"] = batch["audio_features"][clips][:, used]
@@ -191,7 +191,7 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
     return inputs
 
 
-def _members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
     sizes = counts[groups]
     starts = (counts.cumsum(0) - counts)[groups]

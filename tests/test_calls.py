@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, length_buckets, plan_calls
-from vipolyqwen.data.collator import _members, first_images, take_rows
+from vipolyqwen.data.collator import first_images, members, take_rows
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 
 
@@ -134,7 +134,7 @@ def test_a_budget_without_tokens_is_refused() -> None:
 
 def unshared(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with every image as often as it is shown."""
-    patches = _members(batch["image_grid_thw"].prod(dim=-1), batch["image_indices"])
+    patches = members(batch["image_grid_thw"].prod(dim=-1), batch["image_indices"])
     return batch | {
         "pixel_values": batch["pixel_values"][patches],
         "image_grid_thw": batch["image_grid_thw"][batch["image_indices"]],
