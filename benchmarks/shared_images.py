@@ -2,8 +2,8 @@
 
     python benchmarks/shared_images.py [--pairs 32] [--sharing 4] [--repeats 5]
 
-A tiny model of the real classes and pairs of visual questions, some about the same picture, made in memory. Seconds are
-the median over steps of both kinds in turn. What sharing can save is the vision tower's part, so the result has an
+A tiny model of the real classes and pairs of visual questions, some about the same picture, made in memory. Seconds
+are the median over steps of both kinds in turn. What sharing can save is the vision tower's part, so the result has an
 estimate of that part too, parameters × positions of the layers: 0.66 for Qwen2-VL-2B. Writes
 benchmarks/results/shared_images.json.
 """

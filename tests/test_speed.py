@@ -92,6 +92,16 @@ def test_compiled_layers_learn_the_same_in_one_graph_and_resume(world: Path, tmp
     assert all(torch.equal(resumed[name], value) for name, value in weights["compiled"].items())
 
 
+def test_compiled_layers_may_be_checkpointed(corpus: Path, plain: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    trainer, pairs = build(corpus, "--torch_compile", "true", "--torch_compile_backend", "eager", "--packing", "true")
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    step(trainer, list(pairs))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_same_gradients(gradients_of(trainer), plain)
+
+
 # --- Liger
 
 
