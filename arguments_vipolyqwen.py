@@ -106,6 +106,14 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "most rows of one forward, by cached gradients: memory of so many, any batch; none: all"},
     )
+    embed_chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "likewise, most tokens and frames of sound of one forward, padding included; none: all"},
+    )
+    packing: str = field(
+        default="auto",
+        metadata={"help": "texts without padding, as one sequence: true, false or auto (where attention profits)"},
+    )
     monitor_steps: int = field(
         default=10, metadata={"help": "measure the tasks' gradients every so many steps; 0: never"}
     )
@@ -117,8 +125,13 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         """Checks what the stock arguments do not know."""
         if self.on_nan not in ("error", "skip"):
             raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
-        if self.embed_chunk is not None and self.embed_chunk < 1:
-            raise ValueError(f"`embed_chunk` is {self.embed_chunk}; give a number of rows >= 1, or leave it out.")
+        for name, unit in (("embed_chunk", "rows"), ("embed_chunk_tokens", "tokens")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; give a number of {unit} >= 1, or leave it out.")
+        self.packing = str(self.packing).lower()  # a recipe's true is no string
+        if self.packing not in ("auto", "true", "false"):
+            raise ValueError(f"`packing` is {self.packing!r}; it must be auto, true or false.")
         if self.monitor_steps < 0:
             raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
         if self.on_nan == "skip":

@@ -40,11 +40,6 @@ def embed_in_chunks(
     return _CachedGradients.apply(anchor, embed, chunks, model, exchange)
 
 
-def cut(groups: Sequence[Chunk], size: int) -> list[Chunk]:
-    """Groups of rows cut to at most `size` rows each."""
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
 class _CachedGradients(torch.autograd.Function):
     """All chunks without gradient; the backward does them again with it, each up to the parameters."""
 

@@ -18,9 +18,11 @@ from transformers import (
     Qwen2VLModel,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple, is_flash_attn_2_available, is_kernels_available
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vipolyqwen import ViPolyQwenConfig
+from .packing_vipolyqwen import pack, packed_attention
+from .pooling_vipolyqwen import POOLING_CLASSES, PROJECTION_CLASSES, AttentionPooling
 
 
 @dataclass
@@ -40,89 +42,6 @@ class ViPolyQwenOutput(ModelOutput):
     audio_pooling_weights: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class AttentionPooling(nn.Module):
-    """A learned query decides how much each position counts (papers 000 §3.2.1, 001 §3.2)."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(hidden_size))  # v ~ N(0, 0.02²), set by ViPolyQwenModel._init_weights
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools (B, N, D) `hidden` where `mask` (B, N) is true into (B, D); returns the weights (B, N) float32 too."""
-        hidden = _blank(hidden, mask)
-        scores = hidden @ self.query.to(hidden.dtype)  # (B, N)
-        weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return _weighted_sum(hidden, weights), weights
-
-
-class MeanPooling(nn.Module):
-    """Every position counts the same; an ablation of `AttentionPooling`."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools as `AttentionPooling.forward` does."""
-        weights = mask.float() / mask.sum(dim=-1, keepdim=True)
-        return _weighted_sum(_blank(hidden, mask), weights), weights
-
-
-class LastPooling(nn.Module):
-    """Only the last position counts; an ablation of `AttentionPooling`."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools as `AttentionPooling.forward` does, whichever side the padding is on."""
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (positions * mask).argmax(dim=-1)  # (B,)
-        weights = F.one_hot(last, mask.shape[1]).float()
-        return _weighted_sum(_blank(hidden, mask), weights), weights
-
-
-def _blank(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold anything, NaN too
-
-
-def _weighted_sum(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("bn,bnd->bd", weights, hidden.float()).to(hidden.dtype)
-
-
-POOLING_CLASSES = {"attention": AttentionPooling, "mean": MeanPooling, "last": LastPooling}
-
-
-class LinearProjection(nn.Module):
-    """p = LayerNorm(W c), W without bias (papers 001, 003, 004)."""
-
-    def __init__(self, hidden_size: int, projection_dim: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(hidden_size, projection_dim, bias=False)
-        self.norm = nn.LayerNorm(projection_dim)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Projects (B, D) to (B, projection_dim)."""
-        return self.norm(self.dense(pooled))
-
-
-class MLPProjection(nn.Module):
-    """p = LayerNorm(W2 · GELU(LayerNorm(W1 c))) (paper 000 §3.2.2)."""
-
-    def __init__(self, hidden_size: int, projection_dim: int) -> None:
-        super().__init__()
-        self.dense_in = nn.Linear(hidden_size, hidden_size)
-        self.norm_in = nn.LayerNorm(hidden_size)
-        self.dense_out = nn.Linear(hidden_size, projection_dim)
-        self.norm = nn.LayerNorm(projection_dim)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Projects (B, D) to (B, projection_dim)."""
-        return self.norm(self.dense_out(F.gelu(self.norm_in(self.dense_in(pooled)))))
-
-
-PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -216,10 +135,6 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
         compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
         return (model, report) if wants_report else model
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers looks for the word in the source and takes AttentionPooling for an attention layer
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -310,6 +225,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         has_audio: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
+        packing: bool = False,
         output_pooling_weights: bool = False,
         **kwargs: Any,
     ) -> ViPolyQwenOutput:
@@ -325,6 +242,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             has_audio: (batch,) bool, the rows to which the clips belong, in order; `None`: one clip a row.
             position_ids: (3, batch, tokens) long; computed from the tokens and the grids when absent.
             inputs_embeds: (batch, tokens, hidden) float in place of `input_ids`, for inputs without images.
+            image_indices: (slots,) long, which image stands in each slot of the batch, so that one that several rows
+                show is passed and encoded once; `None`: every slot has its own image.
+            packing: pass the rows through the language model as one sequence without padding; pays on CUDA.
             output_pooling_weights: return the pooling weights of every position.
             **kwargs: passed to the language model (`output_hidden_states`, `output_attentions`, …).
 
@@ -347,6 +267,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                     _take_rows(position_ids, rows, batch, dim=1),
                     pixel_values=pixel_values,
                     image_grid_thw=image_grid_thw,
+                    image_indices=image_indices,
+                    packing=packing,
                     **kwargs,
                 )
                 routes.append((rows, vectors))
@@ -363,29 +285,51 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         mask: torch.BoolTensor,
         inputs_embeds: torch.FloatTensor | None,
         position_ids: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor | None,
         image_grid_thw: torch.LongTensor | None,
+        image_indices: torch.LongTensor | None,
+        packing: bool,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
         if position_ids is None:
-            position_ids = self._position_ids(input_ids, mask, inputs_embeds, image_grid_thw)
-        backbone = self.vlm(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            image_grid_thw=image_grid_thw,
-            use_cache=False,
-            return_dict=True,
-            **kwargs,
-        )
-        pooled, weights = self.pooling(backbone.last_hidden_state, mask)  # (rows, D), (rows, N)
+            grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
+            position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)
+        attention = {"attention_mask": mask.long(), "position_ids": position_ids}
+        if packing:
+            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+                raise ValueError(
+                    "`packing` joins the rows, so it gives no hidden states or attentions of each: drop it."
+                )
+            input_ids, inputs_embeds = pack(input_ids, mask), pack(inputs_embeds, mask)
+            attention = packed_attention(mask, pack(position_ids, mask, dim=1), self.vlm.language_model.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            features = self._encode_images(pixel_values, image_grid_thw, image_indices).to(inputs_embeds)
+            slots, _ = self.vlm.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            inputs_embeds = inputs_embeds.masked_scatter(slots, features)
+        backbone = self.vlm(inputs_embeds=inputs_embeds, use_cache=False, return_dict=True, **attention, **kwargs)
+        hidden = backbone.last_hidden_state[0] if packing else backbone.last_hidden_state
+        pooled, weights = self.pooling(hidden, mask)  # (rows, D), (rows, N)
         extras = {
             "pooling_weights": weights,
             "hidden_states": backbone.hidden_states,
             "attentions": backbone.attentions,
         }
         return F.normalize(self.projection(pooled).float(), dim=-1), extras
+
+    def _encode_images(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grid_thw: torch.LongTensor,
+        image_indices: torch.LongTensor | None,
+    ) -> torch.Tensor:
+        """What stands in the image slots, (image tokens, hidden); each image passes through the vision tower once."""
+        images = self.vlm.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        if image_indices is not None:
+            images = [images[number] for number in image_indices.tolist()]
+        return torch.cat(list(images))
 
     def _position_ids(
         self,
@@ -438,21 +382,6 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             vectors[0] = vectors[0] * ~torch.isin(text_rows, audio_rows)[:, None]
         total = vectors[0].new_zeros(batch, self.config.projection_dim)
         return F.normalize(total.index_add(0, rows, torch.cat(vectors)), dim=-1)
-
-
-def choose_attn_implementation(dtype: torch.dtype, device: str = "cuda") -> str:
-    """The fastest attention that is there: FlashAttention-2, its build from the `kernels` package, or sdpa.
-
-    Args:
-        dtype: dtype the model will run in; FlashAttention has no float32.
-        device: device type the model will run on.
-    """
-    if device == "cuda" and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-        if is_kernels_available():
-            return "kernels-community/flash-attn2"
-    return "sdpa"
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:

@@ -26,7 +26,8 @@ from vipolyqwen.data.schema import DataType, declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
 from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, choose_attn_implementation
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,14 +19,18 @@ from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
-from vipolyqwen.cached_gradients_vipolyqwen import cut, embed_in_chunks
+from vipolyqwen.cached_gradients_vipolyqwen import embed_in_chunks
 from vipolyqwen.callbacks_vipolyqwen import RateCallback
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, plan_calls
+from vipolyqwen.compile_vipolyqwen import compile_layers
+from vipolyqwen.data.collator import MixedBatchCollator, first_images, row_lengths, take_rows
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.sources import PairDataset
+from vipolyqwen.liger_vipolyqwen import use_liger_kernels
 from vipolyqwen.metrics_vipolyqwen import pair_retrieval, spearman
 from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.packing_vipolyqwen import takes_lengths
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
@@ -34,7 +38,6 @@ from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
 logger = logging.get_logger(__name__)
 
 LOSS_STATE = "loss_state.safetensors"  # in a checkpoint: what the loss has learned, and where the new parts started
-PADDING_TOLERANCE = 2.0  # longest over shortest row of one forward; benchmarks/length_buckets.py compares
 
 
 class ViPolyQwenTrainer(ResumingTrainer):
@@ -77,11 +80,20 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
                 f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
             )
-        if args.embed_chunk is not None and self.is_deepspeed_enabled:
+        self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
+        if self.in_chunks and self.is_deepspeed_enabled:
+            name = "embed_chunk" if args.embed_chunk is not None else "embed_chunk_tokens"
             raise ValueError(
-                f"`embed_chunk` is {args.embed_chunk}, but DeepSpeed reduces gradients once a step, not once a chunk. "
-                "Shard with FSDP2 instead, or leave `embed_chunk` out."
+                f"`{name}` is {getattr(args, name)}, but DeepSpeed reduces gradients once a step, not once a chunk. "
+                f"Shard with FSDP2 instead, or leave `{name}` out."
             )
+        pays = takes_lengths(model.vlm.language_model.config, args.device)
+        self.packing = args.packing == "true" or (args.packing == "auto" and pays)
+        if args.use_liger_kernel:
+            use_liger_kernels(model, args.device)
+        if args.torch_compile:
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
                 parameter.requires_grad_(False)
@@ -146,35 +158,46 @@ class ViPolyQwenTrainer(ResumingTrainer):
     def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Unit vectors of both sides and of the hard negatives, (2 · pairs + N, D) float32.
 
-        In one process, rows of like length go through the model together, since padding short answers to the longest
-        question costs more than further calls. With several processes it is one call that passes through every tower,
-        so that all ranks take part in the same collectives in the same order. With `embed_chunk` no call has more
-        rows than that, not counting the one for every tower, and all processes make as many calls.
+        In one process, rows of like length go through the model together (`plan_calls`), unless they are packed. With
+        several processes it is one call that passes through every tower, so that all ranks take part in the same
+        collectives in the same order. With `embed_chunk` or `embed_chunk_tokens` no call is larger than that, not
+        counting the row for every tower, and all processes make as many calls.
         """
         device = inputs["attention_mask"].device
         calls = self._calls(inputs)
 
         def embed(rows: Sequence[int]) -> torch.Tensor:
-            return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device))
+            return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device), self.packing)
 
-        if self.args.embed_chunk is None:
-            vectors = torch.cat([embed(rows) for rows in calls])
-        else:
+        if self.in_chunks:
             vectors = embed_in_chunks(embed, calls, model, device, exchange=self.accelerator.sync_gradients)
+        else:
+            vectors = torch.cat([embed(rows) for rows in calls])
         order = torch.tensor([row for rows in calls for row in rows], dtype=torch.long, device=device)
         return torch.empty_like(vectors).index_copy(0, order, vectors)
 
     def _calls(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
         """Which rows go through the model together, each row once; as many calls in every process."""
         rows = _row_count(inputs)
-        if self.args.world_size > 1 and self.args.embed_chunk is None:
+        if self.args.world_size > 1 and not self.in_chunks:
             return [range(rows)]
-        calls: list[Sequence[int]] = list(length_buckets(row_lengths(inputs)[:rows].tolist()))
-        if self.args.embed_chunk is not None:
-            calls = cut(calls, self.args.embed_chunk)
+        columns = (row_lengths(inputs), self._sound_frames(inputs), first_images(inputs))
+        sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
+        limit = CallLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
+        calls: list[Sequence[int]] = list(plan_calls(sizes, limit))
+        if self.in_chunks:
             most = self.accelerator.gather(torch.tensor([len(calls)], device=inputs["attention_mask"].device)).max()
             calls += [()] * (int(most) - len(calls))
         return calls
+
+    def _sound_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Frames that the speech encoder makes of each row's sound, (rows,) long; 0 without one."""
+        frames = torch.zeros_like(inputs["images_per_row"])
+        if "has_audio" in inputs:
+            samples = inputs["audio_attention_mask"].sum(dim=1)
+            tower = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).audio_tower
+            frames[inputs["has_audio"].bool()] = tower._get_feat_extract_output_lengths(samples)
+        return frames
 
     def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
         """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
@@ -385,22 +408,8 @@ def _row_count(batch: Mapping[str, Any]) -> int:
     return 2 * len(batch["data_type"]) + len(batch["negative_owners"])
 
 
-def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor) -> torch.Tensor:
+def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, packing: bool) -> torch.Tensor:
     """Unit vectors of some rows of a collated batch, in one call; the row for every tower comes along for nothing."""
     extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
-    vectors = model(**take_rows(batch, torch.cat([rows, extra]))).embeddings
+    vectors = model(**take_rows(batch, torch.cat([rows, extra])), packing=packing).embeddings
     return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()
-
-
-def length_buckets(lengths: Sequence[int], tolerance: float = PADDING_TOLERANCE) -> list[list[int]]:
-    """Groups row numbers so that within a group no row is longer than `tolerance` times the shortest.
-
-    Rows without any token (sound alone) go with the shortest ones: they take no part in the language model.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
-    buckets: list[list[int]] = []
-    for row in order:
-        if not buckets or 0 < lengths[row] * tolerance < lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(row)
-    return buckets

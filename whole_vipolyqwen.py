@@ -27,6 +27,8 @@ PUBLISHED = (
     "fingerprint_vipolyqwen.py",
     "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",
+    "packing_vipolyqwen.py",
+    "pooling_vipolyqwen.py",
     "processing_vipolyqwen.py",
     "processor_config.json",
     "tasks_vipolyqwen.py",
@@ -45,7 +47,7 @@ READING = {"processor_config.json", "processing_vipolyqwen.py", "tokenizer.json"
 READING |= {"chat_template.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
 READING |= {"README.md", "LICENSE", "requirements.txt", "media_vipolyqwen.py", "tasks_vipolyqwen.py"}
 NEEDED_WHOLE = READING | {"config.json", "configuration_vipolyqwen.py", "modeling_vipolyqwen.py"}
-NEEDED_WHOLE |= {"fingerprint.json", "fingerprint_vipolyqwen.py"}
+NEEDED_WHOLE |= {"fingerprint.json", "fingerprint_vipolyqwen.py", "packing_vipolyqwen.py", "pooling_vipolyqwen.py"}
 NEEDED_ADAPTER = READING | {"adapter_config.json", "adapter_model.safetensors"}
 
 TRAINING_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")

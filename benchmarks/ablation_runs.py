@@ -327,8 +327,8 @@ def repository_digest(model: str) -> str:
 @lru_cache
 def code_digest() -> str:
     """Hash of the code that a run's result follows from."""
-    names = ("arguments", "cached_gradients", "evaluate", "losses", "media", "mixed_loss", "modeling", "processing")
-    files = [ROOT / f"{name}_vipolyqwen.py" for name in (*names, "train", "trainer", "weighting")]
+    names = "arguments cached_gradients calls losses media metrics mixed_loss modeling packing pooling processing"
+    files = [ROOT / f"{name}_vipolyqwen.py" for name in (*names.split(), "train", "trainer", "weighting")]
     files += [ROOT / f"data/{name}.py" for name in ("collator", "readers", "sampler", "schema", "sources")]
     return files_digest([*files, Path(__file__).with_name("pair_vectors.py")])
 

@@ -16,8 +16,8 @@ import torch
 from demo_batches import model_and_batches
 from result_files import claim, write_result
 
+from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import row_lengths, take_rows
-from vipolyqwen.trainer_vipolyqwen import length_buckets
 
 TOLERANCES = (1.25, 1.5, 2.0, 3.0)
 

@@ -20,10 +20,10 @@ from transformers import TrainerControl, TrainerState
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
+from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import row_lengths, take_rows
 from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
 from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
-from vipolyqwen.trainer_vipolyqwen import length_buckets
 
 BAR = 0.03  # of the time of a step
 MONITOR_STEPS = ViPolyQwenTrainingArguments.monitor_steps

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from vipolyqwen.data.schema import DataType
 from vipolyqwen.data.sources import content_key
@@ -64,8 +65,9 @@ class MixedBatchCollator:
         """Collates B rows of a `PairDataset`; with `extra_parts` B may be 0, where other processes have the last rows.
 
         Returns:
-            `input_ids`, `attention_mask` (2B, tokens) long; `pixel_values` (patches, patch values) float and
-            `image_grid_thw` (images, 3) long if there are images; `audio_features` (clips, samples) float,
+            `input_ids`, `attention_mask` (2B, tokens) long; if there are images `pixel_values` (patches, patch values)
+            float and `image_grid_thw` (images, 3) long of every different image once, and `image_indices` (slots,)
+            long, which of them stands in each row's image slots; `audio_features` (clips, samples) float,
             `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if there are sounds;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
             (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0 for
@@ -89,9 +91,12 @@ class MixedBatchCollator:
             )
         )
         task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
-        images_per_row = _long(
-            [sum(part["type"] == "image" for part in turns[-1]["content"]) for turns in conversations]
-        )
+        images = [
+            [part["image"] for part in turns[-1]["content"] if part["type"] == "image"] for turns in conversations
+        ]
+        images_per_row = _long([len(of_row) for of_row in images])
+        if "pixel_values" in batch:
+            batch |= _share_images(batch, [image for of_row in images for image in of_row])
         scores = [float("nan") if row["score"] is None else row["score"] for row in rows]
         return {
             **batch,
@@ -130,6 +135,33 @@ def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
     return batch["attention_mask"].sum(dim=1)
 
 
+def first_images(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of the first image of each row of a collated batch, (2B,) long; −1 for a row without images."""
+    counts = batch["images_per_row"]
+    first = torch.full_like(counts, -1)
+    if "image_indices" in batch:
+        first[counts > 0] = batch["image_indices"][(counts.cumsum(0) - counts)[counts > 0]]
+    return first
+
+
+def _share_images(batch: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """Pixels and grids of the different ones among the images of a batch, and which of them stands in each slot."""
+    numbers: dict[tuple, int] = {}
+    indices, kept = [], []
+    for slot, image in enumerate(images):
+        content = image.mode, image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+        if content not in numbers:
+            numbers[content] = len(kept)
+            kept.append(slot)
+        indices.append(numbers[content])
+    kept = _long(kept)
+    return {
+        "pixel_values": batch["pixel_values"][members(batch["image_grid_thw"].prod(dim=-1), kept)],
+        "image_grid_thw": batch["image_grid_thw"][kept],
+        "image_indices": _long(indices),
+    }
+
+
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The model inputs of some rows of a collated batch, without the padding that none of them needs.
 
@@ -144,12 +176,13 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         inputs["input_ids"] = batch["input_ids"][rows][:, used]
         inputs["attention_mask"] = mask[:, used]
     if batch["images_per_row"][rows].any():
-        images = _members(batch["images_per_row"], rows)
-        patches = _members(batch["image_grid_thw"].prod(dim=-1), images)
+        slots = members(batch["images_per_row"], rows)
+        images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
+        patches = members(batch["image_grid_thw"].prod(dim=-1), images)
         inputs["pixel_values"] = batch["pixel_values"][patches]
         inputs["image_grid_thw"] = batch["image_grid_thw"][images]
     if "has_audio" in batch and batch["has_audio"][rows].any():
-        clips = _members(batch["has_audio"].long(), rows)
+        clips = members(batch["has_audio"].long(), rows)
         mask = batch["audio_attention_mask"][clips]  # (clips, samples)
         used = mask.any(dim=0)
         inputs["audio_features"] = batch["audio_features"][clips][:, used]
@@ -158,7 +191,7 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
     return inputs
 
 
-def _members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
     sizes = counts[groups]
     starts = (counts.cumsum(0) - counts)[groups]

@@ -22,7 +22,6 @@ from transformers import Trainer
 
 from vipolyqwen import trainer_vipolyqwen
 from vipolyqwen.arguments_vipolyqwen import read_arguments
-from vipolyqwen.cached_gradients_vipolyqwen import cut
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
@@ -211,10 +210,6 @@ def test_a_run_with_chunks_ends_where_a_run_without_ends(world: Path, tmp_path: 
     assert apart.sqrt() <= 1e-4 * moved.sqrt()
 
 
-def test_groups_are_cut_into_chunks() -> None:
-    assert cut([[4, 2, 0, 1, 3], [5], []], 2) == [[4, 2], [0, 1], [3], [5]]
-
-
 def test_a_chunk_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="`embed_chunk` is 0; give a number of rows >= 1"):
         read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--embed_chunk", "0"])
@@ -262,6 +257,12 @@ class CountReductions(TorchDispatchMode):
 
 WRAPPERS: dict[str, Callable[[ViPolyQwenModel], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": sharded}
 CASES = [(wrapper, chunk, batches) for wrapper in WRAPPERS for chunk, batches in ((None, 1), (3, 1), (3, 2))]
+CASES += [(wrapper, "60 tokens, packed", 1) for wrapper in WRAPPERS]
+CHUNK_FLAGS = {
+    None: [],
+    3: ["--embed_chunk", "3"],
+    "60 tokens, packed": ["--embed_chunk_tokens", "60", "--packing", "true"],
+}
 
 
 def accumulate(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn.Module) -> None:
@@ -284,7 +285,7 @@ def take_steps(rank: int, folder: Path) -> None:
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for name, chunk, batches in CASES:
-        trainer, pairs = build(folder, *EVERYTHING, *([] if chunk is None else ["--embed_chunk", str(chunk)]))
+        trainer, pairs = build(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
         model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
         for _ in range(batches - 1):
             accumulate(trainer, rows, model)
@@ -311,7 +312,7 @@ def one_process(corpus: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, An
 @pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "chunk", "batches"), CASES)
 def test_processes_without_a_modality_and_with_uneven_rows_have_the_gradients_of_one(
-    wrapper: str, chunk: int | None, batches: int, corpus: Path, one_process: dict[int, tuple[dict, dict]]
+    wrapper: str, chunk: int | str | None, batches: int, corpus: Path, one_process: dict[int, tuple[dict, dict]]
 ) -> None:
     gradients, log, reductions = torch.load(corpus / f"{wrapper}-{chunk}-{batches}.pt")
     wanted, wanted_log = one_process[batches]

@@ -415,7 +415,7 @@ def test_a_mixed_batch_holds_both_sides(folder: Path, collator: MixedBatchCollat
     assert batch["has_image"].tolist() == [False, True, False, False, True, True] + [False] * 6
     assert batch["has_audio"].tolist() == [False, False, True] + [False] * 9
     assert batch["audio_features"].shape == batch["audio_attention_mask"].shape == (1, 8000)
-    assert len(batch["image_grid_thw"]) == 4
+    assert len(batch["image_indices"]) == 4
     assert len(batch["pixel_values"]) == batch["image_grid_thw"].prod(-1).sum()
     assert batch["data_type"].tolist() == [0, 2, 5, 1, 4, 3]
     torch.testing.assert_close(batch["similarity_scores"], torch.tensor([0.9] + [torch.nan] * 5), equal_nan=True)
@@ -520,7 +520,7 @@ def test_rows_taken_from_a_batch_have_the_embeddings_they_had_in_it(
     soundfile.write(folder / "long.wav", rng.uniform(-0.5, 0.5, 20_000), 16_000)
     rows = [*MIXED, {**SOUND, "audio": "long.wav", "a": "nghe"}, {**MULTI, "images": ["wide.png", "sign.png"]}]
     batch = MixedBatchCollator(processor, DATA_TYPES)(list(load(folder, rows)))
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_indices")
     audio = ("audio_features", "audio_attention_mask", "has_audio")
     whole = model(**{name: batch[name] for name in (*names, *audio)}).embeddings
     order = row_lengths(batch).argsort(descending=True)

@@ -24,6 +24,8 @@ SHIPPED = {
     "fingerprint_vipolyqwen.py",
     "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",
+    "packing_vipolyqwen.py",
+    "pooling_vipolyqwen.py",
     "processing_vipolyqwen.py",
     "tasks_vipolyqwen.py",
 }

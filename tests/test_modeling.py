@@ -14,16 +14,13 @@ from transformers import AutoModel
 
 from vipolyqwen import modeling_vipolyqwen as modeling
 from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
-from vipolyqwen.modeling_vipolyqwen import (
+from vipolyqwen.modeling_vipolyqwen import PaddedAudio, PaddingInvariantFeatureEncoder, ViPolyQwenModel
+from vipolyqwen.pooling_vipolyqwen import (
     AttentionPooling,
     LastPooling,
     LinearProjection,
     MeanPooling,
     MLPProjection,
-    PaddedAudio,
-    PaddingInvariantFeatureEncoder,
-    ViPolyQwenModel,
-    choose_attn_implementation,
 )
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
@@ -579,24 +576,3 @@ def test_a_speech_encoder_with_one_attention_only_keeps_it(processor: Any, tmp_p
         assert built.vlm.language_model.config._attn_implementation == "sdpa"
         assert built.vlm.visual.config._attn_implementation == "sdpa"
         assert built.audio_tower.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize(
-    ("cuda", "flash", "kernels", "dtype", "device", "expected"),
-    [
-        (True, True, True, torch.bfloat16, "cuda", "flash_attention_2"),
-        (True, True, False, torch.float16, "cuda", "flash_attention_2"),
-        (True, False, True, torch.bfloat16, "cuda", "kernels-community/flash-attn2"),
-        (True, False, False, torch.bfloat16, "cuda", "sdpa"),
-        (True, True, True, torch.float32, "cuda", "sdpa"),
-        (True, True, True, torch.bfloat16, "cpu", "sdpa"),
-        (False, True, True, torch.bfloat16, "cuda", "sdpa"),
-    ],
-)
-def test_the_fastest_attention_that_is_there_is_chosen(
-    cuda: bool, flash: bool, kernels: bool, dtype: Any, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: flash)
-    monkeypatch.setattr(modeling, "is_kernels_available", lambda: kernels)
-    assert choose_attn_implementation(dtype, device) == expected

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.arguments_vipolyqwen import read_arguments, read_recipe
+from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import MixedBatchCollator, take_rows
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.record_vipolyqwen import write_record
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.train_vipolyqwen import build_loss
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer, length_buckets
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,122 @@
+"""Which rows of a batch go through the model together: like lengths, shared images, at most so many rows or tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PADDING_TOLERANCE = 2.0  # longest over shortest row of one call; benchmarks/length_buckets.py compares
+
+
+class RowSize(NamedTuple):
+    """What a row costs, and what it could share with others."""
+
+    tokens: int  # 0 for a sound alone
+    frames: int = 0  # of its sound
+    image: int = -1  # number of its first image in the batch; −1 without images
+
+
+class CallSize(NamedTuple):
+    """What rows cost in one call of the model."""
+
+    rows: int = 0
+    tokens: int = 0
+    texts: int = 0  # rows that have tokens; the others skip the language model
+    longest_text: int = 0
+    sounds: int = 0
+    longest_sound: int = 0
+
+    def plus(self, rows: Iterable[RowSize]) -> "CallSize":
+        """The size with more rows in the call."""
+        rows = list(rows)
+        return CallSize(
+            self.rows + len(rows),
+            self.tokens + sum(row.tokens for row in rows),
+            self.texts + sum(row.tokens > 0 for row in rows),
+            max([self.longest_text, *(row.tokens for row in rows)]),
+            self.sounds + sum(row.frames > 0 for row in rows),
+            max([self.longest_sound, *(row.frames for row in rows)]),
+        )
+
+    def positions(self, packed: bool) -> int:
+        """Tokens and frames of sound that pass through the towers, padding among them."""
+        texts = self.tokens if packed else self.texts * self.longest_text
+        return texts + self.sounds * self.longest_sound
+
+
+@dataclass(frozen=True)
+class CallLimit:
+    """The most that one call may hold; a row that is more alone gets a call of its own.
+
+    Attributes:
+        rows: rows of a call; `None`: any number.
+        tokens: tokens (an image's among them) and frames of sound of a call, with their padding; `None`: any number.
+        packed: the model drops the padding of texts.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+    packed: bool = False
+
+    def allows(self, size: CallSize) -> bool:
+        """Whether a call may be of this size."""
+        return (self.rows is None or size.rows <= self.rows) and (
+            self.tokens is None or size.positions(self.packed) <= self.tokens
+        )
+
+
+def plan_calls(sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
+    """Row numbers of each call of the model, every row once.
+
+    Rows of like length go together, since padding short answers to the longest question costs more than further calls;
+    packed texts have no padding and need no such care. Rows whose first image is the same stay together, so that it
+    passes through the vision tower once; unless they are more than a call may hold.
+    """
+    units = sharing(sizes)
+    longest = [max(sizes[row].tokens for row in unit) for unit in units]
+    buckets = [list(range(len(units)))] if limit.packed else length_buckets(longest)
+    calls = []
+    for bucket in buckets:
+        frames = {number: max(sizes[row].frames for row in units[number]) for number in bucket}
+        bucket.sort(key=lambda number: (frames[number], longest[number]), reverse=True)
+        calls += cut([units[number] for number in bucket], sizes, limit)
+    return calls
+
+
+def sharing(sizes: Sequence[RowSize]) -> list[list[int]]:
+    """Groups of row numbers: rows of one image together, any other row alone."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for row, size in enumerate(sizes):
+        key = (True, size.image) if size.image >= 0 else (False, row)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
+    """Groups of rows in their order, as many to a call as it may hold; a group that is too large is divided."""
+    calls: list[list[int]] = []
+    size = CallSize()
+    for unit in units:
+        whole = limit.allows(CallSize().plus(sizes[row] for row in unit))
+        for piece in [unit] if whole else [[row] for row in unit]:
+            grown = size.plus(sizes[row] for row in piece)
+            if calls and limit.allows(grown):
+                calls[-1].extend(piece)
+                size = grown
+            else:
+                calls.append(list(piece))
+                size = CallSize().plus(sizes[row] for row in piece)
+    return calls
+
+
+def length_buckets(lengths: Sequence[int], tolerance: float = PADDING_TOLERANCE) -> list[list[int]]:
+    """Groups row numbers so that within a group no row is longer than `tolerance` times the shortest.
+
+    Rows without any token (sound alone) go with the shortest ones: they take no part in the language model.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    buckets: list[list[int]] = []
+    for row in order:
+        if not buckets or 0 < lengths[row] * tolerance < lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(row)
+    return buckets
