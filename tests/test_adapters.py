@@ -23,6 +23,7 @@ from vipolyqwen.adapters_vipolyqwen import (
     find_targets,
     new_modules,
     plain_name,
+    save_adapter,
     untrained_towers,
 )
 from vipolyqwen.arguments_vipolyqwen import TOWERS, ModelArguments, read_arguments
@@ -33,7 +34,7 @@ from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import build_repository
 from vipolyqwen.tiny_vipolyqwen import tiny_audio_config, tiny_vlm_config, train_tokenizer
 from vipolyqwen.train_vipolyqwen import load_model
-from vipolyqwen.whole_vipolyqwen import check_files
+from vipolyqwen.whole_vipolyqwen import check_files, load_adapter
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 
@@ -304,15 +305,13 @@ def test_only_what_has_an_adapter_and_the_prefixes_rows_differ_in_the_merged_mod
 def test_a_resumed_run_ends_with_the_same_adapter_and_model(
     world: Path, run: tuple[Path, list[dict]], tmp_path: Path, flags: list[str]
 ) -> None:
-    straight = run[0]
+    straight, first, last = run[0], "checkpoint-2", "checkpoint-4"
     if flags:
-        flags = [*flags, *PLAIN]
-        straight = tmp_path / "straight"
+        flags = [*flags, *PLAIN, "--max_steps", "2", "--save_steps", "1"]
+        straight, first, last = tmp_path / "straight", "checkpoint-1", "checkpoint-2"
         train_run(world, straight, *RUN, *flags)
-    train_run(world, tmp_path / "resumed", *RUN, *flags, "--resume_from_checkpoint", str(straight / "checkpoint-2"))
-    adapters = [
-        load_file(folder / "checkpoint-4/adapter_model.safetensors") for folder in (straight, tmp_path / "resumed")
-    ]
+    train_run(world, tmp_path / "resumed", *RUN, *flags, "--resume_from_checkpoint", str(straight / first))
+    adapters = [load_file(folder / last / "adapter_model.safetensors") for folder in (straight, tmp_path / "resumed")]
     assert any("lora_magnitude_vector" in name for name in adapters[0]) == bool(flags)
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
@@ -346,6 +345,24 @@ def test_publishing_makes_whole_models_of_what_a_run_leaves(
     assert (published - vectors_of(adapted(world / "base", adapter))).abs().max() <= 1e-5
     assert (published - vectors_of(ViPolyQwenModel.from_pretrained(world / "base"))).abs().max() > 1e-3
     assert "lora_rank" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_on_a_base_in_half_precision_what_is_trained_is_not(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    ViPolyQwenModel.from_pretrained(world / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    flags = [*EVERYWHERE, "--model", str(tmp_path / "base"), "--bf16", "true"]
+    model, processor = model_of(world, *flags)
+    assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.float32}
+    assert {value.dtype for value in model.parameters() if not value.requires_grad} == {torch.bfloat16}
+    prefix = processor.tokenizer.convert_tokens_to_ids("<ocr>")
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model(input_ids=torch.tensor([[prefix, 5, 6]])).embeddings
+        vectors[:, 0].sum().backward()
+    assert model.get_base_model().pooling.modules_to_save["default"].query.grad.norm() > 0
+    save_adapter(model, processor, tmp_path / "adapter")
+    merged, _ = load_adapter(tmp_path / "adapter")
+    assert merged.dtype == torch.bfloat16
+    assert (merged(input_ids=torch.tensor([[prefix, 5, 6]])).embeddings - vectors).abs().max() < 2e-2
 
 
 # A base that is no repository yet
