@@ -254,8 +254,8 @@ def check_adapter(model: nn.Module, checkpoint: Path) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the model without adapter: `base_model.model.vlm.…` is `vlm.…`."""
-    return name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+    """A parameter's name without what peft puts before it: `base_model.model.vlm.…` is `vlm.…`."""
+    return name.removeprefix("base_model.model.")
 
 
 def is_adapted(model: nn.Module) -> bool:
