@@ -34,11 +34,24 @@ class ModelArguments:
     freeze: list[str] | None = field(
         default=None, metadata={"help": f"towers that are not trained: {','.join(TOWERS)}, or some of these"}
     )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train an adapter of this rank, poolings and projections; none: everything"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "scale · rank of the adapter; none: 2 · rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"what gets an adapter: attention and MLP of {','.join(TOWERS)}, or layers by the last part of "
+            "their name, such as q_proj,v_proj; none: language"
+        },
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: train the length of the weights' columns apart"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the language model in 4 bits (CUDA)"})
 
     def __post_init__(self) -> None:
-        """Refuses two origins, or none, and towers that there are not."""
-        names = self.freeze if isinstance(self.freeze, str) else ",".join(self.freeze or [])
-        self.freeze = [name.strip() for name in names.split(",") if name.strip()]
+        """Refuses two origins, or none, towers that there are not, and adapters that would never learn."""
+        self.freeze = _split_names(self.freeze)
         for name in self.freeze:
             if name not in TOWERS:
                 raise ValueError(
@@ -50,6 +63,40 @@ class ModelArguments:
                 f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "
                 "repository to go on from or a Qwen2-VL checkpoint to build on."
             )
+        if self.model is not None and (Path(self.model) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"`model` is {self.model!r}, an adapter. Go on from it with `resume_from_checkpoint`, or from the "
+                f"whole model that `python publish_vipolyqwen.py {self.model} --out FOLDER` makes of it."
+            )
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        given = self.lora_targets is not None
+        self.lora_targets = _split_names(self.lora_targets) or ["language"]
+        if self.lora_rank is None:
+            options = {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "use_dora": self.use_dora}
+            options |= {"load_in_4bit": self.load_in_4bit, "lora_targets": self.lora_targets if given else None}
+            for name, value in options.items():
+                if value:
+                    raise ValueError(f"`{name}` is {value!r}, but there is no adapter; give `lora_rank` too.")
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` is {self.lora_rank}; give a whole number >= 1, or leave it out.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must lie in [0, 1).")
+        for name in self.lora_targets:
+            if name in self.freeze:
+                raise ValueError(
+                    f"`freeze` and `lora_targets` (by default: language) both name {name!r}, but an adapter in a "
+                    "frozen tower would never learn. Drop it from `freeze`, or name others of "
+                    f"{', '.join(TOWERS)} in `lora_targets`."
+                )
+
+
+def _split_names(names: list[str] | str | None) -> list[str]:
+    """["a,b", "c"] or "a, b, c" -> ["a", "b", "c"]."""
+    joined = names if isinstance(names, str) else ",".join(names or [])
+    return [name.strip() for name in joined.split(",") if name.strip()]
 
 
 @dataclass

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
+from vipolyqwen.adapters_vipolyqwen import NEW_PARTS, plain_name
 from vipolyqwen.charts_vipolyqwen import line_chart
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,6 @@ CHECKPOINTS = {  # step -> what is expected there (STW paper §5.3)
 }
 BALANCED = 3.0  # largest over smallest gradient share
 SHARP = 0.9  # of the loss around the checkpoint before
-DRIFTING = ("pooling", "projection", "audio_pooling", "audio_projection")  # the parts that start from random numbers
 WINDOW = 100  # values that a volatility looks back
 
 Log = dict[str, Any]
@@ -109,7 +109,8 @@ class BalanceMonitor(TrainerCallback):
 
 
 def _new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in model.named_parameters() if name.split(".")[0] in DRIFTING}
+    named = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in named.items() if name.split(".")[0] in NEW_PARTS}
 
 
 def _step_before(state: TrainerState) -> int:

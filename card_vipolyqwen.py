@@ -82,8 +82,8 @@ def model_card(
 
 
 def read_training(checkpoint: Path) -> dict[str, Any]:
-    """What the run wrote down about itself; a `checkpoint-N` belongs to the run whose folder it is in."""
-    folder = checkpoint.parent if re.fullmatch(r"checkpoint-\d+", checkpoint.name) else checkpoint
+    """What the run wrote down about itself; `checkpoint-N` and `adapter` belong to the run above them."""
+    folder = checkpoint.parent if re.fullmatch(r"checkpoint-\d+|adapter", checkpoint.name) else checkpoint
     return _read_json(checkpoint / TRAINING_FILE) or _read_json(folder / TRAINING_FILE) or {}
 
 

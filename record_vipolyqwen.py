@@ -22,6 +22,7 @@ SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "he
 SETTINGS += ("loss_learning_rate", "freeze")
 SETTINGS += ("lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 SETTINGS += ("bf16", "fp16", "seed", "load_best_model_at_end", "metric_for_best_model")
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "load_in_4bit")
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 
 
@@ -29,7 +30,8 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
     """Writes `training.json` into the run's folder."""
     model_args, data_args, loss_args, args = arguments
     values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
-    settings = {name: values[name] for name in SETTINGS if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
+    names = SETTINGS if model_args.lora_rank is None else (*SETTINGS, *ADAPTER_SETTINGS)
+    settings = {name: values[name] for name in names if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
     record = {
         **_origin(model_args),
         "settings": {"processes": args.world_size, **settings},

@@ -12,6 +12,14 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
+from vipolyqwen.adapters_vipolyqwen import (
+    add_adapter,
+    check_installed,
+    continued,
+    load_in_4bit,
+    untrained_towers,
+    write_base,
+)
 from vipolyqwen.arguments_vipolyqwen import (
     TOWERS,
     DataArguments,
@@ -96,25 +104,36 @@ def load_model(
     model_args: ModelArguments, args: ViPolyQwenTrainingArguments, data_types: dict[str, DataType]
 ) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
     """A model to go on from, or a new one on its backbones, that knows the prefix of every data type."""
+    check_installed(model_args, args.device)
     attention = model_args.attn_implementation
     if attention == "auto":
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         attention = choose_attn_implementation(dtype, args.device.type)
+    origin = model_args if model_args.lora_rank is None else continued(model_args, args)
     names = ("pooling", "projection", "audio_fusion")
-    options = {name: value for name in names if (value := getattr(model_args, name)) is not None}
-    if model_args.model is not None:
-        model = ViPolyQwenModel.from_pretrained(model_args.model, attn_implementation=attention, **options)
-        processor = ViPolyQwenProcessor.from_pretrained(model_args.model, config=model.config)
+    options = {name: value for name in names if (value := getattr(origin, name)) is not None}
+    if origin.model is not None:
+        model = ViPolyQwenModel.from_pretrained(origin.model, attn_implementation=attention, **options)
+        processor = ViPolyQwenProcessor.from_pretrained(origin.model, config=model.config)
     else:
-        backbones = (model_args.vlm, model_args.audio)
+        backbones = (origin.vlm, origin.audio)
         model = ViPolyQwenModel.from_backbones(*backbones, attn_implementation=attention, **options)
         processor = ViPolyQwenProcessor.from_backbones(*backbones)
     _bound_inputs(processor, model_args)
     for data_type in data_types.values():
         processor.add_task(data_type.name, data_type.prefix)
-    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+    grows = len(processor.tokenizer) > model.get_input_embeddings().num_embeddings
+    if grows:
         model.resize_token_embeddings(len(processor.tokenizer))
-    freeze_towers(model, model_args.freeze)
+    if model_args.lora_rank is None:
+        freeze_towers(model, model_args.freeze)
+    else:
+        is_published = origin.model is not None and not options and not grows
+        base = origin.model if is_published else write_base(model, processor, args)
+        if model_args.load_in_4bit:
+            model = load_in_4bit(base, attention, args)
+        freeze_towers(model, untrained_towers(model, model_args))
+        model = add_adapter(model, processor, model_args, base, mixed_precision=args.bf16 or args.fp16)
     trained = model.num_parameters(only_trainable=True)
     logger.info(f"{model.num_parameters():,} parameters, {trained:,} of them trained, attention: {attention}")
     return model, processor

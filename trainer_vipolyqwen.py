@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from vipolyqwen.adapters_vipolyqwen import ADAPTER, check_adapter, is_adapted, plain_name, save_adapter, save_merged
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
 from vipolyqwen.cached_gradients_vipolyqwen import embed_in_chunks
@@ -245,7 +246,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups[self._learning_rate_of(name), name in decayed].append(parameter)
+                    groups[self._learning_rate_of(plain_name(name)), name in decayed].append(parameter)
             self.optimizer = optimizer_class(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
@@ -352,10 +353,24 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.monitor.start = parts["start"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """A checkpoint is a whole repository: code, processor and sentence-transformers files included."""
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            save_repository(model, self.processing_class, output_dir or self.args.output_dir, state_dict)
+        """A checkpoint is a whole repository, or an adapter; what a run leaves in the end is always whole."""
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        folder = Path(output_dir or self.args.output_dir)
+        if not is_adapted(model):
+            save_repository(model, self.processing_class, folder, state_dict)
+        elif self._unfinished is not None:
+            save_adapter(model, self.processing_class, folder, state_dict)
+        else:
+            save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
+            save_merged(folder / ADAPTER, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The stock loading, which would fill an adapter of another shape in part, without an error."""
+        if not self.is_fsdp_enabled:
+            check_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class DiscardCallback(TrainerCallback):

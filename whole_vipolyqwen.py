@@ -1,6 +1,7 @@
 """What makes a checkpoint whole: every tensor, every file, nothing that a reader could not trust."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -93,15 +94,17 @@ def check_files(folder: Path) -> None:
                 raise PublishError(f"{place} is {value!r}, a path of this machine; remove it from the checkpoint.")
 
 
-def load_whole(source: Path | str) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_whole(source: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model that has exactly the tensors of its checkpoint, and its processor.
 
     Args:
         source: a folder, or a Hub repository.
+        revision: of a Hub repository; `None`: the newest.
     """
     model, report = ViPolyQwenModel.from_pretrained(
         source,
         dtype="auto",
+        revision=revision or "main",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported below, with the other faults
     )
@@ -114,17 +117,27 @@ def load_whole(source: Path | str) -> tuple[PreTrainedModel, ProcessorMixin]:
     for part in (model.config.text_config, model.config.vision_config, model.config.audio_config):
         if part is not None:
             part.name_or_path = ""  # where a backbone was loaded from, which the card tells
-    return model.eval(), ViPolyQwenProcessor.from_pretrained(source, config=model.config)
+    processor = ViPolyQwenProcessor.from_pretrained(source, config=model.config, revision=revision or "main")
+    return model.eval(), processor
 
 
 def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The base model of a PEFT adapter with the adapter merged into it, and its processor."""
     from peft import PeftModel, get_peft_model_state_dict  # only adapters need it
 
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise PublishError(f"{folder / 'adapter_config.json'} does not say what `base_model_name_or_path` is.")
-    model, processor = load_whole(base)
+    if os.path.isabs(base) and not os.path.isdir(base):
+        moved = folder.parent / Path(base).name  # with the run's whole folder
+        if not moved.is_dir():
+            raise PublishError(
+                f"The base of {folder} was {base}, which is not there, nor is {moved}. Put it back, or write where it "
+                "is into adapter_config.json as `base_model_name_or_path`."
+            )
+        base = str(moved)
+    model, processor = load_whole(base, config.get("revision"))
     adapted = PeftModel.from_pretrained(model, folder)
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
