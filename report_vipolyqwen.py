@@ -24,7 +24,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
-from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, six_directions
+from vipolyqwen.metrics_vipolyqwen import pair_retrieval, six_directions
 
 MODALITIES = ("text", "image", "audio")
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")

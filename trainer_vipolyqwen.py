@@ -24,7 +24,7 @@ from vipolyqwen.callbacks_vipolyqwen import RateCallback
 from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.sources import PairDataset
-from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, spearman
+from vipolyqwen.metrics_vipolyqwen import pair_retrieval, spearman
 from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor

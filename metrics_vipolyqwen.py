@@ -1,4 +1,4 @@
-"""A model -> numbers: retrieval and similarity metrics over vectors the model has already made."""
+"""Vectors -> numbers: retrieval and similarity metrics over vectors that a model has already made."""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vipolyqwen import evaluate_vipolyqwen
-from vipolyqwen.evaluate_vipolyqwen import pair_retrieval, retrieval_metrics, six_directions, spearman
+from vipolyqwen import metrics_vipolyqwen
+from vipolyqwen.metrics_vipolyqwen import pair_retrieval, retrieval_metrics, six_directions, spearman
 
 NAN = math.nan
 AXES = torch.eye(4)
@@ -84,7 +84,7 @@ def test_lengths_of_vectors_do_not_matter() -> None:
 
 @pytest.mark.parametrize("bound", [1, 100, 2**24])
 def test_equals_brute_force_for_every_chunk_size(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_vipolyqwen, "MAX_SIMILARITIES", bound)
+    monkeypatch.setattr(metrics_vipolyqwen, "MAX_SIMILARITIES", bound)
     queries, candidates = random_vectors(23, 0), random_vectors(31, 1)
     generator = np.random.default_rng(0)
     relevant = [set(generator.choice(31, size=generator.integers(1, 4), replace=False).tolist()) for _ in range(23)]
@@ -107,8 +107,8 @@ def test_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(similarities.numel())
         return torch.ones(len(similarities))
 
-    monkeypatch.setattr(evaluate_vipolyqwen, "MAX_SIMILARITIES", 100)
-    monkeypatch.setattr(evaluate_vipolyqwen, "_best_ranks", spy)
+    monkeypatch.setattr(metrics_vipolyqwen, "MAX_SIMILARITIES", 100)
+    monkeypatch.setattr(metrics_vipolyqwen, "_best_ranks", spy)
     retrieval_metrics(random_vectors(23, 0), random_vectors(31, 1), [{0}] * 23)
     assert max(sizes) <= 100
     assert sum(sizes) == 23 * 31
