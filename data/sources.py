@@ -125,6 +125,10 @@ class PairDataset(torch.utils.data.Dataset):
             groups.extend(None if value is None else str(value) for value in values)
         return groups
 
+    def row(self, index: int) -> Row:
+        """Row `index` as it is written, media not opened."""
+        return self._read(index)[1]
+
     def _read(self, index: int) -> tuple[int, Row, Place]:
         """Number of the piece in which row `index` is, the row and its place."""
         if not 0 <= index < len(self):
