@@ -166,7 +166,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "The queries with Vietnamese letters search all candidates, as they are written and under each spelling rule "
         "of `data/vietnamese.py`; candidates are not respelled. A drop is the mean over the queries of what is lost, "
-        "with the 95 % interval of a paired bootstrap; where the interval spans 0, no drop is shown.",
+        "with the 95 % interval of a paired bootstrap; an interval that spans 0 shows none, and a "
+        "rule that changes no query is not measured (–).",
     ]
     for search in result["searches"]:
         lines += [
@@ -192,7 +193,7 @@ def _line(name: str, values: dict[str, Any]) -> str:
         cells.append(f"{shown['value']:.3f}")
         cells.append(
             f"{shown['drop']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]".replace("-0.000", "0.000")
-            if "drop" in shown
+            if values.get("changed")
             else "–"
         )
     return "| " + " | ".join(cells) + " |"
