@@ -1,6 +1,6 @@
 """One page that looks inside a model: what its pooling attends to, what lies near an input, where a task fails.
 
-    python -m vipolyqwen.explain_vipolyqwen MODEL INPUT… [--corpus PAIRS] [--failures PAIRS] [--out PAGE.html]
+    python explain_vipolyqwen.py MODEL INPUT… [--corpus PAIRS] [--failures PAIRS] [--out PAGE.html]
 
 An INPUT is a text, the path of a picture or a sound, or JSON such as '{"image": ["a.png", "b.png"], "text": "Which
 one?", "task": "vqa_single"}'. PAIRS is a file of pairs, or a recipe, whose `eval_data` counts. The page needs no other
@@ -50,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="pairs among whose sides to look for neighbours")
     parser.add_argument("--failures", type=Path, help="pairs whose searches to judge, the worst first")
     parser.add_argument("--out", type=Path, default=Path("outputs/explain.html"), help="the page")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
     given = parser.parse_args(arguments)
     if not given.inputs and given.failures is None:
         parser.error("give at least one INPUT, or --failures PAIRS")
     inputs = [read_input(text) for text in given.inputs]
-    embedder = SentenceTransformer(given.model, trust_remote_code=True)
+    may_run_code = given.trust_remote_code or Path(given.model).is_dir()
+    embedder = SentenceTransformer(given.model, trust_remote_code=may_run_code)
     page = explain(embedder, given.model, inputs, given.corpus, given.failures)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(page, encoding="utf-8")
@@ -95,6 +97,8 @@ def _read_json(given: str) -> Input:
         raise ValueError(f"{given!r} has the keys {', '.join(values)}; an input has some of {', '.join(KEYS)}.")
     images = values.get("image", [])
     images = tuple(images) if isinstance(images, list) else (images,)
+    if not all(isinstance(value, str) for value in (*images, *(values[key] for key in values if key != "image"))):
+        raise ValueError(f"{given!r}: texts and paths are strings; only `image` may be a list, of paths.")
     for path in (*images, *([values["audio"]] if "audio" in values else [])):
         if not os.path.isfile(path):
             raise ValueError(f"{given!r}: there is no file {path!r}; correct the path.")

@@ -1,6 +1,6 @@
 """How much a retrieval suffers when Vietnamese queries are spelled as people really type them.
 
-    python -m vipolyqwen.robustness_vipolyqwen MODEL [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
+    python robustness_vipolyqwen.py MODEL [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
 
 Every query is asked as it is written and under each rule of `data/vietnamese.py`; candidates stay as they are. Writes
 robustness.json and robustness.md.
@@ -38,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="folder or Hub repository that sentence-transformers loads")
     parser.add_argument("pairs", type=Path, nargs="?", default=DEMO_PAIRS, help="pairs, or a recipe with `eval_data`")
     parser.add_argument("--out", type=Path, default=Path("outputs/robustness"), help="folder of the result")
-    given = parser.parse_args(arguments)
-    command = shlex.join(["python", *(sys.argv if arguments is None else ["robustness_vipolyqwen.py", *arguments])])
-    embedder = SentenceTransformer(given.model, trust_remote_code=True)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
+    written = sys.argv[1:] if arguments is None else list(arguments)
+    given = parser.parse_args(written)
+    command = shlex.join(["python", "robustness_vipolyqwen.py", *written])
+    may_run_code = given.trust_remote_code or Path(given.model).is_dir()
+    embedder = SentenceTransformer(given.model, trust_remote_code=may_run_code)
     write_result(robustness(embedder, given.pairs), given.out, command)
 
 

@@ -94,8 +94,8 @@ class Search:
         return self.task if name == self.prompted and self.task in embedder.prompts else None
 
 
-def read_pairs(path: Path) -> tuple[PairDataset, float]:
-    """The pairs of a file, or of a recipe's `eval_data`; and the score from which a pair belongs together."""
+def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
+    """The pairs of a file, or of a recipe's `eval_data`; and the score from which a pair belongs together, if any."""
     recipe: Mapping[str, Any] = {"eval_data": [{"path": str(path)}]}
     if path.suffix in (".yaml", ".yml"):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -120,12 +120,12 @@ def read_sides(pairs: PairDataset) -> Iterable[tuple[Row, Side, Side]]:
             yield row, *sides_of(row, placeholder)
 
 
-def searches(pairs: PairDataset, min_score: float, text_asks: bool = False) -> list[Search]:
+def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = False) -> list[Search]:
     """For each data type: every distinct side a that has a right side b searches all distinct sides b.
 
     Args:
         pairs: the rows.
-        min_score: a pair scored below this does not belong together, though its sides stay candidates.
+        min_score: a pair scored below this does not belong together, though its sides stay candidates; None: all do.
         text_asks: a data type whose side a has no text (a sound and what it says) is searched by its side b.
     """
     rows: dict[str, list[tuple[Row, Side, Side]]] = {}
@@ -135,7 +135,7 @@ def searches(pairs: PairDataset, min_score: float, text_asks: bool = False) -> l
     for task, group in rows.items():
         turned = text_asks and not any(a.text.strip() for _, a, _ in group)
         sides = [(b, a) if turned else (a, b) for _, a, b in group]
-        right = [row.score is None or row.score >= min_score for row, _, _ in group]
+        right = [None in (row.score, min_score) or row.score >= min_score for row, _, _ in group]
         if any(right):
             found.append(replace(_search(task, sides, right), prompted="candidates" if turned else "queries"))
     return found

@@ -221,6 +221,8 @@ def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder
         ("{'image': 'a.png'}", "begins as JSON but is none"),
         ('{"picture": "a.png"}', "has the keys picture"),
         ('{"task": "ocr"}', "has the keys task"),
+        ('{"image": [1]}', "texts and paths are strings"),
+        ('{"text": null}', "texts and paths are strings"),
         (__file__, "neither a text nor a picture or a sound"),
         (" ", "neither a text nor a picture or a sound"),
     ],
