@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from vipolyqwen.attention_vipolyqwen import Attention, look_inside
 from vipolyqwen.figures_vipolyqwen import STYLE, show, views
 from vipolyqwen.media_vipolyqwen import check_is_text
-from vipolyqwen.metrics_vipolyqwen import best_ranks
+from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.searches_vipolyqwen import Search, Side, embed, read_pairs, read_sides, searches
 
 SOUND_ENDINGS = (".mp3", ".wav", ".ogg", ".flac", ".aac")
@@ -195,7 +195,7 @@ class Neighbours:
 def worst(embedder: SentenceTransformer, search: Search) -> dict[str, Any]:
     """The queries of one search whose right answer stands furthest down, the worst first."""
     queries, candidates = search.embed_queries(embedder), search.embed_candidates(embedder)
-    ranks = best_ranks(queries, candidates, search.relevant)
+    ranks = query_ranks(queries, candidates, search.relevant)
     order = [place for place in ranks.argsort(descending=True, stable=True).tolist() if ranks[place] > 1]
     rows = []
     for place in order[:FAILURES]:

@@ -31,14 +31,14 @@ def retrieval_metrics(
         recall@K (share of queries with rank <= K), mrr (mean of 1/rank), mean_rank, candidates (C), and chance (the
         expected recall@1 of a random order).
     """
-    rank = best_ranks(queries, candidates, relevant)
+    rank = query_ranks(queries, candidates, relevant)
     relevant_count = int(relevant.bool().sum()) if isinstance(relevant, Tensor) else sum(map(len, relevant))
     metrics = {f"recall@{k}": (rank <= k).double().mean().item() for k in ks}
     metrics |= {"mrr": (1 / rank).mean().item(), "mean_rank": rank.mean().item()}
     return metrics | {"candidates": len(candidates), "chance": relevant_count / len(queries) / len(candidates)}
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor) -> Tensor:
+def query_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor) -> Tensor:
     """(Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`."""
     queries, candidates = _directions(queries, "queries"), _directions(candidates, "candidates")
     if len(relevant) != len(queries):
@@ -48,7 +48,7 @@ def best_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractS
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         is_relevant = _relevance_matrix(relevant[rows], start, len(candidates)).to(queries.device)
-        ranks.append(_best_ranks(queries[rows] @ candidates.T, is_relevant))
+        ranks.append(best_ranks(queries[rows] @ candidates.T, is_relevant))
     return torch.cat(ranks).double()
 
 
@@ -80,8 +80,13 @@ def _relevance_matrix(relevant: Sequence[AbstractSet[int]] | Tensor, first_query
     return matrix
 
 
-def _best_ranks(similarities: Tensor, is_relevant: Tensor) -> Tensor:
-    """(q,) rank from 1 of each query's best relevant candidate, after every tied candidate that is not relevant."""
+def best_ranks(similarities: Tensor, is_relevant: Tensor) -> Tensor:
+    """(q,) rank from 1 of each query's best relevant candidate, after every tied candidate that is not relevant.
+
+    Args:
+        similarities: (q, C) float.
+        is_relevant: (q, C) bool, with at least one True per row.
+    """
     best = similarities.masked_fill(~is_relevant, -torch.inf).amax(dim=1, keepdim=True)
     return 1 + ((similarities >= best - TIE) & ~is_relevant).sum(dim=1)
 
@@ -111,17 +116,31 @@ def pair_retrieval(
     lengths = {name: None if column is None else len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or not lengths["a"]:
         raise ValueError(f"Row counts of the pairs are {lengths}; all must be equal and at least 1.")
-    is_relevant = torch.ones(len(a), dtype=torch.bool)
+    query_rows, candidate_rows, relevant = pair_search(a_keys, b_keys, scores, min_score)
+    return retrieval_metrics(a[query_rows], b[candidate_rows], relevant)
+
+
+def pair_search(
+    a_keys: Tensor, b_keys: Tensor, scores: Tensor | None = None, min_score: float | None = 0.5
+) -> tuple[list[int], list[int], list[set[int]]]:
+    """What `pair_retrieval` searches: every distinct a that has a relevant b, in all distinct b.
+
+    Returns:
+        The row of each query, the row of each candidate, and for each query the positions of its relevant candidates.
+    """
+    is_relevant = torch.ones(len(a_keys), dtype=torch.bool)
     if scores is not None and min_score is not None:
         is_relevant = ~(scores.cpu() < min_score)  # NaN, no score, is relevant
     if not is_relevant.any():
-        raise ValueError(f"All {len(a)} pairs are scored below min_score = {min_score}; none is relevant. Lower it.")
+        raise ValueError(
+            f"All {len(a_keys)} pairs are scored below min_score = {min_score}; none is relevant. Lower it."
+        )
     b_ids, b_rows = _distinct(b_keys)
     a_ids, a_rows = _distinct(a_keys)
     relevant: dict[int, set[int]] = {}
     for row in is_relevant.nonzero().flatten().tolist():
         relevant.setdefault(a_ids[row], set()).add(b_ids[row])
-    return retrieval_metrics(a[[a_rows[query] for query in relevant]], b[b_rows], list(relevant.values()))
+    return [a_rows[query] for query in relevant], b_rows, list(relevant.values())
 
 
 def _distinct(keys: Tensor) -> tuple[list[int], list[int]]:

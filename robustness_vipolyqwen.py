@@ -24,7 +24,7 @@ from scipy.stats import bootstrap
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.vietnamese import RULES, is_vietnamese, switch_code, switched_share
-from vipolyqwen.metrics_vipolyqwen import best_ranks
+from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.searches_vipolyqwen import Search, read_pairs, searches
 
 DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
@@ -86,7 +86,7 @@ def _measure(embedder: SentenceTransformer, search: Search) -> tuple[dict[str, A
     """The result of one search, and how many rows were embedded for it."""
     candidates = search.embed_candidates(embedder)
     written = search.embed_queries(embedder)
-    clean = best_ranks(written, candidates, search.relevant)
+    clean = query_ranks(written, candidates, search.relevant)
     spellings = {"as written": {metric: {"value": values.mean()} for metric, values in per_query(clean).items()}}
     rows = len(candidates) + len(written)
     texts = [query.text for query in search.queries]
@@ -98,7 +98,7 @@ def _measure(embedder: SentenceTransformer, search: Search) -> tuple[dict[str, A
             sides = [replace(search.queries[place], text=typed[place]) for place in changed]
             vectors[changed] = search.embed_queries(embedder, sides)
         rows += len(changed)
-        ranks = best_ranks(vectors, candidates, search.relevant)
+        ranks = query_ranks(vectors, candidates, search.relevant)
         spellings[name] = {"changed": len(changed) / len(texts), **drops(clean, ranks)}
         if rule is switch_code:
             spellings[name]["switched_words"] = switched_share(texts)

@@ -1,7 +1,8 @@
 """Local pairs as searches: sides that are embedded and shown, what searches what, and which answers are right."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vipolyqwen.data.collator import interleave
 from vipolyqwen.data.schema import Row, declare_data_types
 from vipolyqwen.data.sources import PairDataset, content_key, load_pairs
 from vipolyqwen.media_vipolyqwen import load_audio, load_image
+from vipolyqwen.metrics_vipolyqwen import pair_search
 
 MIN_AUDIO_SAMPLES = 400  # what HuBERT-base makes one frame of
 CHUNK = 128  # sides whose pictures and sounds are in memory at a time
@@ -131,29 +133,23 @@ def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = Fals
     rows: dict[str, list[tuple[Row, Side, Side]]] = {}
     for row, a, b in read_sides(pairs):
         rows.setdefault(row.data_type, []).append((row, a, b))
-    found = []
-    for task, group in rows.items():
-        turned = text_asks and not any(a.text.strip() for _, a, _ in group)
-        sides = [(b, a) if turned else (a, b) for _, a, b in group]
-        right = [None in (row.score, min_score) or row.score >= min_score for row, _, _ in group]
-        if any(right):
-            found.append(replace(_search(task, sides, right), prompted="candidates" if turned else "queries"))
-    return found
+    found = (
+        _search(task, group, min_score, turned=text_asks and not any(a.text.strip() for _, a, _ in group))
+        for task, group in rows.items()
+    )
+    return [search for search in found if search is not None]
 
 
-def _search(task: str, sides: list[tuple[Side, Side]], right: list[bool]) -> Search:
-    queries: dict[int, Side] = {}
-    candidates: dict[int, Side] = {}
-    keys = [(query.key(), candidate.key()) for query, candidate in sides]
-    for (_, key), (_, candidate) in zip(keys, sides, strict=True):
-        candidates.setdefault(key, candidate)
-    positions = {key: position for position, key in enumerate(candidates)}
-    relevant: dict[int, set[int]] = {}
-    for (query_key, key), (query, _), belongs in zip(keys, sides, right, strict=True):
-        if belongs:
-            queries.setdefault(query_key, query)
-            relevant.setdefault(query_key, set()).add(positions[key])
-    return Search(task, list(queries.values()), list(candidates.values()), list(relevant.values()))
+def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, turned: bool) -> Search | None:
+    """The search of one data type; `None` if no pair belongs together."""
+    scores = torch.tensor([math.nan if row.score is None else row.score for row, _, _ in rows])
+    if min_score is not None and (scores < min_score).all():
+        return None
+    asking, found = ([pair[place] for pair in rows] for place in ((2, 1) if turned else (1, 2)))
+    keys = (torch.tensor([side.key() for side in sides]) for sides in (asking, found))
+    queries, candidates, relevant = pair_search(*keys, scores, min_score)
+    prompted = "candidates" if turned else "queries"
+    return Search(task, [asking[i] for i in queries], [found[i] for i in candidates], relevant, prompted)
 
 
 def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from vipolyqwen.attention_vipolyqwen import Attention, Piece, look_inside
 from vipolyqwen.explain_vipolyqwen import explain, main, read_input, worst
 from vipolyqwen.figures_vipolyqwen import heat_map, picture_uri, shaded_tokens, views
-from vipolyqwen.metrics_vipolyqwen import best_ranks
+from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.searches_vipolyqwen import Side, read_pairs, searches
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
@@ -192,7 +192,7 @@ def test_the_nearest_neighbour_of_a_corpus_text_is_itself(embedder: SentenceTran
 def test_failures_are_listed_worst_first(embedder: SentenceTransformer, folder: Path) -> None:
     pairs, min_score = read_pairs(folder / "pairs.jsonl")
     search = searches(pairs, min_score)[0]
-    ranks = best_ranks(search.embed_queries(embedder), search.embed_candidates(embedder), search.relevant)
+    ranks = query_ranks(search.embed_queries(embedder), search.embed_candidates(embedder), search.relevant)
     table = worst(embedder, search)
     assert [row["rank"] for row in table["rows"]] == sorted((int(r) for r in ranks if r > 1), reverse=True)
     assert len(table["rows"]) > 1

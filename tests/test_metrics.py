@@ -108,7 +108,7 @@ def test_memory_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.ones(len(similarities))
 
     monkeypatch.setattr(metrics_vipolyqwen, "MAX_SIMILARITIES", 100)
-    monkeypatch.setattr(metrics_vipolyqwen, "_best_ranks", spy)
+    monkeypatch.setattr(metrics_vipolyqwen, "best_ranks", spy)
     retrieval_metrics(random_vectors(23, 0), random_vectors(31, 1), [{0}] * 23)
     assert max(sizes) <= 100
     assert sum(sizes) == 23 * 31
