@@ -31,20 +31,25 @@ def retrieval_metrics(
         recall@K (share of queries with rank <= K), mrr (mean of 1/rank), mean_rank, candidates (C), and chance (the
         expected recall@1 of a random order).
     """
+    rank = query_ranks(queries, candidates, relevant)
+    relevant_count = int(relevant.bool().sum()) if isinstance(relevant, Tensor) else sum(map(len, relevant))
+    metrics = {f"recall@{k}": (rank <= k).double().mean().item() for k in ks}
+    metrics |= {"mrr": (1 / rank).mean().item(), "mean_rank": rank.mean().item()}
+    return metrics | {"candidates": len(candidates), "chance": relevant_count / len(queries) / len(candidates)}
+
+
+def query_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor) -> Tensor:
+    """(Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`."""
     queries, candidates = _directions(queries, "queries"), _directions(candidates, "candidates")
     if len(relevant) != len(queries):
         raise ValueError(f"There are {len(queries)} queries but {len(relevant)} sets of relevant candidates.")
-    ranks, relevant_count = [], 0
+    ranks = []
     chunk = max(1, MAX_SIMILARITIES // len(candidates))
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         is_relevant = _relevance_matrix(relevant[rows], start, len(candidates)).to(queries.device)
         ranks.append(best_ranks(queries[rows] @ candidates.T, is_relevant))
-        relevant_count += int(is_relevant.sum())
-    rank = torch.cat(ranks).double()
-    metrics = {f"recall@{k}": (rank <= k).double().mean().item() for k in ks}
-    metrics |= {"mrr": (1 / rank).mean().item(), "mean_rank": rank.mean().item()}
-    return metrics | {"candidates": len(candidates), "chance": relevant_count / len(queries) / len(candidates)}
+    return torch.cat(ranks).double()
 
 
 def _directions(vectors: Tensor, name: str) -> Tensor:

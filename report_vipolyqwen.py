@@ -6,25 +6,25 @@ Reads corpus, model and the logs of all training stages in OUTPUT_DIR; writes me
 """
 
 import argparse
-import base64
 import hashlib
 import json
 import re
 from collections import defaultdict
-from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import soundfile
 import torch
+from markupsafe import Markup
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from vipolyqwen.attention_vipolyqwen import look_inside
+from vipolyqwen.figures_vipolyqwen import STYLE, show, views
 from vipolyqwen.metrics_vipolyqwen import pair_retrieval, six_directions
+from vipolyqwen.searches_vipolyqwen import Side
 
 MODALITIES = ("text", "image", "audio")
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
@@ -70,6 +70,7 @@ def judge(folder: Path) -> None:
             metrics=metrics,
             curves=loss_curves([folder / stage / "trainer_state.json" for stage in STAGES]),
             searches=example_searches(scenes, vectors, corpus),
+            style=STYLE,
             attention=attention_views(model, processor, scenes[0], corpus),
         )
     )
@@ -164,11 +165,11 @@ def example_searches(scenes: list[dict], vectors: dict[str, torch.Tensor], corpu
                     similarity = vectors[found] @ vectors[asked][query]
                     top = similarity.topk(HITS)
                     hits = [
-                        {"html": show(scenes[i], found, corpus), "score": score, "right": i == query}
+                        {"html": show_scene(scenes[i], found, corpus), "score": score, "right": i == query}
                         for score, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
                     ]
                     results.append({"modality": found, "hits": hits})
-            searches.append({"modality": asked, "html": show(scenes[query], asked, corpus), "results": results})
+            searches.append({"modality": asked, "html": show_scene(scenes[query], asked, corpus), "results": results})
     return searches
 
 
@@ -177,82 +178,35 @@ def evenly(total: int, count: int) -> list[int]:
     return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
-def show(scene: dict[str, Any], modality: str, corpus: Path) -> str:
+def show_scene(scene: dict[str, Any], modality: str, corpus: Path) -> Markup:
     """A scene in one modality as HTML that carries its own picture or sound."""
     if modality == "text":
-        return f"<span>{escape(scene['text'])}</span>"
-    content = base64.b64encode((corpus / scene[modality]).read_bytes()).decode()
-    if modality == "image":
-        return f'<img width="84" alt="{escape(scene["scene"])}" src="data:image/png;base64,{content}">'
-    return f'<audio controls src="data:audio/flac;base64,{content}"></audio><small>{escape(scene["scene"])}</small>'
+        return show(Side(scene["text"]))
+    path = str(corpus / scene[modality])
+    side = Side(images=(path,)) if modality == "image" else Side(audio=path)
+    return show(side, width=84) + Markup("<small>{}</small>").format(scene["scene"])
 
 
-@torch.no_grad()
-def attention_views(model: Any, processor: Any, scene: dict[str, Any], corpus: Path) -> dict[str, str]:
-    """What the pooling attends to in one scene's text, picture and sound, as HTML."""
-    text = processor(text=scene["text"], return_tensors="pt")
-    weights = model(**text, output_pooling_weights=True).pooling_weights[0]
-    tokens = [processor.tokenizer.decode([token]) for token in text["input_ids"][0].tolist()]
-    image = Image.open(corpus / scene["image"]).convert("RGB")
-    picture = processor(images=image, return_tensors="pt")
-    picture_weights = model(**picture, output_pooling_weights=True).pooling_weights[0]
-    slots = picture["input_ids"][0] == processor.image_token_id
-    grid = (picture["image_grid_thw"][0, 1:] // processor.image_processor.merge_size).tolist()
-    samples = sound(corpus / scene["audio"])
-    frames = model(**processor(audio=samples, return_tensors="pt"), output_pooling_weights=True).audio_pooling_weights
-    return {
-        "text": shaded_tokens(tokens, weights),
-        "image": heat_map(image, picture_weights[slots].reshape(grid)),
-        "audio": shaded_waveform(samples["array"], frames[0]),
-    }
-
-
-def shaded_tokens(tokens: list[str], weights: torch.Tensor) -> str:
-    """Tokens on a ground as strong as their weight."""
-    strength = (weights / weights.max()).tolist()
-    return "".join(
-        f'<span style="background:rgba(217,72,15,{alpha:.2f})" title="{weight:.3f}">{escape(token)}</span>'
-        for token, alpha, weight in zip(tokens, strength, weights.tolist(), strict=True)
-    )
-
-
-def heat_map(image: Image.Image, weights: torch.Tensor) -> str:
-    """The image beside itself under a red veil, thinner where the weight is high."""
-    strength = (weights / weights.max()).numpy()
-    alpha = Image.fromarray((255 * strength).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-    veiled = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, (30, 0, 60)), 0.8), alpha)
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image, (0, 0))
-    both.paste(veiled, (image.width, 0))
-    encoded = BytesIO()
-    both.save(encoded, "PNG")
-    return f'<img width="336" src="data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}">'
-
-
-def shaded_waveform(samples: np.ndarray, weights: torch.Tensor, width: int = 600, height: int = 90) -> str:
-    """The waveform as SVG on a ground as strong as each frame's weight."""
-    strength = (weights / weights.max()).tolist()
-    step = width / len(strength)
-    frames = "".join(
-        f'<rect x="{step * i:.1f}" width="{step:.2f}" height="{height}" fill="rgba(217,72,15,{alpha:.2f})"/>'
-        for i, alpha in enumerate(strength)
-    )
-    peaks = [np.abs(part).max() for part in np.array_split(samples, width)]
-    scale = height / 2 / max(peaks)
-    bars = "".join(f"M{x} {height / 2 - p * scale:.1f}V{height / 2 + p * scale:.1f}" for x, p in enumerate(peaks))
-    return f'<svg width="{width}" height="{height}">{frames}<path d="{bars}" stroke="#333"/></svg>'
+def attention_views(model: Any, processor: Any, scene: dict[str, Any], corpus: Path) -> list[tuple[str, Markup]]:
+    """What the pooling attends to in one scene's text, picture and sound, as captions and figures."""
+    picture, speech = str(corpus / scene["image"]), str(corpus / scene["audio"])
+    sides = [Side(scene["text"]), Side(images=(picture,)), Side(audio=speech)]
+    return [view for side in sides for view in views(look_inside(model, processor, side), side)]
 
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>viPolyQwen demo</title>
 <style>
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
+body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
+{{ style }}
+table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid var(--line)}
 td:first-child,th:first-child{text-align:left}
-.curves,.searches{display:flex;flex-wrap:wrap;gap:1em}.curve{width:310px}.bar{background:#d9480f;height:.6em}
-.search{border:1px solid #ddd;border-radius:6px;padding:.7em;width:100%}.hits{display:flex;gap:1em;margin:.4em 0}
-.hit{border:2px solid #ddd;border-radius:4px;padding:.3em;min-width:90px;max-width:260px}.right{border-color:#2b8a3e}
-audio{width:170px;height:30px;display:block}small{color:#777}
+.curves,.searches{display:flex;flex-wrap:wrap;gap:1em}.curve{width:310px}.bar{background:rgb(var(--heat));height:.6em}
+.search{border:1px solid var(--line);border-radius:6px;padding:.7em;width:100%}
+.hits{display:flex;gap:1em;margin:.4em 0}
+.hit{border:2px solid var(--line);border-radius:4px;padding:.3em;min-width:90px;max-width:260px}
+.right{border-color:var(--good)}
+.hit .side audio{width:170px}small{color:var(--soft)}
 </style>
 <h1>viPolyQwen demo</h1>
 <p>A tiny model of the real classes, trained here on scenes that are described, drawn, written and spoken in
@@ -275,14 +229,16 @@ lines rise there.</p>
 <svg width="300" height="92"><polyline points="{{ c.line }}" fill="none" stroke="#1864ab" stroke-width="2"/></svg>
 </div>{% endfor %}</div>
 <h2>Example searches</h2><p>A green frame is the scene that was asked for.</p>
-<div class="searches">{% for s in searches %}<div class="search"><b>{{ s.modality }}:</b> {{ s.html | safe }}
+<div class="searches">{% for s in searches %}<div class="search"><b>{{ s.modality }}:</b> {{ s.html }}
 {% for r in s.results %}<div class="hits"><b style="width:3em">{{ r.modality }}</b>
 {% for h in r.hits %}
-<div class="hit{{ " right" if h.right }}">{{ h.html | safe }} <small>{{ "%.2f" % h.score }}</small></div>
+<div class="hit{{ " right" if h.right }}">{{ h.html }} <small>{{ "%.2f" % h.score }}</small></div>
 {% endfor %}</div>
 {% endfor %}</div>{% endfor %}</div>
 <h2>What the pooling attends to</h2>
-<p>{{ attention.text | safe }}</p><p>{{ attention.image | safe }}</p><p>{{ attention.audio | safe }}</p>
+<p>α is the weight of a position in the pooling; over all positions of a figure with its special tokens it sums to 1.
+The stronger the colour, the larger α, against the largest of the figure.</p>
+{% for caption, figure in attention %}<p><small>{{ caption }}</small></p>{{ figure }}{% endfor %}
 </html>
 """
 

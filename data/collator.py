@@ -213,13 +213,14 @@ def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[
 
 def _side_a(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of side a: images at their placeholders or else first, text, sound."""
-    parts = list(_interleave(row["a"], row["images"], row["image_placeholder"]))
+    parts = list(interleave(row["a"], row["images"], row["image_placeholder"]))
     if row["audio"] is not None:
         parts.append({"type": "audio", "audio": row["audio"]})
     return parts
 
 
-def _interleave(text: str, images: list[Any], placeholder: str) -> Iterator[dict[str, Any]]:
+def interleave(text: str, images: list[Any], placeholder: str) -> Iterator[dict[str, Any]]:
+    """Message parts: texts and images in their order, images first where the text has no placeholder for them."""
     places = [{"type": "image", "image": image} for image in images]
     pieces = text.split(placeholder) if images else [text]
     if len(pieces) == 1:

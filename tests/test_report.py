@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXTS
-from PIL import Image
 
 from vipolyqwen.data import demo_world
 from vipolyqwen.data.demo_scenes import held_out_scenes, train_scenes
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.report_vipolyqwen import STAGES, heat_map, judge, loss_curves, shaded_tokens, side_a
+from vipolyqwen.report_vipolyqwen import STAGES, judge, loss_curves, side_a
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 
@@ -56,6 +55,7 @@ def test_the_report_carries_its_pictures_and_sounds(judged: Path) -> None:
     assert page.count("data:image/png;base64,") >= 9
     assert page.count("<polyline") == 2  # all tasks together, and ocr
     assert "text-&gt;image" in page
+    assert page.count("Σα = ") == 4  # the texts' route twice, the picture and the sound
 
 
 def test_loss_curves_put_the_stages_one_after_the_other(judged: Path) -> None:
@@ -71,9 +71,3 @@ def test_markers_become_images_in_their_places(judged: Path) -> None:
     content = side_a(row, judged / "corpus")[0]["content"]
     assert [part["type"] for part in content] == ["text", "image", "text", "image", "text"]
     assert content[4]["text"] == "\nwhich?"
-
-
-def test_the_strongest_position_is_the_most_visible(judged: Path) -> None:
-    html = shaded_tokens(["a", "<b>"], torch.tensor([0.25, 0.75]))
-    assert 'rgba(217,72,15,1.00)" title="0.750">&lt;b&gt;' in html
-    assert heat_map(Image.new("RGB", (8, 8)), torch.ones(2, 2)).startswith("<img")

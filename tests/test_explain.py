@@ -1,0 +1,242 @@
+"""α put back on characters, patches and seconds; the page and what it refuses."""
+
+import base64
+import json
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import TEXTS, random_image, random_sound
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from vipolyqwen.attention_vipolyqwen import Attention, Piece, look_inside
+from vipolyqwen.explain_vipolyqwen import explain, main, read_input, worst
+from vipolyqwen.figures_vipolyqwen import heat_map, picture_uri, shaded_tokens, views
+from vipolyqwen.metrics_vipolyqwen import query_ranks
+from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.searches_vipolyqwen import Side, read_pairs, searches
+from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+
+SCRIPT = "<script>alert('ở')</script> & <image>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in `model/`, a wide and a tall picture, a sound, and pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("explain")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 112, "vocab_size": 400}
+    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
+    rng = np.random.default_rng(0)
+    random_image(rng, 120, 60).save(folder / "wide.png")
+    random_image(rng, 56, 112).save(folder / "tall.png")
+    soundfile.write(folder / "speech.wav", random_sound(rng, 0.5)["array"], 16_000)
+    rows = [{"data_type": "instr", "a": f"{SCRIPT} {i}", "b": f"answer {i} {SCRIPT}"} for i in range(6)]
+    rows.append({"data_type": "ocr", "a": "Gì?", "b": "một", "images": ["wide.png"]})
+    rows.append({"data_type": "audio", "a": "", "b": "hai", "audio": "speech.wav"})
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedder(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder / "model"), trust_remote_code=True)
+
+
+def inside(embedder: SentenceTransformer, given: str) -> Attention:
+    item = read_input(given)
+    return look_inside(embedder[0].auto_model, embedder[0].processor, item.side, item.task)
+
+
+def total(attention: Attention) -> float:
+    return sum(piece.weight for piece in attention.pieces)
+
+
+def test_text_is_shown_whole_and_its_weights_sum_to_one(embedder: SentenceTransformer) -> None:
+    text = "Nguyễn Ưỡn ẫm 草地 🙂 \ufffd\n<ocr> end"
+    attention = inside(embedder, text)
+    assert total(attention) == pytest.approx(1, abs=1e-6)
+    assert "".join(piece.text for piece in attention.pieces if piece.kind == "text") == text
+    # letters that the tiny tokenizer has no token for are several tokens, but one piece
+    assert attention.positions > len(attention.pieces)
+    assert [piece.text for piece in attention.pieces if piece.kind == "special"] == ["<|im_end|>"]
+
+
+def test_pieces_hold_the_weights_that_the_model_returns(embedder: SentenceTransformer) -> None:
+    batch = embedder[0].processor(text="Hai ngôi sao", return_tensors="pt")
+    weights = embedder[0].auto_model(**batch, output_pooling_weights=True).pooling_weights[0].detach()
+    attention = inside(embedder, "Hai ngôi sao")
+    assert attention.pieces[-1].weight == pytest.approx(weights[-1].item())
+    assert attention.pieces[0].weight == pytest.approx(weights[0].item())
+    assert attention.positions == len(weights)
+
+
+def test_a_task_is_a_special_token_at_the_front(embedder: SentenceTransformer) -> None:
+    attention = inside(embedder, '{"text": "Gì?", "task": "ocr"}')
+    assert (attention.pieces[0].kind, attention.pieces[0].text) == ("special", "<ocr>")
+    assert torch.equal(attention.vector, torch.from_numpy(embedder.encode("Gì?", prompt_name="ocr")))
+
+
+def test_a_picture_has_the_grid_of_its_merged_patches(embedder: SentenceTransformer, folder: Path) -> None:
+    attention = inside(embedder, str(folder / "wide.png"))
+    batch = embedder[0].processor(images=Image.open(folder / "wide.png"), return_tensors="pt")
+    grid = batch["image_grid_thw"][0, 1:] // 2
+    (weights,) = attention.images
+    assert weights.shape == tuple(grid.tolist())
+    assert weights.shape[1] > weights.shape[0]
+    assert [piece.kind for piece in attention.pieces] == ["special", "image", "special", "special"]
+    assert attention.pieces[1].weight == pytest.approx(weights.sum())
+    assert total(attention) == pytest.approx(1, abs=1e-6)
+    assert sum(attention.shares().values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_two_pictures_in_one_input_keep_their_own_patches(embedder: SentenceTransformer, folder: Path) -> None:
+    paths = [str(folder / "wide.png"), str(folder / "tall.png")]
+    given = {"image": paths, "text": "Hình nào?"}
+    attention = inside(embedder, json.dumps(given))
+    (wide, tall) = attention.images
+    assert wide.shape[1] > wide.shape[0]
+    assert tall.shape[0] > tall.shape[1]
+    assert total(attention) == pytest.approx(1, abs=1e-6)
+    assert list(attention.shares()) == ["special tokens", "image 1", "image 2", "text"]
+    batch = embedder[0].processor(text=["Hình nào?"], images=[paths], return_tensors="pt")
+    weights = embedder[0].auto_model(**batch, output_pooling_weights=True).pooling_weights[0].detach()
+    slots = batch["input_ids"][0] == embedder[0].processor.image_token_id
+    assert np.allclose(np.concatenate([wide.ravel(), tall.ravel()]), weights[slots].numpy())
+
+
+@pytest.mark.parametrize(
+    "order", [("image", "text"), ("text", "image"), ("audio", "text"), ("text", "image", "audio")]
+)
+def test_what_is_explained_is_what_is_embedded(
+    embedder: SentenceTransformer, folder: Path, order: tuple[str, ...]
+) -> None:
+    values = {"image": str(folder / "tall.png"), "text": "a <image> b", "audio": str(folder / "speech.wav")}
+    given = {key: values[key] for key in order}
+    attention = inside(embedder, json.dumps(given))
+    assert torch.allclose(attention.vector, torch.from_numpy(embedder.encode(given)), atol=1e-6)
+
+
+def test_sound_with_text_shows_both_routes(embedder: SentenceTransformer, folder: Path) -> None:
+    given = json.dumps({"audio": str(folder / "speech.wav"), "text": "Ai nói?"})
+    attention = inside(embedder, given)
+    assert total(attention) == pytest.approx(1, abs=1e-6)
+    assert attention.sound.weights.sum() == pytest.approx(1, abs=1e-6)
+    captions = [caption for caption, _ in views(attention, read_input(given).side)]
+    assert [caption.split(":")[0] for caption in captions] == ["Text route", "Audio route"]
+
+
+def test_frames_lie_within_the_seconds_of_the_sound(embedder: SentenceTransformer, folder: Path) -> None:
+    attention = inside(embedder, str(folder / "speech.wav"))
+    sound = attention.sound
+    assert attention.pieces == []
+    assert len(sound.samples) == 8000
+    assert 0 < sound.starts[0] < sound.seconds
+    assert np.allclose(np.diff(sound.starts), sound.seconds)
+    assert 0.5 - 2 * sound.seconds < sound.starts[-1] + sound.seconds < 0.5
+    (_, figure) = views(attention, Side(audio=str(folder / "speech.wav")))[0]
+    assert figure.count("<rect") == len(sound.weights)
+    assert ">0.5 s</text>" in figure
+
+
+def test_the_veil_has_a_pixel_for_each_patch_and_is_strongest_where_the_weight_is() -> None:
+    html = heat_map(Image.new("RGB", (40, 20)), np.array([[0.1, 0.4, 0.0], [0.2, 0.0, 0.1]], dtype=np.float32))
+    encoded = re.search(r'class="veil"[^>]*base64,([^"]+)', html)[1]
+    veil = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))))
+    assert veil.shape == (2, 3, 4)
+    assert veil[..., 3].tolist() == [[51, 204, 0], [102, 0, 51]]  # 0.8 of 255 at the largest
+
+
+def test_a_large_picture_is_scaled_down() -> None:
+    uri = picture_uri(Image.new("RGB", (2000, 1000)), side=300)
+    assert uri.startswith("data:image/jpeg")
+    assert Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).size == (300, 150)
+
+
+def test_the_strongest_token_is_the_most_visible_and_text_is_escaped() -> None:
+    html = shaded_tokens([Piece("text", "a", 0.25), Piece("text", "<b>", 0.5), Piece("image", "1", 0.25)])
+    assert '--a:0.500" title="α = 0.2500">a</span>' in html
+    assert '--a:1.000" title="α = 0.5000">&lt;b&gt;</span>' in html
+    assert "image 1: 0.250" in html
+
+
+def test_the_page_is_self_contained_and_escapes_what_users_wrote(embedder: SentenceTransformer, folder: Path) -> None:
+    pairs = folder / "pairs.jsonl"
+    inputs = [read_input(given) for given in (SCRIPT, str(folder / "wide.png"), str(folder / "speech.wav"))]
+    page = explain(embedder, f"a{SCRIPT}", inputs, pairs, pairs)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|https?://""", page)
+    assert page.count("<h2>Input") == 3
+    assert page.count("<h3>Nearest neighbours") == 3
+    for kind in ("text, of 14", "text + image, of 1", "audio, of 1"):
+        assert page.count(f">{kind}</p>") == 3
+    assert page.count("data:audio/flac") >= 4  # the input, and a neighbour of each
+    assert "sums to 1" in page
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_the_nearest_neighbour_of_a_corpus_text_is_itself(embedder: SentenceTransformer, folder: Path) -> None:
+    page = explain(embedder, "m", [read_input("một")], folder / "pairs.jsonl", None)
+    first = page.split('class="hit"')[1]
+    assert "cosine 1.000" in first
+    assert ">một</span>" in first
+
+
+def test_failures_are_listed_worst_first(embedder: SentenceTransformer, folder: Path) -> None:
+    pairs, min_score = read_pairs(folder / "pairs.jsonl")
+    search = searches(pairs, min_score)[0]
+    ranks = query_ranks(search.embed_queries(embedder), search.embed_candidates(embedder), search.relevant)
+    table = worst(embedder, search)
+    assert [row["rank"] for row in table["rows"]] == sorted((int(r) for r in ranks if r > 1), reverse=True)
+    assert len(table["rows"]) > 1
+    assert (table["queries"], table["candidates"], table["missed"]) == (6, 6, len(table["rows"]))
+    for row in table["rows"]:
+        number = re.search(r" (\d)</span>", row["query"])[1]
+        assert f"answer {number}" in row["right"][1]
+        assert row["found"][0][0] >= row["right"][0] - 1e-6
+        assert all(f"answer {number}" not in html for _, html in row["found"])
+
+
+def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder: Path) -> None:
+    path = folder / "one.jsonl"
+    path.write_text(json.dumps({"data_type": "instr", "a": "only", "b": "one"}))
+    page = explain(embedder, "m", [], None, path)
+    assert "0 of 1 queries do not find their answer first" in page
+    assert "<table" not in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("missing.png", "there is no such file"),
+        ('{"image": "missing.png"}', "there is no file 'missing.png'"),
+        ('{"audio": "missing.wav", "text": "a"}', "there is no file 'missing.wav'"),
+        ("{'image': 'a.png'}", "begins as JSON but is none"),
+        ('{"picture": "a.png"}', "has the keys picture"),
+        ('{"task": "ocr"}', "has the keys task"),
+        ('{"image": [1]}', "texts and paths are strings"),
+        ('{"text": null}', "texts and paths are strings"),
+        (__file__, "neither a text nor a picture or a sound"),
+        (" ", "neither a text nor a picture or a sound"),
+    ],
+)
+def test_what_is_no_input_is_an_error(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_input(given)
+
+
+def test_the_command_writes_the_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "new" / "page.html"
+    main([str(folder / "model"), "Xin chào", str(folder / "tall.png"), "--out", str(out)])
+    assert out.read_text(encoding="utf-8").count("<h2>Input") == 2
+    assert "page.html" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(folder / "model")])
+    assert "at least one INPUT" in capsys.readouterr().err
