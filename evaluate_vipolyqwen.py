@@ -1,112 +1,102 @@
-"""Measures a model, and any other beside it, on a suite of tasks through mteb.
+"""Measures a model on a suite of tasks, asks it in the spellings people type, or looks inside it.
 
     python evaluate_vipolyqwen.py MODEL [--suite papers|vietnamese|chinese|trimodal|demo|FILE.yaml] [--against MODEL …]
+    python evaluate_vipolyqwen.py MODEL --robustness [PAIRS]
+    python evaluate_vipolyqwen.py MODEL --explain [INPUT…] [--corpus PAIRS] [--failures PAIRS]
 
-MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. Leaves in `--out`: mteb's results
-(`results/`, to be submitted as they are; `own/results/` for own tasks), and for each suite and model summary.md and
-summary.json with scores, prompts, speed and memory.
+MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. A suite runs through mteb and
+leaves in OUT mteb's results (`results/`, to be submitted as they are; `own/results/` for own tasks), and for each
+suite and model summary.md and summary.json with scores, prompts, speed and memory. PAIRS is a file of pairs or a
+recipe, whose `eval_data` counts. An INPUT is a text, the path of a picture or a sound, or JSON such as
+'{"image": ["a.png", "b.png"], "text": "Which one?", "task": "vqa_single"}'.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
-try:
-    import mteb  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Evaluation needs mteb; install it with: pip install -e '.[evaluate]'") from error
+from sentence_transformers import SentenceTransformer
 
-import datasets
-from mteb.abstasks import AbsTask
+from vipolyqwen.explain_vipolyqwen import explain, read_input
+from vipolyqwen.robustness_vipolyqwen import robustness, write_result
+from vipolyqwen.suites_vipolyqwen import SuiteError
 
-from vipolyqwen.encoders_vipolyqwen import MeasuredEncoder, load_encoder
-from vipolyqwen.scorecard_vipolyqwen import write_scorecard
-from vipolyqwen.suite_check_vipolyqwen import check_task, show_check
-from vipolyqwen.suite_runs_vipolyqwen import Row, describe, run_task, suite_tasks
-from vipolyqwen.suites_vipolyqwen import Suite, SuiteError, read_suite
-
-BASELINES = "baselines"  # in `--against`: those that the suite names
+DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs or checks a suite; returns the exit code: 0, or 1 if a task failed or does not resolve."""
-    options = read_options(sys.argv[1:] if argv is None else argv)
-    datasets.disable_progress_bars()  # mteb casts and maps small tables by the hundred
-    suite = read_suite(options.suite)
-    tasks = suite_tasks(suite)
-    prompts = suite.table(task for task in tasks if isinstance(task, AbsTask))
-    if options.check:
-        return check(load(options.model, prompts, options), tasks)
-    rows: dict[str, list[Row]] = {}
-    for name in [options.model, *baselines(suite, options.against)]:
-        rows[name] = run_all(name, tasks, prompts, options)
-    folder = options.out / suite.name / options.model.strip("/").replace("/", "__")
-    print(write_scorecard(folder, suite.name, rows))
-    print(f"\nWritten to {folder / 'summary.md'}")
-    return int(any(row["status"] == "failed" for of_model in rows.values() for row in of_model))
+    """Does what the options ask for; returns the exit code: 0, or 1 if a task failed or does not resolve."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = read_options(argv)
+    if options.explain is not None:
+        write_page(options)
+    elif options.robustness is not None:
+        result = robustness(load(options), options.robustness)
+        command = shlex.join(["python", "evaluate_vipolyqwen.py", *argv])
+        write_result(result, options.out or Path("outputs/robustness"), command)
+    else:
+        try:
+            import mteb  # noqa: F401, which only suites need
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("Suites need mteb; install it with: pip install -e '.[evaluate]'") from error
+        from vipolyqwen.run_suite_vipolyqwen import run_suite
+
+        options.out = options.out or Path("outputs/evaluation")
+        return run_suite(options)
+    return 0
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--suite", default="papers", help="name in recipes/suites, or a YAML file")
-    parser.add_argument("--against", nargs="+", default=[], help=f"more models; {BASELINES!r}: those of the suite")
-    parser.add_argument("--check", action="store_true", help="only say whether every task resolves; fetch nothing")
-    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder of results")
-    parser.add_argument("--save_vectors", action="store_true", help="write vectors; runs every task anew")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows that are embedded at a time")
-    parser.add_argument("--device", help="such as cuda or cpu")
     parser.add_argument(
+        "--out", type=Path, help="default: outputs/evaluation, outputs/robustness, outputs/explain.html"
+    )
+    parser.add_argument("--device", help="such as cuda or cpu")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
+    suites = parser.add_argument_group("suites")
+    suites.add_argument("--suite", default="papers", help="name in recipes/suites, or a YAML file; default: papers")
+    suites.add_argument("--against", nargs="+", default=[], help="more models; 'baselines': those of the suite")
+    suites.add_argument("--check", action="store_true", help="only say whether every task resolves; fetch nothing")
+    suites.add_argument("--save_vectors", action="store_true", help="write vectors; runs every task anew")
+    suites.add_argument("--batch_size", type=int, default=32, help="rows that are embedded at a time; default: 32")
+    suites.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; not of models that mteb knows"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
-    return parser.parse_args(argv)
+    spellings = parser.add_argument_group("spellings")
+    spellings.add_argument(
+        "--robustness", type=Path, nargs="?", const=DEMO_PAIRS, metavar="PAIRS", help=f"default: {DEMO_PAIRS}"
+    )
+    inside = parser.add_argument_group("looking inside")
+    inside.add_argument("--explain", nargs="*", metavar="INPUT", help="what to look into")
+    inside.add_argument("--corpus", type=Path, metavar="PAIRS", help="pairs among whose sides to look for neighbours")
+    inside.add_argument("--failures", type=Path, metavar="PAIRS", help="pairs whose searches to judge, worst first")
+    options = parser.parse_args(argv)
+    if options.explain is None and (options.corpus or options.failures):
+        parser.error("--corpus and --failures belong to --explain")
+    if options.explain == [] and options.failures is None:
+        parser.error("--explain: give at least one INPUT, or --failures PAIRS")
+    return options
 
 
-def load(name: str, prompts: dict[str, str | None], options: argparse.Namespace) -> MeasuredEncoder:
-    """The model as an encoder of mteb."""
-    return load_encoder(name, prompts, options.device, options.dtype, options.trust_remote_code)
+def write_page(options: argparse.Namespace) -> None:
+    """The page of `--explain`."""
+    inputs = [read_input(text) for text in options.explain]
+    page = explain(load(options), options.model, inputs, options.corpus, options.failures)
+    out = options.out or Path("outputs/explain.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    print(f"{out}: {len(page) / 2**20:.1f} MiB")
 
 
-def baselines(suite: Suite, names: list[str]) -> list[str]:
-    """The models of `--against`, each once."""
-    if BASELINES in names and not suite.baselines:
-        raise SuiteError(f"--against {BASELINES}: the suite {suite.name!r} names none; give names of models.")
-    expanded = [model for name in names for model in (suite.baselines if name == BASELINES else [name])]
-    return list(dict.fromkeys(expanded))
-
-
-def run_all(
-    name: str, tasks: list[AbsTask | Row], prompts: dict[str, str | None], options: argparse.Namespace
-) -> list[Row]:
-    """The rows of one model; a baseline that cannot be loaded has failed in all of them."""
-    try:
-        encoder = load(name, prompts, options)
-    except Exception as error:
-        if name == options.model:
-            raise
-        reason = f"{name} cannot be loaded: {type(error).__name__}: {error}"
-        print(reason, flush=True)
-        described = [describe(task) if isinstance(task, AbsTask) else task for task in tasks]
-        return [{"status": "failed", "reason": reason, **row} for row in described]
-    rows = []
-    for task in tasks:
-        row = task
-        if isinstance(task, AbsTask):
-            row = run_task(encoder, task, options.out, options.batch_size, options.save_vectors)
-        print(f"{name}, {row['task']}: {row.get('score', row.get('reason'))}", flush=True)
-        rows.append(row)
-    return rows
-
-
-def check(encoder: MeasuredEncoder, tasks: list[AbsTask | Row]) -> int:
-    """Prints whether every task resolves; returns the exit code."""
-    rows = [check_task(encoder, task) if isinstance(task, AbsTask) else task for task in tasks]
-    print(show_check(rows))
-    return int(any(row["status"] == "failed" for row in rows))
+def load(options: argparse.Namespace) -> SentenceTransformer:
+    """The model; code of a folder may always run."""
+    may_run_code = options.trust_remote_code or Path(options.model).is_dir()
+    return SentenceTransformer(options.model, device=options.device, trust_remote_code=may_run_code)
 
 
 if __name__ == "__main__":

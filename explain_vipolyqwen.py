@@ -1,13 +1,10 @@
 """One page that looks inside a model: what its pooling attends to, what lies near an input, where a task fails.
 
-    python explain_vipolyqwen.py MODEL INPUT… [--corpus PAIRS] [--failures PAIRS] [--out PAGE.html]
+    python evaluate_vipolyqwen.py MODEL --explain INPUT… [--corpus PAIRS] [--failures PAIRS] [--out PAGE.html]
 
-An INPUT is a text, the path of a picture or a sound, or JSON such as '{"image": ["a.png", "b.png"], "text": "Which
-one?", "task": "vqa_single"}'. PAIRS is a file of pairs, or a recipe, whose `eval_data` counts. The page needs no other
-file and no network.
+The page needs no other file and no network.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -40,27 +37,6 @@ class Input:
 
     side: Side
     task: str | None = None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder or Hub repository of a viPolyQwen model")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text, path of a picture or a sound, or JSON")
-    parser.add_argument("--corpus", type=Path, help="pairs among whose sides to look for neighbours")
-    parser.add_argument("--failures", type=Path, help="pairs whose searches to judge, the worst first")
-    parser.add_argument("--out", type=Path, default=Path("outputs/explain.html"), help="the page")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
-    given = parser.parse_args(arguments)
-    if not given.inputs and given.failures is None:
-        parser.error("give at least one INPUT, or --failures PAIRS")
-    inputs = [read_input(text) for text in given.inputs]
-    may_run_code = given.trust_remote_code or Path(given.model).is_dir()
-    embedder = SentenceTransformer(given.model, trust_remote_code=may_run_code)
-    page = explain(embedder, given.model, inputs, given.corpus, given.failures)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(page, encoding="utf-8")
-    print(f"{given.out}: {len(page) / 2**20:.1f} MiB")
 
 
 def read_input(given: str) -> Input:
@@ -275,6 +251,3 @@ end token is not weight on nothing.</p>
 {% endfor %}
 </body></html>
 """
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,15 @@
 """How much a retrieval suffers when Vietnamese queries are spelled as people really type them.
 
-    python robustness_vipolyqwen.py MODEL [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
+    python evaluate_vipolyqwen.py MODEL --robustness [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
 
 Every query is asked as it is written and under each rule of `data/vietnamese.py`; candidates stay as they are. Writes
 robustness.json and robustness.md.
 """
 
-import argparse
 import json
 import resource
-import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,24 +24,8 @@ from vipolyqwen.data.vietnamese import RULES, is_vietnamese, switch_code, switch
 from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.searches_vipolyqwen import Search, read_pairs, searches
 
-DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 METRICS = ("recall@1", "recall@10", "mrr")
 CONFIDENCE = 0.95
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder or Hub repository that sentence-transformers loads")
-    parser.add_argument("pairs", type=Path, nargs="?", default=DEMO_PAIRS, help="pairs, or a recipe with `eval_data`")
-    parser.add_argument("--out", type=Path, default=Path("outputs/robustness"), help="folder of the result")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
-    written = sys.argv[1:] if arguments is None else list(arguments)
-    given = parser.parse_args(written)
-    command = shlex.join(["python", "robustness_vipolyqwen.py", *written])
-    may_run_code = given.trust_remote_code or Path(given.model).is_dir()
-    embedder = SentenceTransformer(given.model, trust_remote_code=may_run_code)
-    write_result(robustness(embedder, given.pairs), given.out, command)
 
 
 def robustness(embedder: SentenceTransformer, path: Path) -> dict[str, Any]:
@@ -200,7 +181,3 @@ def _line(name: str, values: dict[str, Any]) -> str:
             else "–"
         )
     return "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.attention_vipolyqwen import Attention, Piece, look_inside
-from vipolyqwen.explain_vipolyqwen import explain, main, read_input, worst
+from vipolyqwen.evaluate_vipolyqwen import main
+from vipolyqwen.explain_vipolyqwen import explain, read_input, worst
 from vipolyqwen.figures_vipolyqwen import heat_map, picture_uri, shaded_tokens, views
 from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.publish_vipolyqwen import save_repository
@@ -234,9 +235,9 @@ def test_what_is_no_input_is_an_error(given: str, message: str) -> None:
 
 def test_the_command_writes_the_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "new" / "page.html"
-    main([str(folder / "model"), "Xin chào", str(folder / "tall.png"), "--out", str(out)])
+    main([str(folder / "model"), "--explain", "Xin chào", str(folder / "tall.png"), "--out", str(out)])
     assert out.read_text(encoding="utf-8").count("<h2>Input") == 2
     assert "page.html" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main([str(folder / "model")])
+        main([str(folder / "model"), "--explain"])
     assert "at least one INPUT" in capsys.readouterr().err

@@ -11,9 +11,10 @@ from conftest import TEXTS, random_image, random_sound
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.vietnamese import RULES, strip_diacritics
+from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.metrics_vipolyqwen import retrieval_metrics
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.robustness_vipolyqwen import drops, interval, main, robustness
+from vipolyqwen.robustness_vipolyqwen import drops, interval, robustness
 from vipolyqwen.searches_vipolyqwen import read_pairs, searches
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
@@ -141,7 +142,7 @@ def test_the_command_writes_a_table_and_says_itself(folder: Path, tmp_path: Path
     recipe = tmp_path / "recipe.yaml"
     source = {"path": str(folder / "pairs.jsonl")}
     recipe.write_text(json.dumps({"eval_data": [source], "nce_min_score": 0.1}))  # JSON is YAML
-    main([str(folder / "model"), str(recipe), "--out", str(tmp_path / "out")])
+    main([str(folder / "model"), "--robustness", str(recipe), "--out", str(tmp_path / "out")])
     written = json.loads((tmp_path / "out" / "robustness.json").read_text(encoding="utf-8"))
     page = (tmp_path / "out" / "robustness.md").read_text(encoding="utf-8")
     assert written["min_score"] == 0.1
