@@ -1,8 +1,6 @@
 """Any model as an encoder of mteb: which prompt it gets, how sounds reach it, and what speed and memory it takes."""
 
 import hashlib
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from vipolyqwen.media_vipolyqwen import load_audio, resample
+from vipolyqwen.memory_vipolyqwen import CLEAR_REFS, peak_host, reset_peaks
 
 MODALITIES = ("image", "audio", "text", "video")  # in this order an input is read: a picture, then its question
 AUDIO_RATE = 16_000  # Hz, as mteb's own; sentence-transformers takes one rate a batch
@@ -182,7 +181,7 @@ class MeasuredEncoder:
         self.rows, self.seconds = 0, 0.0
         self.documents: dict[tuple[str, str], int] = defaultdict(int)
         self.kept: dict[tuple[str, str], dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-        _reset_peaks()
+        reset_peaks()
 
     def encode(
         self,
@@ -237,7 +236,9 @@ class MeasuredEncoder:
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
             "rows_per_second": round(self.rows / self.seconds, 2) if self.rows else None,
-            **_peaks(),
+            "peak_host_bytes": peak_host(),
+            "peak_host_of": "task" if CLEAR_REFS.exists() else "process",
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             **self.home(),
         }
 
@@ -252,28 +253,3 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak of the resident memory back
-
-
-def _reset_peaks() -> None:
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peaks() -> dict[str, Any]:
-    """Peak of the resident memory, of the task where the system can tell and else of the process, and of CUDA."""
-    if CLEAR_REFS.exists():
-        status = Path("/proc/self/status").read_text()
-        host = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        host = peak if sys.platform == "darwin" else peak * 1024
-    return {
-        "peak_host_bytes": host,
-        "peak_host_of": "task" if CLEAR_REFS.exists() else "process",
-        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-    }

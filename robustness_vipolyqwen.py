@@ -7,8 +7,6 @@ robustness.json and robustness.md.
 """
 
 import json
-import resource
-import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,6 +19,7 @@ from scipy.stats import bootstrap
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.vietnamese import RULES, is_vietnamese, switch_code, switched_share
+from vipolyqwen.memory_vipolyqwen import peak_memory
 from vipolyqwen.metrics_vipolyqwen import query_ranks
 from vipolyqwen.searches_vipolyqwen import Search, read_pairs, searches
 
@@ -119,13 +118,6 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
         (differences,), np.mean, batch=256, method="percentile", confidence_level=CONFIDENCE, rng=0
     ).confidence_interval
     return float(found.low), float(found.high)
-
-
-def peak_memory() -> int:
-    """Bytes: of CUDA where it is used, else the peak of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_result(result: dict[str, Any], folder: Path, command: str) -> None:

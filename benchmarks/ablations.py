@@ -23,12 +23,12 @@ import yaml
 from ablation_report import write_report
 from ablation_runs import VARIANTS, HeldOut, Study, left_out, measured
 from demo_runs import write_base, write_parallel
-from pair_vectors import peak_memory_mib
 from result_files import machine, versions
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from vipolyqwen.arguments_vipolyqwen import read_recipe
 from vipolyqwen.data.demo_world import write_corpus
+from vipolyqwen.memory_vipolyqwen import peak_memory
 
 ROOT = Path(__file__).parent.parent
 DEMO_STEPS = {
@@ -144,7 +144,7 @@ def run(study: Study, names: list[str], seeds: int, group_by: str | None) -> dic
         "runs": runs,
         "tasks": tasks,
         "pairs": len(held_out.pairs),
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak_memory() / 2**20,
         "left_out": {name: left_out(VARIANTS[name].leaves_out, held_out.data_types) for name in names},
         "chance": {"/".join(cell): found.chance for cell, found in held_out.searches.items()},
         "candidates": {"/".join(cell): len(found.candidates) for cell, found in held_out.searches.items()},

@@ -1,6 +1,5 @@
 """Held-out pairs as vectors, and what retrieval makes of them within each task and language."""
 
-import resource
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,10 +96,3 @@ def search(columns: Mapping[str, Tensor], rows: Sequence[int], min_score: float 
     for query, positions in enumerate(relevant):
         is_relevant[query, list(positions)] = True
     return Search([rows[i] for i in queries], [rows[i] for i in candidates], is_relevant)
-
-
-def peak_memory_mib() -> float:
-    """The most memory that this process has held: the GPU's if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

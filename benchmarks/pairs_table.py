@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pair_vectors import cells, collate, embed, load_grouped, peak_memory_mib, search
+from pair_vectors import cells, collate, embed, load_grouped, search
 from result_files import machine, versions
 from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr
@@ -26,6 +26,7 @@ from torch import Tensor
 from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.memory_vipolyqwen import peak_memory
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
@@ -93,7 +94,7 @@ def measure(
     speed = {
         "pairs": len(pairs),
         "pairs_per_second": len(pairs) / seconds,
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak_memory() / 2**20,
     }
     return rows, speed
 

@@ -1,0 +1,31 @@
+"""The most memory that was held: of the host, and of CUDA where it is used."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak of the resident memory back
+
+
+def reset_peaks() -> None:
+    """Counts from here on, where the system can; else the host's peak stays that of the process."""
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_host() -> int:
+    """Bytes of resident memory at their peak, since `reset_peaks` or since the process began."""
+    if CLEAR_REFS.exists():
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory() -> int:
+    """Bytes at their peak, of CUDA where it is used, else of the host."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_host()
