@@ -30,6 +30,7 @@ from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
+from vipolyqwen.sharding_vipolyqwen import own_class
 
 logger = logging.get_logger(__name__)
 
@@ -332,7 +333,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         """A checkpoint is a whole repository: code, processor and sentence-transformers files included."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            save_repository(model, self.processing_class, output_dir or self.args.output_dir, state_dict)
+            with own_class(model):
+                save_repository(model, self.processing_class, output_dir or self.args.output_dir, state_dict)
 
 
 class DiscardCallback(TrainerCallback):
