@@ -27,8 +27,8 @@ def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 def own_class(model: nn.Module) -> Iterator[nn.Module]:
     """The model as an instance of its own class for a while.
 
-    `fully_shard` makes a subclass of FSDPModule of it. Saving would then write torch's code beside the weights in place
-    of the model's, and name that in the configuration.
+    `fully_shard` makes a subclass of FSDPModule of it. Saving would then write torch's code beside the weights in
+    place of the model's, and name that in the configuration.
     """
     sharded = type(model)
     model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))

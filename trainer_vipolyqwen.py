@@ -64,6 +64,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         eval_collator: MixedBatchCollator,
         **kwargs: Any,
     ) -> None:
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every call passes through every tower; looking takes time
         super().__init__(
             model=model,
             args=args,
@@ -82,6 +84,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
             raise ValueError(
                 f"`embed_chunk` is {args.embed_chunk}, but DeepSpeed reduces gradients once a step, not once a chunk. "
                 "Shard with FSDP2 instead, or leave `embed_chunk` out."
+            )
+        if next(mixed_loss.parameters(), None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            names = ", ".join(name for name, _ in mixed_loss.named_parameters())
+            raise ValueError(
+                f"The loss learns {names}, but with FSDP2 and DeepSpeed the optimizer takes only what is in the model. "
+                "Launch with DDP, or leave out `learnable_temperature` and `task_weighting: uncertainty`."
             )
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
