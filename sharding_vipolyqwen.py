@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 
 def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -21,6 +26,23 @@ def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {
         name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in values.items()
     }
+
+
+@contextmanager
+def loading_whole(args: TrainingArguments) -> Iterator[None]:
+    """Each process loads all weights for a while, also under ZeRO-3, which spreads them when training begins.
+
+    transformers (5.23) would spread them while it loads, and then fails at the weight norm of a HuBERT.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = args.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if next(mixed_loss.parameters(), None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             names = ", ".join(name for name, _ in mixed_loss.named_parameters())
             raise ValueError(
-                f"The loss learns {names}, but with FSDP2 and DeepSpeed the optimizer takes only what is in the model. "
+                f"The loss learns {names}, but with FSDP2 and DeepSpeed an optimizer takes only what the model has. "
                 "Launch with DDP, or leave out `learnable_temperature` and `task_weighting: uncertainty`."
             )
         for name, parameter in model.named_parameters():
