@@ -1,6 +1,6 @@
 """Pairs a second of ViPolyQwenTrainer and of sentence-transformers' Trainer, side by side in one run.
 
-    python benchmarks/training_speed.py [CORPUS] [--models demo mid] [--repeats 5]
+    python benchmarks/training_speed.py [CORPUS] [--models demo mid] [--repeats 3]
 
 CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Both trainers take the same steps: the same
 repository loaded from disk, the same pairs in the same order and number a step, the same symmetric InfoNCE (the first
@@ -8,7 +8,7 @@ losses are compared), AdamW with clipping, float32, no prefixes, no worker proce
 rows of one forward; each collates and pads in its own way. Steps are timed whole, collation included, over `train()`
 of both in turn. Two sets of pairs:
 
-- `long_tail`: texts of 3 to 200 words, spread evenly over the logarithm, as questions and passages are;
+- `long_tail`: texts of 3 to 100 words, spread evenly over the logarithm, as questions and passages are;
 - `text_and_images`: the demo corpus but for its sounds, about half with an image.
 
 With sounds among other rows, sentence-transformers' loss cuts the clips of a batch as if every row had one; what it
@@ -54,16 +54,16 @@ from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 BAR = 1.5
 TEMPERATURE = 0.05
 MODELS = {  # sizes, pairs of a step, rows of a forward, timed steps
-    "demo": (BASE_SIZES, 128, 32, 10),
+    "demo": (BASE_SIZES, 64, 16, 10),
     "mid": (
         {"hidden_size": 640, "layers": 12, "vision_size": 512, "audio_size": 512, "vocab_size": 2048},
-        32,
-        8,
+        16,
+        4,
         2,
     ),
 }
 DATA = ("long_tail", "text_and_images")
-WORDS = (3, 200)  # shortest and longest side of a long-tailed pair
+WORDS = (3, 100)  # shortest and longest side of a long-tailed pair
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path, nargs="?", default=Path("outputs/demo/corpus"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
