@@ -171,7 +171,9 @@ def measure_mode(
     take = stepper(model, mode, options.gradient_checkpointing)
     rows = []
     for point in points(options, model.audio_tower):
-        row = {"what": point.name(), "rows": point.rows, "tokens_a_row": point.tokens}
+        frames = model.audio_tower._get_feat_extract_output_lengths(point.audio_seconds * 16_000)
+        tokens = point.tokens or int(frames)
+        row = {"what": point.name(), "rows": point.rows, "tokens_a_row": tokens}
         try:
             row |= measure(take, make_batch(point, model, device, dtype), device, options.repeats)
         except RuntimeError as error:
@@ -182,7 +184,7 @@ def measure_mode(
             flops = step_flops(mode, model, point)
             row |= {
                 "samples_per_second": round(point.rows / row["seconds"], 3),
-                "tokens_per_second": round(point.rows * point.tokens / row["seconds"], 1),
+                "tokens_per_second": round(point.rows * tokens / row["seconds"], 1),
                 "tera_flops": round(flops / 1e12, 4),
                 "mfu": round(flops / row["seconds"] / peak, 4),
             }

@@ -12,6 +12,8 @@ from transformers import HubertConfig, Qwen2VLConfig
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 
+pytest.importorskip("peft")  # in requirements-dev.txt
+
 
 @pytest.fixture
 def full_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
