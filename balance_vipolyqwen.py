@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from vipolyqwen.adapters_vipolyqwen import NEW_PARTS, plain_name
 from vipolyqwen.charts_vipolyqwen import line_chart
+from vipolyqwen.sharding_vipolyqwen import whole
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ class BalanceMonitor(TrainerCallback):
     ) -> None:
         """Remembers where the new parts started, unless a resumed run has brought it."""
         if not self.start and model is not None:
-            self.start = {name: value.detach().cpu().clone() for name, value in _new_parameters(model).items()}
+            self.start = {name: value.cpu() for name, value in whole(_new_parameters(model)).items()}
 
     def record(self, loss: float) -> None:
         """Adds the loss of one batch."""
@@ -71,11 +72,11 @@ class BalanceMonitor(TrainerCallback):
         if gradient_norm is not None and math.isfinite(gradient_norm):
             self.gradient_norms.append(float(gradient_norm))
         squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for name, value in _new_parameters(model).items():
+        for name, value in whole(_new_parameters(model)).items():
             if name in self.start:
                 start = self.start[name].to(value.device)
                 part = squares[f"drift/{name.split('.')[0]}"]
-                part[0] += (value.detach() - start).float().square().sum().item()
+                part[0] += (value - start).float().square().sum().item()
                 part[1] += start.float().square().sum().item()
         drifts = {name: math.sqrt(moved / start) for name, (moved, start) in squares.items() if start}
         return {

@@ -38,6 +38,7 @@ from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.record_vipolyqwen import write_record
+from vipolyqwen.sharding_vipolyqwen import loading_whole
 from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 from vipolyqwen.weighting_vipolyqwen import build_weighting
 
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     data_types = declare_data_types(data_args.data_types)
     mixed_loss = build_loss(loss_args, data_args.data_types, list(data_types))
-    model, processor = load_model(model_args, args, data_types)
+    with loading_whole(args):
+        model, processor = load_model(model_args, args, data_types)
     train_pairs = read_pairs(
         data_args.train_data, data_types, processor, data_args.check_media, data_args.without_tasks
     )

@@ -35,6 +35,7 @@ from vipolyqwen.packing_vipolyqwen import takes_lengths
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
+from vipolyqwen.sharding_vipolyqwen import own_class
 
 logger = logging.get_logger(__name__)
 
@@ -67,6 +68,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         eval_collator: MixedBatchCollator,
         **kwargs: Any,
     ) -> None:
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every call passes through every tower; looking takes time
         super().__init__(
             model=model,
             args=args,
@@ -76,25 +79,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
-                f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
-            )
         self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
-        if self.in_chunks and self.is_deepspeed_enabled:
-            name = "embed_chunk" if args.embed_chunk is not None else "embed_chunk_tokens"
-            raise ValueError(
-                f"`{name}` is {getattr(args, name)}, but DeepSpeed reduces gradients once a step, not once a chunk. "
-                f"Shard with FSDP2 instead, or leave `{name}` out."
-            )
-        pays = takes_lengths(model.vlm.language_model.config, args.device)
-        self.packing = args.packing == "true" or (args.packing == "auto" and pays)
-        if args.use_liger_kernel:
-            use_liger_kernels(model, args.device)
-        if args.torch_compile:
-            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
+        self._check_launch(mixed_loss)
+        self._speed_up(model)
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
                 parameter.requires_grad_(False)
@@ -107,6 +94,38 @@ class ViPolyQwenTrainer(ResumingTrainer):
         for callback in (self.rates, self.monitor, self.discard):
             self.add_callback(callback)
         self._logged: dict[str, list[float]] = defaultdict(list)
+
+    def _check_launch(self, mixed_loss: MixedLoss) -> None:
+        """Raises ValueError for settings that the way the run was launched does not allow."""
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
+                f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
+            )
+        if self.in_chunks and self.is_deepspeed_enabled:
+            name = "embed_chunk" if args.embed_chunk is not None else "embed_chunk_tokens"
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but DeepSpeed reduces gradients once a step, not once a chunk. "
+                f"Shard with FSDP2 instead, or leave `{name}` out."
+            )
+        if next(mixed_loss.parameters(), None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            names = ", ".join(name for name, _ in mixed_loss.named_parameters())
+            raise ValueError(
+                f"The loss learns {names}, but with FSDP2 and DeepSpeed an optimizer takes only what the model has. "
+                "Launch with DDP, or leave out `learnable_temperature` and `task_weighting: uncertainty`."
+            )
+
+    def _speed_up(self, model: ViPolyQwenModel) -> None:
+        """Packing, fused kernels and compiled layers, as asked for."""
+        args = self.args
+        pays = takes_lengths(model.vlm.language_model.config, args.device)
+        self.packing = args.packing == "true" or (args.packing == "auto" and pays)
+        if args.use_liger_kernel:
+            use_liger_kernels(model, args.device)
+        if args.torch_compile:
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
 
     def compute_loss(
         self,
@@ -359,7 +378,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = Path(output_dir or self.args.output_dir)
         if not is_adapted(model):
-            save_repository(model, self.processing_class, folder, state_dict)
+            with own_class(model):
+                save_repository(model, self.processing_class, folder, state_dict)
         elif self._unfinished is not None:
             save_adapter(model, self.processing_class, folder, state_dict)
         else:

@@ -52,7 +52,7 @@ NEEDED_WHOLE |= {"fingerprint.json", "fingerprint_vipolyqwen.py", "packing_vipol
 NEEDED_ADAPTER = READING | {"adapter_config.json", "adapter_model.safetensors"}
 
 TRAINING_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
-TRAINING_STATE += ("loss_state.safetensors",)
+TRAINING_STATE += ("loss_state.safetensors", "pytorch_model_fsdp.bin")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 LOCAL_PATH = re.compile(r"file://|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^/\s]+/")  # absolute, of at least two parts
 

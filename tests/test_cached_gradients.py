@@ -215,7 +215,9 @@ def test_a_chunk_without_rows_is_refused() -> None:
         read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--embed_chunk", "0"])
 
 
-def test_chunks_with_deepspeed_are_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers that believe they run under DeepSpeed."""
     create = Trainer.create_accelerator_and_postprocess
 
     def create_for_deepspeed(self: Trainer) -> None:
@@ -223,8 +225,16 @@ def test_chunks_with_deepspeed_are_refused(corpus: Path, monkeypatch: pytest.Mon
         self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_for_deepspeed)
+
+
+def test_chunks_with_deepspeed_are_refused(corpus: Path, deepspeed: None) -> None:
     with pytest.raises(ValueError, match="`embed_chunk` is 3, but DeepSpeed .* FSDP2"):
         build(corpus, "--embed_chunk", "3")
+
+
+def test_a_loss_that_learns_is_refused_where_optimizers_know_the_model_alone(corpus: Path, deepspeed: None) -> None:
+    with pytest.raises(ValueError, match="The loss learns log_temperatures, but with FSDP2 and DeepSpeed"):
+        build(corpus, "--learnable_temperature", "true")
 
 
 # --- several processes: rank 0 has text only, rank 1 images and sounds, and more rows
