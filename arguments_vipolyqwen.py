@@ -184,6 +184,8 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         if self.on_nan == "skip":
             self.logging_nan_inf_filter = True  # the mean loss is then that of the steps that count
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn of it
 
 
 JSON_ARGUMENTS = (

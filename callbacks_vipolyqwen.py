@@ -1,8 +1,9 @@
-"""What a person sees of a run while it goes."""
+"""What happens beside the steps of a run: rates, updates that are left out, the progress bar."""
 
 import time
 from typing import Any
 
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -35,6 +36,40 @@ class RateCallback(TrainerCallback):
         rates = {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
         self._reset()
         return rates
+
+
+class DiscardCallback(TrainerCallback):
+    """Leaves out the update of a step in which a loss was not finite, and counts such steps; clears gradients."""
+
+    def __init__(self) -> None:
+        self.pending = False
+        self.count = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Without gradients the optimiser changes neither weights nor moments."""
+        if self.pending and optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+            self.pending = False
+            self.count += 1
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Clears all gradients: the stock loop clears the model's, not those of what the loss learns."""
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
 
 
 class CompactProgressCallback(ProgressCallback):

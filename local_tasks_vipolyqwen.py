@@ -12,9 +12,7 @@ An entry of a suite names a kind, a name and a source of pairs with the keys of 
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,37 +26,14 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from vipolyqwen.data.readers import SourceConfig
 from vipolyqwen.data.schema import DataType, Row
 from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.searches_vipolyqwen import MIN_AUDIO_SAMPLES, Side
 
 MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)
 MAX_RANKED = 1000  # as in mteb: a mean rank is given where all candidates are ranked
 MIN_SCORE = 0.5  # a pair scored lower is not relevant, though its b stays a candidate
-MIN_AUDIO_SAMPLES = 400  # what the first layers of HuBERT take
 MEDIA = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
 LANGUAGES = ("mul-Latn",)  # what mteb calls "multiple languages"
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one side of a pair shows the model."""
-
-    text: str = ""
-    images: tuple[str | bytes, ...] = ()
-    audio: str | bytes | None = None
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Those that are there, in the order of `MODALITIES`."""
-        return tuple(
-            name for name, value in zip(MODALITIES, (self.text.strip(), self.images, self.audio), strict=True) if value
-        )
-
-    def key(self) -> str:
-        """Equal for equal content."""
-        digest = hashlib.blake2b(repr(self.text).encode(), digest_size=16)
-        for medium in (*self.images, *([self.audio] if self.audio else [])):
-            digest.update(hashlib.blake2b(medium if isinstance(medium, bytes) else Path(medium).read_bytes()).digest())
-        return digest.hexdigest()
 
 
 class LocalRetrieval(AbsTaskRetrieval):

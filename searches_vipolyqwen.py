@@ -37,10 +37,15 @@ class Side:
     placeholder: str = "<image>"
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that are there, of `text`, `image` and `audio`, in this order."""
+        given = {"text": self.text.strip(), "image": self.images, "audio": self.audio is not None}
+        return tuple(name for name, value in given.items() if value)
+
+    @property
     def kind(self) -> str:
         """`text`, `image`, `audio`, or such as `text + image`."""
-        given = {"text": self.text.strip(), "image": self.images, "audio": self.audio is not None}
-        return " + ".join(name for name, value in given.items() if value)
+        return " + ".join(self.modalities)
 
     def key(self) -> int:
         """Equal for equal content."""

@@ -12,8 +12,6 @@ from accelerate.utils import DynamoBackend, gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -21,7 +19,7 @@ from vipolyqwen.adapters_vipolyqwen import ADAPTER, check_adapter, is_adapted, p
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
 from vipolyqwen.cached_gradients_vipolyqwen import embed_in_chunks
-from vipolyqwen.callbacks_vipolyqwen import RateCallback
+from vipolyqwen.callbacks_vipolyqwen import DiscardCallback, RateCallback
 from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, plan_calls
 from vipolyqwen.compile_vipolyqwen import compile_layers
 from vipolyqwen.data.collator import MixedBatchCollator, first_images, row_lengths, take_rows
@@ -108,6 +106,10 @@ class ViPolyQwenTrainer(ResumingTrainer):
             raise ValueError(
                 f"`{name}` is {getattr(args, name)}, but DeepSpeed reduces gradients once a step, not once a chunk. "
                 f"Shard with FSDP2 instead, or leave `{name}` out."
+            )
+        if args.on_nan == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`on_nan` is skip, but DeepSpeed keeps the gradients to itself, so no update is left out. Use error."
             )
         if next(mixed_loss.parameters(), None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             names = ", ".join(name for name, _ in mixed_loss.named_parameters())
@@ -355,6 +357,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if self.args.should_save:
             state = {f"loss.{name}": value for name, value in self.mixed_loss.state_dict().items()}
             state |= {f"start.{name}": value for name, value in self.monitor.start.items()}
+            state["discard.count"] = torch.tensor(self.discard.count)
             save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -364,12 +367,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
             path = Path(checkpoint) / LOSS_STATE
             if not path.is_file():  # a whole checkpoint, but of `save_only_model`
                 raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
-            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}}
+            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}, "discard": {}}
             for name, value in load_file(path).items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
             self.mixed_loss.load_state_dict(parts["loss"])
             self.monitor.start = parts["start"]
+            self.discard.count = int(parts["discard"]["count"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A checkpoint is a whole repository, or an adapter; what a run leaves in the end is always whole."""
@@ -391,40 +395,6 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if not self.is_fsdp_enabled:
             check_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-class DiscardCallback(TrainerCallback):
-    """Leaves out the update of a step in which a loss was not finite, and counts such steps; clears gradients."""
-
-    def __init__(self) -> None:
-        self.pending = False
-        self.count = 0
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Without gradients the optimiser changes neither weights nor moments."""
-        if self.pending and optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-            self.pending = False
-            self.count += 1
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Clears all gradients: the stock loop clears the model's, not those of what the loss learns."""
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
 
 
 def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:

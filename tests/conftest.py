@@ -76,11 +76,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save_tiny_model(folder: Path, image_side: int = 56) -> None:
+    """Writes the repository of an untrained model of one layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
+    save_repository(*build_tiny_base(TEXTS * 4, image_side=image_side, **sizes), folder)
+
+
 def write_world(folder: Path) -> Path:
     """Writes that; returns the recipe."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 56, "vocab_size": 400}
-    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "base")
+    save_tiny_model(folder / "base")
     write_pairs(folder)
     recipe = {
         "model": str(folder / "base"),

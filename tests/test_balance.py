@@ -220,6 +220,9 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(world: Path, tmp_path: 
     entries = [entry for entry in log if "loss" in entry]
     assert [entry["skipped_steps"] for entry in entries] == [0, 1, 1]
     assert all(math.isfinite(entry["loss"]) for entry in entries)
+    resume = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
+    again = train_run(world, tmp_path, "--on_nan", "skip", "--max_steps", "3", *BRIEF, *resume)
+    assert [entry["skipped_steps"] for entry in again if entry.get("step") == 3 and "loss" in entry] == [1]
 
 
 BROKEN_IN_TWO_PROCESSES = """

@@ -232,6 +232,11 @@ def test_chunks_with_deepspeed_are_refused(corpus: Path, deepspeed: None) -> Non
         build(corpus, "--embed_chunk", "3")
 
 
+def test_updates_cannot_be_left_out_with_deepspeed(corpus: Path, deepspeed: None) -> None:
+    with pytest.raises(ValueError, match="`on_nan` is skip, but DeepSpeed"):
+        build(corpus, "--on_nan", "skip")
+
+
 def test_a_loss_that_learns_is_refused_where_optimizers_know_the_model_alone(corpus: Path, deepspeed: None) -> None:
     with pytest.raises(ValueError, match="The loss learns log_temperatures, but with FSDP2 and DeepSpeed"):
         build(corpus, "--learnable_temperature", "true")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TEXTS, random_image, random_sound
+from conftest import random_image, random_sound, save_tiny_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -19,9 +19,7 @@ from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.explain_vipolyqwen import explain, read_input, worst
 from vipolyqwen.figures_vipolyqwen import heat_map, picture_uri, shaded_tokens, views
 from vipolyqwen.metrics_vipolyqwen import query_ranks
-from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.searches_vipolyqwen import Side, read_pairs, searches
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 SCRIPT = "<script>alert('ở')</script> & <image>"
 
@@ -30,9 +28,7 @@ SCRIPT = "<script>alert('ở')</script> & <image>"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in `model/`, a wide and a tall picture, a sound, and pairs.jsonl."""
     folder = tmp_path_factory.mktemp("explain")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 112, "vocab_size": 400}
-    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
+    save_tiny_model(folder / "model", image_side=112)
     rng = np.random.default_rng(0)
     random_image(rng, 120, 60).save(folder / "wide.png")
     random_image(rng, 56, 112).save(folder / "tall.png")

@@ -5,14 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TEXTS
+from conftest import save_tiny_model
 
 from vipolyqwen.data import demo_world
 from vipolyqwen.data.demo_scenes import held_out_scenes, train_scenes
-from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.report_vipolyqwen import STAGES, judge, loss_curves, side_a
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +20,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(demo_world, "train_scenes", lambda seed: train_scenes(seed)[::90])
         patch.setattr(demo_world, "held_out_scenes", lambda seed: held_out_scenes(seed)[::24])
         demo_world.write_corpus(folder / "corpus", variations=1)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
-    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
+    save_tiny_model(folder / "model")
     for stage, steps in zip(STAGES, (10, 20, 10), strict=True):
         (folder / stage).mkdir()
         history = [{"step": step, "loss": 4.0 / step, "loss/ocr": 2.0, "loss/ocr/nce": 1.0} for step in (5, steps)]

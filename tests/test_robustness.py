@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TEXTS, random_image, random_sound
+from conftest import random_image, random_sound, save_tiny_model
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.vietnamese import RULES, strip_diacritics
 from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.metrics_vipolyqwen import retrieval_metrics
-from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.robustness_vipolyqwen import drops, interval, robustness
 from vipolyqwen.searches_vipolyqwen import read_pairs, searches
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 QUERIES = [
     "Hai ngôi sao đỏ lớn trên bãi cỏ.",
@@ -31,9 +29,7 @@ QUERIES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in `model/`, and pairs.jsonl: texts, a picture with a question, a sound."""
     folder = tmp_path_factory.mktemp("robustness")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "image_side": 56, "vocab_size": 400}
-    save_repository(*build_tiny_base(TEXTS * 4, **sizes), folder / "model")
+    save_tiny_model(folder / "model")
     rng = np.random.default_rng(0)
     rows = [{"data_type": "text_pair", "a": a, "b": f"answer {i}", "score": 1.0} for i, a in enumerate(QUERIES)]
     rows.append({"data_type": "text_pair", "a": QUERIES[0], "b": "wrong", "score": 0.2})
