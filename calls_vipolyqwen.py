@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
-PADDING_TOLERANCE = 2.0  # longest over shortest row of one call; benchmarks/length_buckets.py compares
+CALL_COST = 64  # tokens: what a call of the model costs beside its tokens; benchmarks/length_buckets.py compares
+MOST_CLASSES = 256  # lengths that are told apart when rows are grouped
 
 
 class RowSize(NamedTuple):
@@ -63,6 +65,11 @@ class CallLimit:
             self.tokens is None or size.positions(self.packed) <= self.tokens
         )
 
+    def least_calls(self, rows: int, tokens: int) -> int:
+        """Into how many calls rows of so many tokens have to go at least."""
+        by_rows = 1 if self.rows is None else -(-rows // self.rows)
+        return max(1, by_rows, 1 if self.tokens is None else -(-tokens // self.tokens))
+
 
 def plan_calls(sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
     """Row numbers of each call of the model, every row once.
@@ -73,7 +80,9 @@ def plan_calls(sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
     """
     units = sharing(sizes)
     longest = [max(sizes[row].tokens for row in unit) for unit in units]
-    buckets = [list(range(len(units)))] if limit.packed else length_buckets(longest)
+    buckets = [list(range(len(units)))]
+    if not limit.packed:
+        buckets = length_buckets(longest, counts=[len(unit) for unit in units], limit=limit)
     calls = []
     for bucket in buckets:
         frames = {number: max(sizes[row].frames for row in units[number]) for number in bucket}
@@ -108,15 +117,42 @@ def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: CallLim
     return calls
 
 
-def length_buckets(lengths: Sequence[int], tolerance: float = PADDING_TOLERANCE) -> list[list[int]]:
-    """Groups row numbers so that within a group no row is longer than `tolerance` times the shortest.
+def length_buckets(
+    lengths: Sequence[int],
+    call_cost: int = CALL_COST,
+    counts: Sequence[int] | None = None,
+    limit: CallLimit = CallLimit(),
+) -> list[list[int]]:
+    """Groups items by length, longest first, so that the tokens of all calls and the cost of the calls are least.
 
-    Rows without any token (sound alone) go with the shortest ones: they take no part in the language model.
+    That is the least Σ (longest · rows + call_cost · calls) over all ways to divide the items in order of length.
+    Items without any token (sounds alone) go with the shortest ones: they take no part in the language model.
+
+    Args:
+        lengths: tokens of each item.
+        call_cost: what a call costs on top of its tokens, in tokens.
+        counts: rows of each item; `None`: one each.
+        limit: what a call may hold; a group that is larger takes several.
     """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    order = sorted(range(len(lengths)), key=lambda item: lengths[item], reverse=True)
+    step = max(1, lengths[order[0]] // MOST_CLASSES if order else 1)
+    classes = [list(items) for _, items in groupby(order, key=lambda item: -(-lengths[item] // step))]
+    without = classes.pop() if classes and not lengths[classes[-1][0]] else []
+    ends = [0, *accumulate(sum(1 if counts is None else counts[item] for item in items) for items in classes)]
+
+    def cost(start: int, end: int) -> int:
+        rows = ends[end] - ends[start]
+        tokens = rows * lengths[classes[start][0]]
+        return tokens + call_cost * limit.least_calls(rows, tokens)
+
+    best, starts = [0], [0]
+    for end in range(1, len(classes) + 1):
+        least, start = min((best[start] + cost(start, end), start) for start in range(end))
+        best.append(least)
+        starts.append(start)
     buckets: list[list[int]] = []
-    for row in order:
-        if not buckets or 0 < lengths[row] * tolerance < lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(row)
-    return buckets
+    end = len(classes)
+    while end:
+        buckets.insert(0, [item for items in classes[starts[end] : end] for item in items])
+        end = starts[end]
+    return [*buckets[:-1], (buckets[-1] if buckets else []) + without] if order else []

@@ -19,7 +19,7 @@ from result_files import claim, write_result
 from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import row_lengths, take_rows
 
-TOLERANCES = (1.25, 1.5, 2.0, 3.0)
+CALL_COSTS = (16, 32, 64, 128, 256)  # tokens
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     size = options.batch_size
     model, batches = model_and_batches(options.corpus, options.batches, size)
     ways = {"one": lambda batch: [list(range(2 * size))]}
-    ways |= {str(t): lambda batch, t=t: length_buckets(row_lengths(batch).tolist(), t) for t in TOLERANCES}
+    ways |= {str(cost): lambda batch, c=cost: length_buckets(row_lengths(batch).tolist(), c) for cost in CALL_COSTS}
     step(model, batches[0], ways["one"])  # warm-up
     seconds = {name: [step(model, batch, way) for batch in batches] for name, way in ways.items()}
     ratios = {
@@ -40,7 +40,7 @@ def main() -> None:
         for name, own_seconds in seconds.items()
     }
     claims = {
-        f"tolerance_{name}_speedup_over_one_forward": claim(round(ratio, 3), 1.0, holds=ratio >= 1.0)
+        f"call_cost_{name}_speedup_over_one_forward": claim(round(ratio, 3), 1.0, holds=ratio >= 1.0)
         for name, ratio in ratios.items()
         if name != "one"
     }

@@ -4,9 +4,10 @@
 
 CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Both trainers take the same steps: the same
 repository loaded from disk, the same pairs in the same order and number a step, the same symmetric InfoNCE (the first
-losses are compared), AdamW with clipping, float32, no prefixes, no worker processes, and cached gradients with as many
-rows of one forward; each collates and pads in its own way. Steps are timed whole, collation included, over `train()`
-of both in turn. Two sets of pairs:
+losses are compared), AdamW with clipping, float32, no prefixes, no worker processes, cached gradients whose largest
+forward is the same: there so many rows, here as many tokens as so many of the longest row have (`embed_chunk_tokens`).
+Each collates, pads and divides in its own way. Steps are timed whole, collation included, over `train()` of both in
+turn. Two sets of pairs:
 
 - `long_tail`: texts of 3 to 100 words, spread evenly over the logarithm, as questions and passages are;
 - `text_and_images`: the demo corpus but for its sounds, about half with an image.
@@ -39,7 +40,8 @@ from transformers.utils import logging
 
 from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
-from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.collator import MixedBatchCollator, row_lengths
+from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
@@ -146,12 +148,14 @@ class Contest:
         data_types = declare_data_types(None)
         config = ViPolyQwenConfig.from_pretrained(folder / "model")
         processor = ViPolyQwenProcessor.from_pretrained(folder / "model", config=config)
+        self.collator = MixedBatchCollator(processor, data_types, prefix_dropout=1.0)
         self.pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
         self.arguments = {
             "output_dir": str(folder / "out"),
             "per_device_train_batch_size": settings["pairs_a_step"],
             "max_steps": 1 + settings["timed_steps"],  # the first is a warm-up
             "learning_rate": 1e-4,
+            "seed": 0,
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
@@ -203,17 +207,22 @@ class Contest:
         pairs = self.settings["pairs_a_step"] * self.settings["timed_steps"]
         return tuple(pairs / (last - first) for first, last in zip(clock.ends[0], clock.ends[-1], strict=True))
 
+    def tokens_a_forward(self) -> int:
+        """Tokens of the other trainer's largest forward: its rows, padded to the longest."""
+        count = self.arguments["max_steps"] * self.settings["pairs_a_step"]
+        order = list(MixtureSampler(self.pairs.source_lengths, self.pairs.source_weights, seed=self.arguments["seed"]))
+        longest = max(row_lengths(self.collator([self.pairs[row]])).max().item() for row in order[:count])
+        return self.settings["rows_a_forward"] * longest
+
     def make_own(self) -> ViPolyQwenTrainer:
-        """This trainer, with the rows of a forward and the loss of the other."""
+        """This trainer, with the loss of the other and forwards as large."""
         given = {"model": self.folder / "model", "loss_table": "nce", "temperature": TEMPERATURE, **self.arguments}
-        given |= {"embed_chunk": self.settings["rows_a_forward"], "mask_duplicates": False, "nce_min_score": 0.0}
+        given |= {"embed_chunk_tokens": self.tokens_a_forward(), "mask_duplicates": False, "nce_min_score": 0.0}
         _, _, loss_args, args = read_arguments([word for k, v in given.items() for word in (f"--{k}", str(v))])
         model = ViPolyQwenModel.from_pretrained(self.folder / "model")
-        processor = ViPolyQwenProcessor.from_pretrained(self.folder / "model", config=model.config)
-        data_types = declare_data_types(None)
-        collator = MixedBatchCollator(processor, data_types, prefix_dropout=1.0)
-        loss = build_loss(loss_args, {}, list(data_types))
-        trainer = ViPolyQwenTrainer(model, args, processor, loss, self.pairs, None, collator, collator)
+        loss = build_loss(loss_args, {}, list(declare_data_types(None)))
+        collator = self.collator
+        trainer = ViPolyQwenTrainer(model, args, collator.processor, loss, self.pairs, None, collator, collator)
         return with_clock(trainer)
 
     def make_other(self) -> SentenceTransformerTrainer:

@@ -74,7 +74,7 @@ def test_without_a_limit_rows_of_like_length_go_together() -> None:
 @pytest.mark.parametrize(
     ("limit", "calls"),
     [
-        (CallLimit(rows=2), [[0], [1, 2], [3]]),
+        (CallLimit(rows=2), [[0, 1], [2, 3]]),  # one call less is worth more than the padding
         (CallLimit(tokens=12), [[0], [1, 2, 3]]),  # 3 rows × 4 tokens
         (CallLimit(tokens=11), [[0], [1, 2], [3]]),
         (CallLimit(tokens=1), [[0], [1], [2], [3]]),  # a row is never cut
@@ -100,8 +100,26 @@ def test_rows_of_one_image_go_together_unless_a_call_cannot_hold_them() -> None:
     assert plan_calls(rows, CallLimit(rows=1)) == [[1], [3], [0], [4], [2]]
 
 
-def test_length_buckets_take_any_tolerance() -> None:
-    assert length_buckets([4, 3, 2], tolerance=1.0) == [[0], [1], [2]]
+def test_groups_of_lengths_cost_least() -> None:
+    lengths = [80, 3, 40, 0, 79, 2, 41, 5, 0]
+    assert length_buckets(lengths, call_cost=0) == [[0], [4], [6], [2], [7], [1], [5, 3, 8]]  # no padding at all
+    assert length_buckets(lengths, call_cost=10) == [[0, 4], [6, 2], [7, 1, 5, 3, 8]]  # 160 + 82 + 15, and 3 calls
+    assert length_buckets(lengths, call_cost=1000) == [[0, 4, 6, 2, 7, 1, 5, 3, 8]]
+    assert length_buckets([0, 0]) == [[0, 1]]
+    assert length_buckets([]) == []
+
+
+def test_groups_of_lengths_fill_the_calls_that_a_limit_allows() -> None:
+    lengths = [10, 10, 9, 5, 5]
+    assert length_buckets(lengths, call_cost=8) == [[0, 1, 2], [3, 4]]  # 30 + 10 + 2 · 8; together 50 + 8
+    assert length_buckets(lengths, call_cost=8, limit=CallLimit(rows=2)) == [[0, 1], [2], [3, 4]]  # 39 + 3 · 8
+    assert length_buckets(lengths, call_cost=8, counts=[1, 1, 4, 1, 1])[0] == [0, 1, 2]
+
+
+def test_many_lengths_are_grouped_in_classes() -> None:
+    buckets = length_buckets(list(range(1, 4001)))
+    assert sorted(row for bucket in buckets for row in bucket) == list(range(4000))
+    assert 4000 * 4001 / 2 < sum(len(bucket) * (bucket[0] + 1) for bucket in buckets) < 1.05 * 4000 * 4001 / 2
 
 
 # --- at most so many tokens a forward

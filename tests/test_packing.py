@@ -190,10 +190,16 @@ def test_packed_rows_reach_flash_attention_as_lengths(
     assert (packed - padded).abs().max() <= TOLERANCE
 
 
+@pytest.fixture
+def registered() -> None:
+    """This module's attention under its name: code of a repository that another test loaded registers its own copy."""
+    packing.AttentionInterface.register(TORCH_VARLEN, packing.torch_varlen_attention)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["text", "everything"])
 def test_packed_rows_reach_the_attention_of_torch_as_lengths(
-    tiny: tuple, batches: dict, name: str, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple, batches: dict, name: str, registered: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     padded = built(tiny)(**batches[name]).embeddings
     model = built(tiny, attn_implementation=TORCH_VARLEN)
@@ -209,7 +215,7 @@ def test_packed_rows_reach_the_attention_of_torch_as_lengths(
 
 
 def test_the_attention_of_torch_gets_the_dtype_of_autocast_and_refuses_dropout(
-    tiny: tuple, batches: dict, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple, batches: dict, registered: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = built(tiny, attn_implementation=TORCH_VARLEN)
     dtypes = []

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.arguments_vipolyqwen import read_arguments, read_recipe
-from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import MixedBatchCollator, take_rows
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
@@ -130,16 +129,6 @@ def test_rows_of_like_length_together_give_the_vectors_of_one_batch(world: Path)
         model.eval()
         together = model(**take_rows(batch, torch.arange(2 * len(pairs)))).embeddings
         assert (trainer.embed(model, batch) - together).abs().max() <= 1e-5
-
-
-def test_length_buckets_keep_every_row_and_bound_the_padding() -> None:
-    lengths = [80, 3, 40, 0, 79, 2, 41, 5, 0]
-    buckets = length_buckets(lengths, tolerance=1.5)
-    assert sorted(row for bucket in buckets for row in bucket) == list(range(9))
-    for bucket in buckets:
-        present = [lengths[row] for row in bucket if lengths[row]]
-        assert max(present) <= 1.5 * min(present)
-    assert buckets[0] == [0, 4]
 
 
 def test_each_part_of_the_model_has_its_learning_rate(world: Path, tmp_path: Path) -> None:
