@@ -11,11 +11,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import DataType, declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
-from vipolyqwen.memory_vipolyqwen import peak_memory
 from vipolyqwen.metrics_vipolyqwen import spearman
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -76,9 +73,6 @@ QUIET = {
 # A stand-in for pretrained backbones, where there are none: InfoNCE, and no prefix, since those do not know any.
 WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0, "warmup_steps": 20}
 TEXT_ROWS = 192  # pairs of a batch of texts alone: they cost little
-
-
-Run = tuple[str, int]  # a variant and a seed
 
 
 @dataclass(frozen=True)
@@ -285,79 +279,20 @@ class HeldOut:
         return found
 
 
-def all_measured(
-    study: Study, held_out: HeldOut, wanted: Sequence[Run], group_by: str | None, workers: int
-) -> Iterator[dict[str, Any]]:
-    """The figures of all runs in their order, by several processes side by side: first what other runs start from."""
-    if workers == 1:
-        yield from (measured(study, held_out, *run, group_by) for run in wanted)
-        return
-    threads = max(1, torch.get_num_threads() // workers)
-    beginning = {"initializer": Worker.begin, "initargs": (study, group_by, threads)}
-    with ProcessPoolExecutor(workers, get_context("spawn"), **beginning) as pool:
-        missing = [study.stage(*run) for run in wanted if not figures_path(study, *run, group_by).is_file()]
-        for level in beginnings(missing):
-            list(pool.map(Worker.train, level))
-        yield from pool.map(Worker.measure, wanted)
-
-
-def beginnings(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """The runs that these start from, each once: first those that start from no other, then those upon them."""
-    levels: dict[int, dict[str, Stage]] = {}
-    for stage in stages:
-        chain = []
-        while stage.start is not None:
-            stage = stage.start
-            chain.insert(0, stage)
-        for depth, run in enumerate(chain):
-            levels.setdefault(depth, {})[run.key] = run
-    return [list(levels[depth].values()) for depth in sorted(levels)]
-
-
-class Worker:
-    """What a process of `all_measured` holds; the held-out pairs are collated once."""
-
-    study: Study
-    held_out: HeldOut
-    group_by: str | None
-
-    @classmethod
-    def begin(cls, study: Study, group_by: str | None, threads: int) -> None:
-        """Makes a fresh process ready."""
-        torch.set_num_threads(threads)
-        cls.study, cls.held_out, cls.group_by = study, HeldOut(study, group_by), group_by
-
-    @classmethod
-    def train(cls, stage: Stage) -> None:
-        """Trains a run that others start from."""
-        stage.train(cls.study.folder / "models")
-
-    @classmethod
-    def measure(cls, run: Run) -> dict[str, Any]:
-        """The figures of one run."""
-        return measured(cls.study, cls.held_out, *run, cls.group_by)
-
-
-def figures_path(study: Study, name: str, seed: int, group_by: str | None) -> Path:
-    """Where the figures of a variant's run are kept; the name follows from all that they follow from."""
-    sources = study.recipe["eval_data"]
-    data = {source["path"]: data_digest(source["path"]) for source in sources}
-    key = digest({"run": study.stage(name, seed).key, "sources": sources, "data": data, "group_by": group_by})
-    return study.folder / "figures" / f"{key}.json"
-
-
 def measured(study: Study, held_out: HeldOut, name: str, seed: int, group_by: str | None) -> dict[str, Any]:
     """The figures of a variant's run: those of an earlier one of the same key, or of one that is trained now."""
-    path = figures_path(study, name, seed, group_by)
+    stage = study.stage(name, seed)
+    sources = study.recipe["eval_data"]
+    data = {source["path"]: data_digest(source["path"]) for source in sources}
+    key = digest({"run": stage.key, "sources": sources, "data": data, "group_by": group_by})
+    path = study.folder / "figures" / f"{key}.json"
     if not path.is_file():
         started = time.perf_counter()
-        stage = study.stage(name, seed)
         model = stage.train(study.folder / "models")
         no_prefix = stage.settings.get("prefix_dropout") == 1.0
         unprefixed = list(held_out.data_types) if no_prefix else stage.settings.get("tasks_without_prefix") or []
         figures = held_out.figures(model, unprefixed)
         figures |= {"variant": name, "seed": seed, "seconds": time.perf_counter() - started}
-        figures["peak_memory_mib"] = peak_memory() / 2**20
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(figures | {"settings": dict(stage.settings)}), encoding="utf-8")

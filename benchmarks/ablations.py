@@ -21,13 +21,14 @@ from typing import Any
 import torch
 import yaml
 from ablation_report import write_report
-from ablation_runs import VARIANTS, HeldOut, Study, all_measured, left_out
+from ablation_runs import VARIANTS, HeldOut, Study, left_out, measured
 from demo_runs import write_base, write_parallel
 from result_files import machine, versions
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from vipolyqwen.arguments_vipolyqwen import read_recipe
 from vipolyqwen.data.demo_world import write_corpus
+from vipolyqwen.memory_vipolyqwen import peak_memory
 
 ROOT = Path(__file__).parent.parent
 DEMO_STEPS = {
@@ -39,7 +40,6 @@ DEMO_STEPS = {
 # How often an epoch visits the rows of a task: reading is learned slowest, then hearing.
 DEMO_WEIGHTS = {"text_pair": 0.8, "instr": 0.5, "ocr": 1.6, "vqa_single": 0.4, "vqa_multi": 0.25, "audio": 2.4}
 DEMO_WEIGHTS["image_caption"] = 1.2
-DEMO_BATCH = 96
 SCENES = 80  # held out, in each of three languages
 NGRAMS = {"analyzer": "char_wb", "ngram_range": (2, 4)}
 
@@ -53,10 +53,9 @@ def main() -> None:
     parser.add_argument("--text_steps", type=int, help="warm-up on texts alone")
     parser.add_argument("--warm_steps", type=int, help="warm-up on everything after it")
     parser.add_argument("--warm_learning_rate", type=float, help="of both warm-ups; default: the recipe's")
-    parser.add_argument("--batch_size", type=int, help=f"pairs a step; default: the recipe's, or {DEMO_BATCH}")
+    parser.add_argument("--batch_size", type=int, help="pairs a step; default: the recipe's")
     parser.add_argument("--group_by", help="column of the held-out pairs: retrieval is within each of its values")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side, sharing the cores")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablations"))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations", help="OUT.md, .json and .svg")
     options = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
         study, group_by = demo_study(options), "language"
     else:
         study, group_by = recipe_study(options), options.group_by
-    results = run(study, options.variants, options.seeds, group_by, options.workers)
+    results = run(study, options.variants, options.seeds, group_by)
     results |= {
         "command": shlex.join(["python", *sys.argv]),
         "steps": {"text": study.text_steps, "warm": study.warm_steps, "run": study.recipe.get("max_steps")},
@@ -97,7 +96,8 @@ def demo_study(options: argparse.Namespace) -> Study:
     for source in recipe["train_data"]:
         source["weight"] = DEMO_WEIGHTS[Path(source["path"]).stem]
     recipe["eval_data"] = [{"path": str(corpus / "parallel.jsonl"), "media_root": str(corpus)}]
-    recipe["per_device_train_batch_size"] = options.batch_size or DEMO_BATCH
+    if options.batch_size:
+        recipe["per_device_train_batch_size"] = options.batch_size
     given = {name: value for name, value in vars(options).items() if name in DEMO_STEPS and value is not None}
     steps = DEMO_STEPS | given
     recipe |= {"max_steps": steps.pop("steps")}
@@ -118,19 +118,20 @@ def recipe_study(options: argparse.Namespace) -> Study:
     return Study(recipe, (), options.output_dir, *steps, options.warm_learning_rate)
 
 
-def run(study: Study, names: list[str], seeds: int, group_by: str | None, workers: int) -> dict[str, Any]:
+def run(study: Study, names: list[str], seeds: int, group_by: str | None) -> dict[str, Any]:
     """Every run's figures, what was searched, and what n-grams find there."""
     if "base" not in names:
         names = ["base", *names]
     names = [name for name in names if applies(study, name)]
     held_out = HeldOut(study, group_by)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    wanted = [(name, seed) for seed in range(seeds) for name in names]
-    for (name, seed), figures in zip(wanted, all_measured(study, held_out, wanted, group_by, workers), strict=True):
-        runs[name].append(figures)
-        ranks = [rank for cell in figures["own"]["ranks"].values() for rank in cell]
-        found = sum(rank == 1 for rank in ranks) / len(ranks)
-        print(f"seed {seed}, {name}: recall@1 {found:.3f}, {figures['seconds']:.0f} s", flush=True)
+    for seed in range(seeds):
+        for name in names:
+            figures = measured(study, held_out, name, seed, group_by)
+            runs[name].append(figures)
+            ranks = [rank for cell in figures["own"]["ranks"].values() for rank in cell]
+            found = sum(rank == 1 for rank in ranks) / len(ranks)
+            print(f"seed {seed}, {name}: recall@1 {found:.3f}, {figures['seconds']:.0f} s", flush=True)
     tasks = {
         name: {
             "audio": task.needs_audio,
@@ -143,7 +144,7 @@ def run(study: Study, names: list[str], seeds: int, group_by: str | None, worker
         "runs": runs,
         "tasks": tasks,
         "pairs": len(held_out.pairs),
-        "peak_memory_mib": max(figures["peak_memory_mib"] for of_name in runs.values() for figures in of_name),
+        "peak_memory_mib": peak_memory() / 2**20,
         "left_out": {name: left_out(VARIANTS[name].leaves_out, held_out.data_types) for name in names},
         "chance": {"/".join(cell): found.chance for cell, found in held_out.searches.items()},
         "candidates": {"/".join(cell): len(found.candidates) for cell, found in held_out.searches.items()},

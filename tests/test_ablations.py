@@ -285,20 +285,6 @@ def test_a_study_writes_its_report_and_uses_what_it_has_measured(
     assert figures["recall@1"]["base"]["ocr/all"][0] == np.mean([rank == 1 for rank in run["own"]["ranks"]["ocr/all"]])
 
 
-def test_processes_side_by_side_give_the_same_figures(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--recipe", str(world / "recipe.yaml"), "--steps", "1", "--warm_steps", "1", "--seeds", "1"]
-    for workers in ("1", "2"):
-        folder = tmp_path / workers
-        places = ["--output_dir", str(folder), "--out", str(folder / "r"), "--variants", "base", "mean pooling"]
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *arguments, "--workers", workers, *places])
-        ablations.main()
-    one, two = (json.loads((tmp_path / workers / "r.json").read_text(encoding="utf-8")) for workers in ("1", "2"))
-    assert one["recall@1"] == two["recall@1"]
-    assert len(list((tmp_path / "2" / "models").glob("*/finished"))) == 2  # a warm-up for each pooling, shared by none
-
-
 def test_parallel_rows_tell_of_the_same_scenes_in_three_languages(tmp_path: Path) -> None:
     path = write_parallel(tmp_path, scenes=2)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
