@@ -33,7 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, Qwen2VLConfig
 
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, choose_attn_implementation
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 
 # Dense bfloat16 (float16 before Ampere), FLOPs a second, from NVIDIA's datasheets; the first name that fits counts.
 PEAKS = {
