@@ -309,6 +309,7 @@ def take_steps(rank: int, folder: Path) -> None:
         gradients = gradients_of(trainer)
         if rank == 0:
             torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

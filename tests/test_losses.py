@@ -509,6 +509,8 @@ def compare_with_one_process(rank: int, rendezvous: str) -> None:
         torch.testing.assert_close(output.per_sample, expected.per_sample, rtol=0, atol=1e-10)
         for found, wanted in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=0, atol=1e-10)
+    del model, output  # they hold the group, whose threads must end before the process
+    dist.barrier()
     dist.destroy_process_group()
 
 
