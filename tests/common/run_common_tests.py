@@ -13,7 +13,6 @@ import sys
 import tempfile
 import types
 import unittest
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 import transformers
 import transformers.testing_utils
 import transformers.utils
+from outcomes import report
 from PIL import Image
 from transformers import AutoConfig, AutoModel, Qwen2VLImageProcessorPil, Wav2Vec2FeatureExtractor
 from transformers.models.auto import modeling_auto
@@ -220,23 +220,6 @@ class Outcomes(unittest.TestResult):
             self.addFailure(test, err)
 
 
-def report(rows: dict[str, tuple[str, str]]) -> bool:
-    """Prints one line a test and the counts; true if every failure has a reason and every reason a failure."""
-    as_expected = True
-    for name, (outcome, note) in rows.items():
-        reason = REASONS.get(name.split(".", 1)[1])
-        if outcome == "fail":
-            note = f"{reason or 'NO REASON KNOWN'}\n       {note}"
-        elif reason and outcome == "pass":
-            note = f"NO LONGER FAILS: {reason}"
-        as_expected &= (outcome == "fail") == bool(reason) or outcome == "skip"
-        print(f"{outcome:5} {name}{f'  — {note}' if note else ''}")
-    for case in sorted({name.split(".")[0] for name in rows}):
-        counts = Counter(outcome for name, (outcome, _) in rows.items() if name.startswith(f"{case}."))
-        print(f"{case}: {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
-    return as_expected
-
-
 def main() -> int:
     """Runs the tests and prints what became of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -256,7 +239,7 @@ def main() -> int:
         for test_class in make_test_classes(arguments.sdist):
             tests = unittest.defaultTestLoader.loadTestsFromTestCase(test_class)
             unittest.TestSuite(test for test in tests if arguments.pattern in test.id()).run(outcomes)
-    return 0 if report(outcomes.rows) else 1
+    return 0 if report(outcomes.rows, REASONS.get) else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import types
-from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from outcomes import report
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.publish_vipolyqwen import save_repository
@@ -176,22 +176,9 @@ def copy_tests(source: Path, folder: Path) -> list[str]:
     return [str(path) for path in copies]
 
 
-def report(rows: dict[str, tuple[str, str]]) -> bool:
-    """Prints one line a test and the counts; true if every failure has a reason and every reason a failure."""
-    as_expected = True
-    for name, (outcome, note) in rows.items():
-        test = name.split(".", 1)[1]
-        reason = next((REASONS[start] for start in REASONS if test.startswith(start)), None)
-        if outcome == "fail":
-            note = f"{reason or 'NO REASON KNOWN'}\n       {note}"
-        elif reason and outcome == "pass":
-            note = f"NO LONGER FAILS: {reason}"
-        as_expected &= (outcome == "fail") == bool(reason) or outcome == "skip"
-        print(f"{outcome:5} {name}{f'  — {note}' if note else ''}")
-    for file in sorted({name.split(".")[0] for name in rows}):
-        counts = Counter(outcome for name, (outcome, _) in rows.items() if name.startswith(f"{file}."))
-        print(f"{file}: {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
-    return as_expected
+def reason_of(test: str) -> str | None:
+    """Why a test fails here, by the beginning of its name."""
+    return next((REASONS[start] for start in REASONS if test.startswith(start)), None)
 
 
 def main() -> int:
@@ -213,7 +200,7 @@ def main() -> int:
         plugin.replace_checkpoints()
         options = ["-q", "--no-header", "--tb=short", "--rootdir", folder, "-p", "no:cacheprovider", "-W", "ignore"]
         pytest.main([*options, "--import-mode=importlib", *files], plugins=[plugin, make_fixtures()()])
-    return 0 if report(plugin.rows) else 1
+    return 0 if report(plugin.rows, reason_of) else 1
 
 
 if __name__ == "__main__":
