@@ -36,8 +36,8 @@ NO_INDEXED_CPU = pytest.mark.skipif(
 )
 KINDS = [pytest.param("ddp", marks=NO_INDEXED_CPU), "fsdp2"]
 KINDS += [pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero2", "zero3")]
-FORMS = {f"zero{stage}": f"DeepSpeed ZeRO-{stage} with 2 processes" for stage in (2, 3)}
-FORMS["fsdp2"] = "FSDP with any number of processes"
+LAUNCHES = {f"zero{stage}": f"DeepSpeed ZeRO-{stage} with 2 processes" for stage in (2, 3)}
+LAUNCHES["fsdp2"] = "FSDP with any number of processes"
 COUNT, SIZE, SEED = 11, 2, 3  # rows, rows of a process, an order in which its shares are as the tests need them
 FLAGS = ["--prefix_dropout", "0", "--seed", str(SEED), "--max_steps", "3", "--save_steps", "1", "--eval_steps", "1"]
 STANDING = ["--learning_rate", "0", "--max_grad_norm", "0"]  # so that the gradients of later steps are comparable too
@@ -133,7 +133,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     assert same_weights(last, resumed / "checkpoint-3")
     if kind != "ddp":
         with pytest.raises(
-            ValueError, match=f"checkpoint-1 was written by {FORMS[kind]}, and this run is one process"
+            ValueError, match=f"checkpoint-1 was written by {LAUNCHES[kind]}, and this run is one process"
         ):
             train_run(world, tmp_path / "elsewhere", *FLAGS, *data(world), *resume)
     best = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
