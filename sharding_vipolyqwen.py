@@ -36,9 +36,10 @@ def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def loading_whole(args: TrainingArguments) -> Iterator[None]:
-    """Each process loads all weights for a while, also under ZeRO-3, which spreads them when training begins.
+    """A process loads all weights for a while, also under ZeRO-3, which spreads those of training when it begins.
 
-    transformers (5.23) would spread them while it loads, and then fails at the weight norm of a HuBERT.
+    transformers (5.23) would spread them while it loads, wait for the other processes to do the same, and fail at the
+    weight norm of a HuBERT.
     """
     if not is_deepspeed_zero3_enabled():
         yield

@@ -33,7 +33,7 @@ from vipolyqwen.packing_vipolyqwen import takes_lengths
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.resuming_vipolyqwen import ResumingTrainer
-from vipolyqwen.sharding_vipolyqwen import own_class
+from vipolyqwen.sharding_vipolyqwen import loading_whole, own_class
 
 logger = logging.get_logger(__name__)
 
@@ -388,7 +388,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
             save_adapter(model, self.processing_class, folder, state_dict)
         else:
             save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
-            save_merged(folder / ADAPTER, folder)
+            with loading_whole(self.args):  # this process alone reads the base
+                save_merged(folder / ADAPTER, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The stock loading, which would fill an adapter of another shape in part, without an error."""

@@ -42,6 +42,8 @@ COUNT, SIZE, SEED = 11, 2, 3  # rows, rows of a process, an order in which its s
 FLAGS = ["--prefix_dropout", "0", "--seed", str(SEED), "--max_steps", "3", "--save_steps", "1", "--eval_steps", "1"]
 STANDING = ["--learning_rate", "0", "--max_grad_norm", "0"]  # so that the gradients of later steps are comparable too
 STANDING += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
+ADAPTER = ["--lora_rank", "4", "--adam_epsilon", "1e-3"]  # else gradients of 0 but for rounding move weights by it
+IN_CHUNKS = ["--embed_chunk", "2"]
 IGNORED = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # its gradient is 0 but for rounding: Adam moves it
 
 
@@ -62,6 +64,14 @@ def one_process(world: Path, rows: list[dict]) -> Path:
     """What one process makes of the joined batches."""
     output = world / "one_process"
     train_run(world, output, *FLAGS, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
+    return output
+
+
+@pytest.fixture(scope="module")
+def adapter_of_one_process(world: Path, rows: list[dict]) -> Path:
+    """What one process makes of an adapter, without chunks and without checkpointing."""
+    output = world / "adapter_of_one_process"
+    train_run(world, output, *FLAGS, *ADAPTER, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
     return output
 
 
@@ -118,7 +128,7 @@ def test_one_of_two_processes_gets_no_image_and_no_sound_and_fewer_rows(rows: li
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
-    kind: str, world: Path, one_process: Path, backbones: list[str], tmp_path: Path
+    kind: str, world: Path, one_process: Path, adapter_of_one_process: Path, backbones: list[str], tmp_path: Path
 ) -> None:
     common = ["--per_device_train_batch_size", str(SIZE), "--use_cpu", str(kind == "ddp")]
     flags = [str(world / "recipe.yaml"), *FLAGS, *data(world), *common]
@@ -126,6 +136,8 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     resume = ["--resume_from_checkpoint", str(straight / "checkpoint-1")]
     runs = [[*flags, "--output_dir", str(straight)], [*flags, "--output_dir", str(resumed), *resume]]
     runs.append([*backbones, *common, "--output_dir", str(tmp_path / "of_backbones")])
+    sparing = [*IN_CHUNKS, "--gradient_checkpointing", "true"]
+    runs.append([*flags, *ADAPTER, *sparing, "--output_dir", str(tmp_path / "adapter")])
     launch(kind, runs, tmp_path)
 
     first, last = straight / "checkpoint-1", straight / "checkpoint-3"
@@ -142,13 +154,11 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     assert_a_repository(last)
     assert_same_weights(last, one_process / "checkpoint-3", world / "base")
     assert_same_weights(tmp_path / "of_backbones", world / "of_backbones", world / "base")
+    assert_same_weights(tmp_path / "adapter", adapter_of_one_process, world / "base")
     logs = [read_log(folder) for folder in (straight, one_process)]
     for name in ("loss", "grad_norm", "drift/pooling", "drift/audio_projection", "eval_recall@1"):
         values = [[entry[name] for entry in log if name in entry] for log in logs]
         assert values[0] == pytest.approx(values[1], rel=1e-3) and any(values[0]), name
-
-
-IN_CHUNKS = ["--embed_chunk", "2"]
 
 
 @pytest.mark.slow
