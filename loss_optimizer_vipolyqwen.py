@@ -1,8 +1,8 @@
 """The optimizer of what the loss itself learns: temperatures, log-variances.
 
-Where a model is spread over processes, its optimizer takes no other parameters: FSDP2 finds their pieces by their names
-in the model, DeepSpeed owns and steps them. So these few numbers have an optimizer of their own, the same in every way
-to launch. Each process has them whole, and their whole gradient too, as it computes the loss of the joined batch.
+Where a model is spread over processes, its optimizer takes no other parameters: FSDP2 finds their pieces by names in
+the model, DeepSpeed owns and steps them. So these few numbers have an optimizer of their own, the same in every way to
+launch. Each process has them whole, and their whole gradient too, as it computes the loss of the joined batch.
 """
 
 from collections import defaultdict
@@ -38,7 +38,8 @@ class LossOptimizer(TrainerCallback):
             weight_decay=0.0,
         )
         self.model_rate = args.learning_rate  # the highest of the model's parts before any schedule
-        self._scale: Tensor | float = 1.0
+        self._scale: Tensor | float = 1.0  # of the loss in the last backward
+        self._scale_before_step = 1.0  # what Accelerate scales by, which it lowers when it leaves a step out
 
     def watch(self, loss: Tensor, batches: int) -> None:
         """Finds out in the backward by how much it is scaled: for float16 by Accelerate or by DeepSpeed, else by 1.
@@ -53,6 +54,18 @@ class LossOptimizer(TrainerCallback):
 
         loss.register_hook(measure)
 
+    def on_pre_optimizer_step(
+        self,
+        args: ViPolyQwenTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: AcceleratedOptimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Notes what tells afterwards whether the model's step was left out."""
+        if optimizer is not None and optimizer.scaler is not None:
+            self._scale_before_step = optimizer.scaler.get_scale()
+
     def on_optimizer_step(
         self,
         args: ViPolyQwenTrainingArguments,
@@ -62,7 +75,7 @@ class LossOptimizer(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The step, unless the model's was left out since its gradients were beyond float16."""
-        if optimizer is not None and not optimizer.step_was_skipped:
+        if optimizer is not None and not self._was_left_out(optimizer):
             highest = max(group["lr"] for group in optimizer.param_groups)
             self.adamw.param_groups[0]["lr"] = self.rate * highest / self.model_rate if self.model_rate else self.rate
             for parameter in self.parameters.values():
@@ -70,6 +83,11 @@ class LossOptimizer(TrainerCallback):
                     parameter.grad = broadcast(parameter.grad / self._scale)
             self.adamw.step()
         self.zero_grad()
+
+    def _was_left_out(self, optimizer: AcceleratedOptimizer) -> bool:
+        """Whether the model's step was; a fused AdamW leaves it out by itself, and `step_was_skipped` stays False."""
+        scaler = optimizer.scaler
+        return optimizer.step_was_skipped or (scaler is not None and scaler.get_scale() < self._scale_before_step)
 
     def zero_grad(self) -> None:
         """Without gradients a step changes neither parameters nor moments."""
