@@ -109,13 +109,19 @@ def learned(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def unscaled(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps of up to two batches."""
+    """A run of three steps of up to three batches."""
     output = tmp_path_factory.mktemp("unscaled")
     train_run(world, output, *BRIEF, *LEARNED, *ACCUMULATED)
     return output
 
 
 ACCUMULATED = ["--gradient_accumulation_steps", "3", "--max_grad_norm", "0"]  # 4 batches an epoch: 3, 1, 3
+ACCUMULATED += ["--head_learning_rate", "0.004"]
+
+
+def test_parts_of_the_model_with_rates_of_their_own_leave_the_rate_of_the_loss_alone(unscaled: Path) -> None:
+    moved = learned(unscaled / "checkpoint-1")["loss.log_temperatures"] - math.log(0.07)
+    assert moved.abs().item() == pytest.approx(0.1, rel=1e-3)  # AdamW's first step is as long as its rate
 
 
 @pytest.mark.parametrize("scaler", [{"init_scale": 2.0**16, "growth_interval": 1}], indirect=True)
