@@ -6,18 +6,22 @@ loss has brought the gradient g of each vector, with gradient, and every chunk g
 Σ vectors · g. Both passes of a chunk draw the same random numbers, so dropout drops the same activations.
 
 To autograd all of this is one function of the batch, whose backward holds the second pass. Whatever stands above it
-(the loss, its own parameters, monitors, gathering over processes, loss scaling, accumulation) knows nothing of it.
+(the loss, its own parameters, monitors, gathering over processes, loss scaling, accumulation) knows nothing of it. But
+DeepSpeed wants to run each backward itself: there every chunk is what it calls a micro-batch (`DeepSpeedInChunks`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from vipolyqwen.sharding_vipolyqwen import is_deepspeed
 
 Chunk = Sequence[int]
 Embed = Callable[[Chunk], Tensor]  # rows of the batch -> their vectors, (rows, D) float
@@ -32,9 +36,10 @@ def embed_in_chunks(
         embed: calls `model` once; it is called once for each chunk, and again for each in the backward.
         chunks: rows of each call. With several processes all must have as many, since their calls meet in collectives;
             a chunk may be empty if `embed` can do with that.
-        model: what `embed` calls; under DDP and FSDP2 its processes exchange gradients in the last chunk only.
+        model: what `embed` calls; under DDP and FSDP2 its processes exchange gradients in the last chunk only, under
+            DeepSpeed in each.
         device: where the model is.
-        exchange: whether they do so then; not before the last batch where gradients are accumulated over batches.
+        exchange: whether the last chunk is the last of a step; not so where gradients are accumulated over batches.
     """
     anchor = torch.empty(0, device=device, requires_grad=True)  # no tensor that comes in has a gradient of its own
     return _CachedGradients.apply(anchor, embed, chunks, model, exchange)
@@ -59,10 +64,13 @@ class _CachedGradients(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, ...]:
         gradients = grad.split([len(chunk) for chunk in ctx.chunks])
         for number, (chunk, gradient) in enumerate(zip(ctx.chunks, gradients, strict=True), start=1):
-            with _exchanging(ctx.model, ctx.exchange and number == len(ctx.chunks)):
-                with torch.enable_grad(), ctx.surroundings[number - 1].again():
+            with torch.enable_grad(), _exchanging(ctx.model, ctx.exchange and number == len(ctx.chunks)):
+                with ctx.surroundings[number - 1].again():
                     vectors = ctx.embed(chunk)
-                vectors.backward(gradient)
+                if is_deepspeed(ctx.model):
+                    ctx.model.backward((vectors * gradient).sum(), scale_wrt_gas=False)
+                else:
+                    vectors.backward(gradient)
         return (None,) * 5
 
 
@@ -88,10 +96,22 @@ class _Surroundings:
             yield
 
 
+class DeepSpeedInChunks(DeepSpeedEngineWrapper):
+    """What accelerate calls in place of the engine: the loss has an ordinary backward, each chunk the engine's."""
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: object) -> None:
+        """Backward, and the update where it is due."""
+        loss.backward()
+        if sync_gradients:
+            self.engine.step()
+
+
 @contextmanager
 def _exchanging(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether DDP or FSDP2 exchange the gradients of the backward inside; or else each process adds up its own."""
+    """Whether the backward inside is the last of a step: then DDP and FSDP2 exchange what each has added up."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
+    elif is_deepspeed(model):
+        model.set_gradient_accumulation_boundary(wanted)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext():
         yield

@@ -76,8 +76,9 @@ class LossOptimizer(TrainerCallback):
     ) -> None:
         """The step, unless the model's was left out since its gradients were beyond float16."""
         if optimizer is not None and not self._was_left_out(optimizer):
-            highest = max(group["lr"] for group in optimizer.param_groups)
-            self.adamw.param_groups[0]["lr"] = self.rate * highest / self.model_rate if self.model_rate else self.rate
+            if self.model_rate:  # else the model stands still, and has no schedule to follow
+                highest = max(group["lr"] for group in optimizer.param_groups)
+                self.adamw.param_groups[0]["lr"] = self.rate * highest / self.model_rate
             for parameter in self.parameters.values():
                 if parameter.grad is not None:  # kernels that add in any order may differ between processes
                     parameter.grad = broadcast(parameter.grad / self._scale)

@@ -319,11 +319,10 @@ def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
         parts: (T,) with gradient.
         embeddings: tensors that `parts` was computed from.
     """
-    rows = []
-    for part in parts:  # one after another: all at once would hold T matrices of (B, B) at every step of the backward
+    flat = parts.new_empty(len(parts), sum(x.numel() for x in embeddings))
+    for row, part in zip(flat, parts, strict=True):  # one after another: all at once would hold T matrices of (B, B)
         gradients = torch.autograd.grad(part, tuple(embeddings), retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).to(parts.dtype))
-    flat = torch.stack(rows)  # (T, numbers)
+        torch.cat([gradient.flatten().to(flat.dtype) for gradient in gradients], out=row)
     return flat @ flat.T
 
 

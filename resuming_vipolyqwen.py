@@ -51,8 +51,9 @@ class ResumingTrainer(Trainer):
             delete_unfinished(Path(self.args.output_dir))
         checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._resumed = None
-        if checkpoint is not None and not self.args.ignore_data_skip:
-            self._resumed = self._read_place(Path(checkpoint))
+        if checkpoint is not None:
+            place = self._read_place(Path(checkpoint))
+            self._resumed = None if self.args.ignore_data_skip else place
         return super().train(checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -70,9 +71,16 @@ class ResumingTrainer(Trainer):
         return broadcast_object_list(chosen)[0]
 
     def _read_place(self, checkpoint: Path) -> dict[str, Any]:
+        """Where its run was; raises ValueError if this run cannot go on from there."""
         place = json.loads((checkpoint / SAMPLER_STATE).read_text(encoding="utf-8"))
+        if place["launch"] != self._launch():
+            raise ValueError(
+                f"{checkpoint} was written by {place['launch']}, and this run is {self._launch()}, to which its "
+                "optimizer's state means nothing. Launch it as before; or begin a new run from its weights with "
+                "`--model CHECKPOINT`."
+            )
         now = self._get_train_sampler().identity()
-        if place["order"] != now:
+        if place["order"] != now and not self.args.ignore_data_skip:
             raise ValueError(
                 f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its place in the "
                 "data means nothing here. Give it the same sources, weights and seed; or begin the epoch anew with "
@@ -184,8 +192,21 @@ class ResumingTrainer(Trainer):
         if self._unfinished is None:  # else it comes when the checkpoint has its place
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _launch(self) -> str:
+        """What the form of the optimizer's state in a checkpoint depends on."""
+        if self.is_deepspeed_enabled:  # it keeps one piece for each process
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            return f"DeepSpeed ZeRO-{stage} with {self.args.world_size} processes"
+        return "FSDP with any number of processes" if self.is_fsdp_enabled else "one process, or several with DDP"
+
     def _place(self) -> dict[str, Any]:
         epoch, step = self._epoch_start
         batches = (self.state.global_step - step) * self.args.gradient_accumulation_steps
         epoch, row = self._batches.position(epoch, batches)
-        return {"epoch": epoch, "row": row, "step": self.state.global_step, "order": self._batches.sampler.identity()}
+        return {
+            "epoch": epoch,
+            "row": row,
+            "step": self.state.global_step,
+            "order": self._batches.sampler.identity(),
+            "launch": self._launch(),
+        }

@@ -1,5 +1,6 @@
 """What differs for a model whose weights lie in pieces on several processes (FSDP2, DeepSpeed ZeRO-3)."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,11 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+
+
+def is_deepspeed(model: nn.Module) -> bool:
+    """Whether a model is DeepSpeed's engine; that library is not imported for the question, which takes seconds."""
+    return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
 
 
 def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

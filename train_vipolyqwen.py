@@ -3,11 +3,13 @@
 python train_vipolyqwen.py RECIPE.yaml [MORE.yaml …] [--any_argument value]
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
@@ -195,5 +197,13 @@ def build_collator(
     )
 
 
+def end_processes() -> None:
+    """Ends all processes of a launch together: one that leaves a group whose threads still run may be aborted."""
+    gc.collect()  # a Trainer refers to itself, and so holds the group
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
 if __name__ == "__main__":
     main()
+    end_processes()

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from vipolyqwen.adapters_vipolyqwen import ADAPTER, check_adapter, is_adapted, plain_name, save_adapter, save_merged
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
-from vipolyqwen.cached_gradients_vipolyqwen import embed_in_chunks
+from vipolyqwen.cached_gradients_vipolyqwen import DeepSpeedInChunks, embed_in_chunks
 from vipolyqwen.callbacks_vipolyqwen import DiscardCallback, RateCallback
 from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, plan_calls
 from vipolyqwen.compile_vipolyqwen import compile_layers
@@ -103,12 +103,6 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
                 f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
             )
-        if self.in_chunks and self.is_deepspeed_enabled:
-            name = "embed_chunk" if args.embed_chunk is not None else "embed_chunk_tokens"
-            raise ValueError(
-                f"`{name}` is {getattr(args, name)}, but DeepSpeed reduces gradients once a step, not once a chunk. "
-                f"Shard with FSDP2 instead, or leave `{name}` out."
-            )
         if args.on_nan == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "`on_nan` is skip, but DeepSpeed keeps the gradients to itself, so no update is left out. Use error."
@@ -124,6 +118,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if args.torch_compile:
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stock step."""
+        if self.in_chunks and self.is_deepspeed_enabled:
+            self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
+        return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -9,7 +9,6 @@ both kinds in turn. Writes benchmarks/results/cached_gradients.json.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.memory_vipolyqwen import peak_host, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
@@ -88,16 +88,12 @@ def peak(folder: Path, pairs: int, chunk: int | None) -> list[int]:
 
 
 def measure(model: str, batch: str, chunk: str) -> list[int]:
-    """Takes one step and returns this process's largest resident set before and after, in MiB."""
+    """Takes one step and returns this process's resident memory before it and at its peak, in MiB."""
     trainer, inputs = build_trainer(Path(model), int(chunk) or None), torch.load(batch, mmap=True)
-    before = peak_mib()
+    reset_peaks()
+    before = peak_host()
     trainer.training_step(trainer.model, inputs)
-    return [before, peak_mib()]
-
-
-def peak_mib() -> int:
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return largest // (1024**2 if sys.platform == "darwin" else 1024)
+    return [before // 2**20, peak_host() // 2**20]
 
 
 def step_times(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:

@@ -18,9 +18,7 @@ benchmarks/results/full_size.json; on a CPU its claims do not apply.
 import argparse
 import gc
 import json
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, Qwen2VLConfig
 
+from vipolyqwen.memory_vipolyqwen import peak_host, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 
@@ -258,14 +257,14 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of a step after one that does not count, and the most memory that was taken."""
     seconds = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    reset_peaks()
     for repeat in range(repeats + 1):
         started = now(device)
         take(batch)
         if repeat:
             seconds.append(now(device) - started)
-    return {"seconds": statistics.median(seconds), "peak_gib": round(peak_bytes(device) / 2**30, 2)}
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_host()
+    return {"seconds": statistics.median(seconds), "peak_gib": round(peak / 2**30, 2)}
 
 
 def now(device: torch.device) -> float:
@@ -273,14 +272,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """On a GPU the most of this point; on a CPU the most that the process has held so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

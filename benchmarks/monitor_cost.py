@@ -13,17 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from demo_batches import model_and_batches
+from pair_vectors import by_length
 from result_files import claim, write_result
 from transformers import TrainerControl, TrainerState
 
 from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
 from vipolyqwen.balance_vipolyqwen import BalanceMonitor
-from vipolyqwen.calls_vipolyqwen import length_buckets
-from vipolyqwen.data.collator import row_lengths, take_rows
 from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
 from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 
 BAR = 0.03  # of the time of a step
 MONITOR_STEPS = ViPolyQwenTrainingArguments.monitor_steps
@@ -63,12 +62,10 @@ def main() -> None:
     )
 
 
-def step(model: torch.nn.Module, loss: MixedLoss, batch: dict[str, Any], measured: bool) -> float:
+def step(model: ViPolyQwenModel, loss: MixedLoss, batch: dict[str, Any], measured: bool) -> float:
     """Seconds of forward, losses, numbers for the log, and backward."""
     started = time.perf_counter()
-    buckets = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
-    vectors = torch.cat([model(**take_rows(batch, rows)).embeddings for rows in buckets])
-    vectors = torch.empty_like(vectors).index_copy(0, torch.cat(buckets), vectors)
+    vectors = by_length(model, batch)
     pairs = len(batch["data_type"])
     names = ("data_type", "similarity_scores", "a_keys", "b_keys")
     inputs = (batch[name] for name in names)

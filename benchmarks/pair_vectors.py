@@ -52,19 +52,21 @@ def collate(pairs: PairDataset, collator: MixedBatchCollator, batch_size: int) -
         yield collator([pairs[row] for row in range(start, min(start + batch_size, len(pairs)))])
 
 
+def by_length(model: ViPolyQwenModel, batch: Mapping[str, Any]) -> Tensor:
+    """Vectors of a collated batch in its order; rows of like length go through the model together."""
+    calls = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
+    inputs = [{name: value.to(model.device) for name, value in take_rows(batch, rows).items()} for rows in calls]
+    vectors = torch.cat([model(**rows).embeddings for rows in inputs])
+    return torch.empty_like(vectors).index_copy(0, torch.cat(calls).to(vectors.device), vectors)
+
+
 @torch.inference_mode()
 def embed(model: ViPolyQwenModel, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
     """Vectors `a` and `b` of all pairs, (pairs, D) each, and their `a_keys`, `b_keys` and `similarity_scores`."""
     columns = defaultdict(list)
     for batch in batches:
         count = len(batch["data_type"])
-        groups = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
-        made = [
-            model(**{name: value.to(model.device) for name, value in take_rows(batch, rows).items()}).embeddings
-            for rows in groups
-        ]
-        vectors = torch.cat(made).float().cpu()
-        vectors = torch.empty_like(vectors).index_copy(0, torch.cat(groups), vectors)
+        vectors = by_length(model, batch).float().cpu()
         row = {"a": vectors[:count], "b": vectors[count:]}
         for name, value in (row | {key: batch[key] for key in ("a_keys", "b_keys", "similarity_scores")}).items():
             columns[name].append(value)

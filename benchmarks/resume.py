@@ -24,6 +24,7 @@ import yaml
 from result_files import claim, write_result
 
 from vipolyqwen.checkpoint_vipolyqwen import MANIFEST, publish_checkpoint
+from vipolyqwen.memory_vipolyqwen import peak_host
 from vipolyqwen.publish_vipolyqwen import save_repository
 from vipolyqwen.resuming_vipolyqwen import SAMPLER_STATE
 from vipolyqwen.tiny_vipolyqwen import build_tiny_base
@@ -138,9 +139,7 @@ def measured_run(argv: list[str]) -> None:
 
     ViPolyQwenTrainer.training_step = timed_step
     train_main(argv)
-    status = Path("/proc/self/status").read_text()  # Linux; getrusage's peak would count the parent before `exec` too
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024  # KiB
-    print(json.dumps({"seconds_to_first_batch": round(arrived[0], 2), "peak_mib": round(peak)}))
+    print(json.dumps({"seconds_to_first_batch": round(arrived[0], 2), "peak_mib": peak_host() // 2**20}))
 
 
 def median(runs: list[dict[str, float]], name: str) -> float:

@@ -228,11 +228,6 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_for_deepspeed)
 
 
-def test_chunks_with_deepspeed_are_refused(corpus: Path, deepspeed: None) -> None:
-    with pytest.raises(ValueError, match="`embed_chunk` is 3, but DeepSpeed .* FSDP2"):
-        build(corpus, "--embed_chunk", "3")
-
-
 def test_updates_cannot_be_left_out_with_deepspeed(corpus: Path, deepspeed: None) -> None:
     with pytest.raises(ValueError, match="`on_nan` is skip, but DeepSpeed"):
         build(corpus, "--on_nan", "skip")

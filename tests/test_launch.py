@@ -17,6 +17,8 @@ from conftest import train_run
 from killing import same_weights
 from packaging import version
 from safetensors.torch import load_file, save_file
+from test_cached_gradients import assert_same_gradients
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Qwen2VLConfig
 
 from vipolyqwen.checkpoint_vipolyqwen import find_faults
@@ -24,6 +26,7 @@ from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.train_vipolyqwen import main as train_main
+from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
 from vipolyqwen.whole_vipolyqwen import refuse_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "launch"
@@ -34,9 +37,13 @@ NO_INDEXED_CPU = pytest.mark.skipif(
 )
 KINDS = [pytest.param("ddp", marks=NO_INDEXED_CPU), "fsdp2"]
 KINDS += [pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero2", "zero3")]
+LAUNCHES = {f"zero{stage}": f"DeepSpeed ZeRO-{stage} with 2 processes" for stage in (2, 3)}
+LAUNCHES["fsdp2"] = "FSDP with any number of processes"
 COUNT, SIZE, SEED = 11, 2, 3  # rows, rows of a process, an order in which its shares are as the tests need them
 FLAGS = ["--prefix_dropout", "0", "--seed", str(SEED), "--max_steps", "3", "--save_steps", "1", "--eval_steps", "1"]
 LEARNED = ["--learnable_temperature", "true", "--task_weighting", "uncertainty", "--loss_learning_rate", "0.1"]
+STANDING = ["--learning_rate", "0", "--max_grad_norm", "0"]  # so that the gradients of later steps are comparable too
+STANDING += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
 IGNORED = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # its gradient is 0 but for rounding: Adam moves it
 
 
@@ -96,12 +103,12 @@ def data(world: Path) -> list[str]:
     return ["--train_data", json.dumps([{"path": str(world / "few.jsonl")}])]
 
 
-def launch(kind: str, runs: list[list[str]], folder: Path) -> None:
-    """Takes runs one after another in two processes of a launcher configuration."""
+def launch(kind: str, runs: list[list[str]], folder: Path, *others: Path) -> None:
+    """Takes runs one after another in two processes of a launcher configuration; `others` go to launching.py."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{kind}.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0"]
-    command += [Path(__file__).parent / "launching.py", folder / "runs.json"]
+    command += [Path(__file__).parent / "launching.py", folder / "runs.json", *others]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -130,6 +137,11 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     first, last = straight / "checkpoint-1", straight / "checkpoint-3"
     assert find_faults(first) == [] and find_faults(last) == []
     assert same_weights(last, resumed / "checkpoint-3")
+    if kind != "ddp":
+        with pytest.raises(
+            ValueError, match=f"checkpoint-1 was written by {LAUNCHES[kind]}, and this run is one process"
+        ):
+            train_run(world, tmp_path / "elsewhere", *FLAGS, *data(world), *resume)
     best = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
     assert same_weights(straight, Path(best))
 
@@ -143,6 +155,49 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     for name in ("loss", "grad_norm", "drift/pooling", "drift/audio_projection", "eval_recall@1"):
         values = [[entry[name] for entry in log if name in entry] for log in logs]
         assert values[0] == pytest.approx(values[1], rel=1e-3) and any(values[0]), name
+
+
+IN_CHUNKS = ["--embed_chunk", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [param for param in KINDS if "zero" in str(param)])
+@pytest.mark.parametrize("batches", [1, 3], ids=["one_batch", "accumulated"])
+@pytest.mark.parametrize("chunk", [[], IN_CHUNKS], ids=["whole", "in_chunks"])
+def test_deepspeed_has_the_gradients_of_one_process(
+    kind: str, chunk: list[str], batches: int, world: Path, rows: list[dict], tmp_path: Path
+) -> None:
+    flags = [*FLAGS, *STANDING, *LEARNED, *data(world), "--gradient_accumulation_steps", str(batches)]
+    wanted = gradients_of_one_process(world, tmp_path / "one", *flags)
+    found = tmp_path / "gradients"
+    found.mkdir()
+    flags += [*chunk, "--per_device_train_batch_size", str(SIZE), "--use_cpu", "false"]
+    launch(kind, [[str(world / "recipe.yaml"), *flags, "--output_dir", str(tmp_path / "two")]], tmp_path, found)
+    assert len(list(found.iterdir())) == len(wanted) == 3
+    for number, gradients in enumerate(wanted):
+        assert_same_gradients(torch.load(found / f"{number}.pt"), gradients)
+
+
+def gradients_of_one_process(world: Path, output: Path, *flags: str) -> list[dict[str, torch.Tensor]]:
+    """The gradient of every parameter before each step, with the joined batches."""
+    kept, names = [], {}
+    create_optimizer = ViPolyQwenTrainer.create_optimizer
+
+    def name_and_create(trainer: ViPolyQwenTrainer, *args: object) -> torch.optim.Optimizer:
+        names.update({value: name for name, value in trainer.model.named_parameters()})
+        return create_optimizer(trainer, *args)
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if parameters[0] in names:  # not what the loss learns, which has an optimizer of its own
+            kept.append({names[parameter]: parameter.grad.clone() for parameter in parameters})
+
+    hook = register_optimizer_step_pre_hook(keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ViPolyQwenTrainer, "create_optimizer", name_and_create)
+        train_run(world, output, *flags, "--per_device_train_batch_size", str(2 * SIZE))
+    hook.remove()
+    return kept
 
 
 def assert_a_repository(folder: Path) -> None:
