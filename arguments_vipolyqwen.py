@@ -147,7 +147,7 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     audio_learning_rate: float | None = field(default=None, metadata={"help": "speech encoder; none: learning_rate"})
     head_learning_rate: float | None = field(default=None, metadata={"help": "poolings and projections"})
     loss_learning_rate: float | None = field(
-        default=None, metadata={"help": "learned temperature and log-variances; none: learning_rate"}
+        default=None, metadata={"help": "learned temperature and log-variances, by AdamW; none: learning_rate"}
     )
     embed_chunk: int | None = field(
         default=None,

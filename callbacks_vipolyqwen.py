@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from vipolyqwen.balance_vipolyqwen import task_means
+from vipolyqwen.loss_optimizer_vipolyqwen import LossOptimizer
 
 
 class RateCallback(TrainerCallback):
@@ -39,9 +40,14 @@ class RateCallback(TrainerCallback):
 
 
 class DiscardCallback(TrainerCallback):
-    """Leaves out the update of a step in which a loss was not finite, and counts such steps; clears gradients."""
+    """Leaves out the update of a step in which a loss was not finite, and counts such steps.
 
-    def __init__(self) -> None:
+    Args:
+        loss_optimizer: the optimizer of what the loss learns, which takes its step after the model's.
+    """
+
+    def __init__(self, loss_optimizer: LossOptimizer) -> None:
+        self.loss_optimizer = loss_optimizer
         self.pending = False
         self.count = 0
 
@@ -56,20 +62,9 @@ class DiscardCallback(TrainerCallback):
         """Without gradients the optimiser changes neither weights nor moments."""
         if self.pending and optimizer is not None:
             optimizer.zero_grad(set_to_none=True)
+            self.loss_optimizer.zero_grad()
             self.pending = False
             self.count += 1
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Clears all gradients: the stock loop clears the model's, not those of what the loss learns."""
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
 
 
 class CompactProgressCallback(ProgressCallback):

@@ -26,6 +26,7 @@ from vipolyqwen.data.collator import MixedBatchCollator, first_images, row_lengt
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.sources import PairDataset
 from vipolyqwen.liger_vipolyqwen import use_liger_kernels
+from vipolyqwen.loss_optimizer_vipolyqwen import LossOptimizer
 from vipolyqwen.metrics_vipolyqwen import pair_retrieval, spearman
 from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
@@ -78,7 +79,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             **kwargs,
         )
         self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
-        self._check_launch(mixed_loss)
+        self._check_launch()
         self._speed_up(model)
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
@@ -88,12 +89,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
             for collator in (train_collator, eval_collator):
                 collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
         self.mixed_loss = mixed_loss.to(args.device)
-        self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback()
-        for callback in (self.rates, self.monitor, self.discard):
+        self.loss_optimizer = LossOptimizer(self.mixed_loss, args)
+        self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback(self.loss_optimizer)
+        for callback in (self.rates, self.monitor, self.discard, self.loss_optimizer):
             self.add_callback(callback)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
-    def _check_launch(self, mixed_loss: MixedLoss) -> None:
+    def _check_launch(self) -> None:
         """Raises ValueError for settings that the way the run was launched does not allow."""
         args = self.args
         if args.n_gpu > 1:
@@ -104,12 +106,6 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if args.on_nan == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "`on_nan` is skip, but DeepSpeed keeps the gradients to itself, so no update is left out. Use error."
-            )
-        if next(mixed_loss.parameters(), None) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            names = ", ".join(name for name, _ in mixed_loss.named_parameters())
-            raise ValueError(
-                f"The loss learns {names}, but with FSDP2 and DeepSpeed an optimizer takes only what the model has. "
-                "Launch with DDP, or leave out `learnable_temperature` and `task_weighting: uncertainty`."
             )
 
     def _speed_up(self, model: ViPolyQwenModel) -> None:
@@ -148,6 +144,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         else:
             self._refuse_non_finite(output, embeddings, inputs["ids"])
         self.rates.count(pairs * self.args.world_size, inputs)
+        self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
         return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
 
     def _mixed_loss(self, embeddings: torch.Tensor, inputs: dict[str, Any]) -> MixedLossOutput:
@@ -272,17 +269,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
                     for (rate, decay), parameters in groups.items()
-                ]
-                + self._loss_parameters(),
+                ],
                 **options,
             )
+            self.loss_optimizer.model_rate = max(rate for rate, _ in groups)
         return self.optimizer
-
-    def _loss_parameters(self) -> list[dict[str, Any]]:
-        """What the loss itself learns (a temperature, log-variances). Its gradient is the same in every process."""
-        parameters = list(self.mixed_loss.parameters())
-        rate = self.args.learning_rate if self.args.loss_learning_rate is None else self.args.loss_learning_rate
-        return [{"params": parameters, "lr": rate, "weight_decay": 0.0}] if parameters else []
 
     def _learning_rate_of(self, name: str) -> float:
         rates = {
@@ -356,6 +347,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {f"loss.{name}": value for name, value in self.mixed_loss.state_dict().items()}
+            state |= {f"optimizer.{name}": value for name, value in self.loss_optimizer.state_dict().items()}
             state |= {f"start.{name}": value for name, value in self.monitor.start.items()}
             state["discard.count"] = torch.tensor(self.discard.count)
             save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
@@ -367,11 +359,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
             path = Path(checkpoint) / LOSS_STATE
             if not path.is_file():  # a whole checkpoint, but of `save_only_model`
                 raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
-            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "start": {}, "discard": {}}
+            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "optimizer": {}, "start": {}, "discard": {}}
             for name, value in load_file(path).items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
             self.mixed_loss.load_state_dict(parts["loss"])
+            self.loss_optimizer.load_state_dict(parts["optimizer"])
             self.monitor.start = parts["start"]
             self.discard.count = int(parts["discard"]["count"])
 

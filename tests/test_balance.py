@@ -156,6 +156,8 @@ def test_a_resumed_run_goes_on_with_the_same_weights(world: Path, tmp_path: Path
     ]
     assert any(name.startswith("loss.") for name in states[0])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    moments = {name for name in states[0] if name.startswith("optimizer.")}
+    assert bool(moments) == ("uncertainty" in flags) and moments <= states[1].keys()
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     weights = [{k: v for k, v in log[-2].items() if k.startswith("weight/")} for log in (straight, resumed)]
@@ -213,15 +215,18 @@ def test_an_unknown_policy_for_losses_that_are_not_finite_is_named(world: Path, 
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted(world: Path, tmp_path: Path, broken_step: None) -> None:
-    log = train_run(world, tmp_path, "--on_nan", "skip", "--max_steps", "3", "--save_steps", "1", *BRIEF)
-    one, two, three = (load_file(tmp_path / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any(not torch.equal(two[name], three[name]) for name in two)
+    flags = ["--on_nan", "skip", "--max_steps", "3", "--learnable_temperature", "true", *BRIEF]
+    log = train_run(world, tmp_path, *flags, "--save_steps", "1")
+    for file, moving in (("model", ""), ("loss_state", "optimizer.log_temperatures.")):
+        one, two, three = (load_file(tmp_path / f"checkpoint-{n}" / f"{file}.safetensors") for n in (1, 2, 3))
+        names = [name for name in one if name != "discard.count"]
+        assert all(torch.equal(one[name], two[name]) for name in names)
+        assert any(not torch.equal(two[name], three[name]) for name in names if name.startswith(moving))
     entries = [entry for entry in log if "loss" in entry]
     assert [entry["skipped_steps"] for entry in entries] == [0, 1, 1]
     assert all(math.isfinite(entry["loss"]) for entry in entries)
     resume = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
-    again = train_run(world, tmp_path, "--on_nan", "skip", "--max_steps", "3", *BRIEF, *resume)
+    again = train_run(world, tmp_path, *flags, *resume)
     assert [entry["skipped_steps"] for entry in again if entry.get("step") == 3 and "loss" in entry] == [1]
 
 

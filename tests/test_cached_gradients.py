@@ -1,6 +1,7 @@
 """Cached gradients: the same gradients from chunks as from the whole batch, in one process and in several."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -232,11 +233,6 @@ def test_updates_cannot_be_left_out_with_deepspeed(corpus: Path, deepspeed: None
         build(corpus, "--on_nan", "skip")
 
 
-def test_a_loss_that_learns_is_refused_where_optimizers_know_the_model_alone(corpus: Path, deepspeed: None) -> None:
-    with pytest.raises(ValueError, match="The loss learns log_temperatures, but with FSDP2 and DeepSpeed"):
-        build(corpus, "--learnable_temperature", "true")
-
-
 # --- several processes: rank 0 has text only, rank 1 images and sounds, and more rows
 
 
@@ -288,6 +284,15 @@ def accumulate(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn
     trainer.accelerator.gradient_state._set_sync_gradients(True)
 
 
+def learn_from_unlike_gradients(trainer: ViPolyQwenTrainer, rank: int) -> Tensor:
+    """The temperature after a step, for which the processes have gradients of opposite signs."""
+    temperature = trainer.mixed_loss.log_temperatures
+    temperature.grad = torch.ones_like(temperature) * (1 - 2 * rank)
+    optimizer = trainer.accelerator.prepare_optimizer(trainer.create_optimizer())
+    trainer.loss_optimizer.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+    return temperature.detach()
+
+
 def take_steps(rank: int, folder: Path) -> None:
     """Runs in each of two processes; the first leaves gradients, log and number of reductions of every case."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
@@ -304,6 +309,7 @@ def take_steps(rank: int, folder: Path) -> None:
         gradients = gradients_of(trainer)
         if rank == 0:
             torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
+    torch.save(learn_from_unlike_gradients(trainer, rank), folder / f"learned-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -330,3 +336,9 @@ def test_processes_without_a_modality_and_with_uneven_rows_have_the_gradients_of
     assert_same_gradients(gradients, wanted)
     assert log == pytest.approx(wanted_log, rel=1e-4, abs=1e-6)
     assert reductions == torch.load(corpus / f"{wrapper}-None-1.pt")[2]  # once a step, not once a chunk
+
+
+@pytest.mark.slow
+def test_what_the_loss_learns_stays_the_same_in_all_processes(corpus: Path, one_process: dict[int, Any]) -> None:
+    first, second = (torch.load(corpus / f"learned-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second) and first < math.log(0.07)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import train_run
 from killing import same_weights
 from packaging import version
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_cached_gradients import assert_same_gradients
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Qwen2VLConfig
@@ -40,6 +41,7 @@ LAUNCHES = {f"zero{stage}": f"DeepSpeed ZeRO-{stage} with 2 processes" for stage
 LAUNCHES["fsdp2"] = "FSDP with any number of processes"
 COUNT, SIZE, SEED = 11, 2, 3  # rows, rows of a process, an order in which its shares are as the tests need them
 FLAGS = ["--prefix_dropout", "0", "--seed", str(SEED), "--max_steps", "3", "--save_steps", "1", "--eval_steps", "1"]
+LEARNED = ["--learnable_temperature", "true", "--task_weighting", "uncertainty", "--loss_learning_rate", "0.1"]
 STANDING = ["--learning_rate", "0", "--max_grad_norm", "0"]  # so that the gradients of later steps are comparable too
 STANDING += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
 ADAPTER = ["--lora_rank", "4", "--adam_epsilon", "1e-3"]  # else gradients of 0 but for rounding move weights by it
@@ -63,7 +65,7 @@ def rows(world: Path) -> list[dict]:
 def one_process(world: Path, rows: list[dict]) -> Path:
     """What one process makes of the joined batches."""
     output = world / "one_process"
-    train_run(world, output, *FLAGS, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
+    train_run(world, output, *FLAGS, *LEARNED, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
     return output
 
 
@@ -77,7 +79,10 @@ def adapter_of_one_process(world: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def backbones(world: Path) -> list[str]:
-    """The base's towers as two checkpoints, and a recipe that begins with them: flags of a run of one step."""
+    """The base's towers as two checkpoints, and a recipe that begins with them: flags of a run of two steps.
+
+    The first step has two batches, the second one, and a loss with what the first has taught it.
+    """
     model = ViPolyQwenModel.from_pretrained(world / "base")
     processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
     config, names = model.config.to_dict(), inspect.signature(Qwen2VLConfig).parameters
@@ -93,11 +98,12 @@ def backbones(world: Path) -> list[str]:
     processor.image_processor.save_pretrained(world / "vlm")
     processor.feature_extractor.save_pretrained(world / "audio")
     recipe = yaml.safe_load((world / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe |= {"vlm": str(world / "vlm"), "audio": str(world / "audio"), "max_steps": 1, "eval_data": None}
+    recipe |= {"vlm": str(world / "vlm"), "audio": str(world / "audio"), "max_steps": 2, "eval_data": None}
+    recipe["gradient_accumulation_steps"] = 2
     recipe |= {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "prefix_dropout": 0}
     del recipe["model"]
     (world / "backbones.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    flags = ["--seed", str(SEED), *data(world)]
+    flags = ["--seed", str(SEED), *LEARNED, *data(world)]
     own = ["--output_dir", str(world / "of_backbones"), "--per_device_train_batch_size", str(2 * SIZE)]
     train_main([str(world / "backbones.yaml"), *flags, *own])
     return [str(world / "backbones.yaml"), *flags]
@@ -131,7 +137,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     kind: str, world: Path, one_process: Path, adapter_of_one_process: Path, backbones: list[str], tmp_path: Path
 ) -> None:
     common = ["--per_device_train_batch_size", str(SIZE), "--use_cpu", str(kind == "ddp")]
-    flags = [str(world / "recipe.yaml"), *FLAGS, *data(world), *common]
+    flags = [str(world / "recipe.yaml"), *FLAGS, *LEARNED, *data(world), *common]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     resume = ["--resume_from_checkpoint", str(straight / "checkpoint-1")]
     runs = [[*flags, "--output_dir", str(straight)], [*flags, "--output_dir", str(resumed), *resume]]
@@ -153,6 +159,9 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
 
     assert_a_repository(last)
     assert_same_weights(last, one_process / "checkpoint-3", world / "base")
+    found, again, wanted = (learned(folder / "checkpoint-3") for folder in (straight, resumed, one_process))
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
     assert_same_weights(tmp_path / "of_backbones", world / "of_backbones", world / "base")
     assert_same_weights(tmp_path / "adapter", adapter_of_one_process, world / "base")
     logs = [read_log(folder) for folder in (straight, one_process)]
@@ -168,7 +177,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
 def test_deepspeed_has_the_gradients_of_one_process(
     kind: str, chunk: list[str], batches: int, world: Path, rows: list[dict], tmp_path: Path
 ) -> None:
-    flags = [*FLAGS, *STANDING, *data(world), "--gradient_accumulation_steps", str(batches)]
+    flags = [*FLAGS, *STANDING, *LEARNED, *data(world), "--gradient_accumulation_steps", str(batches)]
     wanted = gradients_of_one_process(world, tmp_path / "one", *flags)
     found = tmp_path / "gradients"
     found.mkdir()
@@ -190,7 +199,8 @@ def gradients_of_one_process(world: Path, output: Path, *flags: str) -> list[dic
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        kept.append({names[parameter]: parameter.grad.clone() for parameter in parameters})
+        if parameters[0] in names:  # not what the loss learns, which has an optimizer of its own
+            kept.append({names[parameter]: parameter.grad.clone() for parameter in parameters})
 
     hook = register_optimizer_step_pre_hook(keep)
     with pytest.MonkeyPatch.context() as patch:
@@ -218,6 +228,17 @@ def assert_same_weights(folder: Path, other: Path, base: Path) -> None:
     moved = torch.stack([(wanted[name] - start[name]).norm() for name in kept])
     apart = torch.stack([(wanted[name] - found[name]).norm() for name in names])
     assert apart.norm() <= 1e-4 * moved.norm()
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """What the loss has learned in three steps, a temperature and uncertainties, and the moments of its optimizer."""
+    state = load_file(folder / "loss_state.safetensors")
+    names = ("log_temperatures", "weighting.log_variances")
+    state = {key: value for key, value in state.items() if key.endswith(names) or key.startswith("optimizer.")}
+    assert (state["loss.log_temperatures"] - math.log(0.07)).abs() > 0.05
+    assert (state["loss.weighting.log_variances"].abs() > 0.01).sum() == 3  # of the tasks that have rows
+    assert {f"optimizer.{name}.exp_avg_sq" for name in names} < state.keys()
+    return state
 
 
 def state_dict(folder: Path) -> dict[str, torch.Tensor]:
