@@ -73,7 +73,8 @@ def one_process(world: Path, rows: list[dict]) -> Path:
 def adapter_of_one_process(world: Path, rows: list[dict]) -> Path:
     """What one process makes of an adapter, without chunks and without checkpointing."""
     output = world / "adapter_of_one_process"
-    train_run(world, output, *FLAGS, *ADAPTER, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
+    flags = [*FLAGS, *LEARNED, *ADAPTER, *data(world)]
+    train_run(world, output, *flags, "--per_device_train_batch_size", str(2 * SIZE))
     return output
 
 
