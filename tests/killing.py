@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ STEPS, SAVE_STEPS = 8, 3
 FLAGS = ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1"]
 FLAGS += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--eval_strategy", "no"]
 FLAGS += ["--load_best_model_at_end", "false", "--task_weighting", "gradnorm"]
-WRITING_SECONDS = 0.15  # about as long as writing a tiny model's checkpoint takes
+WRITING_SECONDS = 0.04  # about as long as writing a tiny model's checkpoint takes
 SAVED = [*range(SAVE_STEPS, STEPS, SAVE_STEPS), STEPS]
 
 processes = multiprocessing.get_context("forkserver")  # each run is a process of its own that need not import all anew
@@ -33,10 +35,10 @@ class Moment:
     writing: int | None = None  # the step whose checkpoint is being written
 
 
-def draw_moments(count: int, seed: int) -> Iterator[Moment]:
-    """Every second one while a checkpoint is written."""
+def draw_moments(seed: int) -> Iterator[Moment]:
+    """Without end; every second one while a checkpoint is written."""
     rng = np.random.default_rng(seed)
-    for number in range(count):
+    for number in count():
         yield Moment(rng.uniform(), int(rng.choice(SAVED)) if number % 2 else None)
 
 
@@ -70,8 +72,12 @@ def train_uninterrupted(recipe: Path, output: Path) -> float:
     return time.monotonic() - started
 
 
-def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float) -> str:
-    """Kills a run, checks what it leaves, and lets another go on to the end; returns what was left."""
+def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float) -> str | None:
+    """Kills a run, checks what it leaves, and lets another go on to the end.
+
+    Returns:
+        What was left, or `None` if the run had come to its end before.
+    """
     process = start(recipe, output)
     begun = time.monotonic()
     if moment.writing is not None:
@@ -81,6 +87,9 @@ def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float)
     process.join(delay)
     process.kill()
     process.join()
+    if process.exitcode != -signal.SIGKILL:
+        assert process.exitcode == 0
+        return None
     begun = time.monotonic() - begun
     checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
     unfinished = sorted(path.name for path in (output / UNFINISHED).glob("*"))
@@ -89,7 +98,7 @@ def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float)
     resumed.join()
     assert resumed.exitcode == 0
     assert not (output / UNFINISHED).exists() or not list((output / UNFINISHED).iterdir())
-    return f"killed after {begun:.2f} s (exit {process.exitcode}): whole {checkpoints}, unfinished {unfinished}"
+    return f"killed after {begun:.2f} s: whole {checkpoints}, unfinished {unfinished}"
 
 
 def same_weights(one: Path, other: Path) -> bool:

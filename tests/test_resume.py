@@ -379,6 +379,10 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_the_uninterrupted
     world: Path, tmp_path: Path
 ) -> None:
     duration = train_uninterrupted(world / "recipe.yaml", tmp_path / "straight")
-    for number, moment in enumerate(draw_moments(2, seed=1)):  # benchmarks/kill.py: 20
+    killed = 0
+    for number, moment in enumerate(draw_moments(seed=1)):  # benchmarks/kill.py: 20
         left = kill_and_resume(world / "recipe.yaml", tmp_path / str(number), moment, duration)
         assert same_weights(tmp_path / "straight", tmp_path / str(number)), left
+        killed += left is not None
+        if killed == 2:
+            break
