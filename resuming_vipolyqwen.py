@@ -73,9 +73,10 @@ class ResumingTrainer(Trainer):
     def _read_place(self, checkpoint: Path) -> dict[str, Any]:
         """Where its run was; raises ValueError if this run cannot go on from there."""
         place = json.loads((checkpoint / SAMPLER_STATE).read_text(encoding="utf-8"))
-        if place["launch"] != self._launch():
+        launch = place.get("launch", "an earlier version of this code")
+        if launch != self._launch():
             raise ValueError(
-                f"{checkpoint} was written by {place['launch']}, and this run is {self._launch()}, to which its "
+                f"{checkpoint} was written by {launch}, and this run is {self._launch()}, to which its "
                 "optimizer's state means nothing. Launch it as before; or begin a new run from its weights with "
                 "`--model CHECKPOINT`."
             )
