@@ -114,11 +114,11 @@ def data(world: Path) -> list[str]:
     return ["--train_data", json.dumps([{"path": str(world / "few.jsonl")}])]
 
 
-def launch(kind: str, runs: list[list[str]], folder: Path, *others: Path) -> None:
-    """Takes runs one after another in two processes of a launcher configuration; `others` go to launching.py."""
+def launch(kind: str, runs: list[list[str]], folder: Path, *others: Path, processes: int = 2) -> None:
+    """Takes runs one after another in the processes of a launcher configuration; `others` go to launching.py."""
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{kind}.yaml"]
-    command += ["--num_processes", "2", "--main_process_port", "0"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += [Path(__file__).parent / "launching.py", folder / "runs.json", *others]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -150,11 +150,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     first, last = straight / "checkpoint-1", straight / "checkpoint-3"
     assert find_faults(first) == [] and find_faults(last) == []
     assert same_weights(last, resumed / "checkpoint-3")
-    if kind != "ddp":
-        with pytest.raises(
-            ValueError, match=f"checkpoint-1 was written by {LAUNCHES[kind]}, and this run is one process"
-        ):
-            train_run(world, tmp_path / "elsewhere", *FLAGS, *data(world), *resume)
+    assert_one_process_goes_on_or_is_refused(kind, world, straight, tmp_path / "alone")
     best = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
     assert same_weights(straight, Path(best))
 
@@ -209,6 +205,22 @@ def gradients_of_one_process(world: Path, output: Path, *flags: str) -> list[dic
         train_run(world, output, *flags, "--per_device_train_batch_size", str(2 * SIZE))
     hook.remove()
     return kept
+
+
+def assert_one_process_goes_on_or_is_refused(kind: str, world: Path, straight: Path, output: Path) -> None:
+    """From the first checkpoint of two: under DDP and FSDP2 by joined batches; without a launcher from DDP alone."""
+    flags = [*FLAGS, *LEARNED, *data(world), "--per_device_train_batch_size", str(2 * SIZE)]
+    flags += ["--resume_from_checkpoint", str(straight / "checkpoint-1")]
+    if kind == "fsdp2":
+        own = ["--use_cpu", "false", "--output_dir", str(output)]
+        launch(kind, [[str(world / "recipe.yaml"), *flags, *own]], straight, processes=1)
+    if kind == "ddp":
+        train_run(world, output, *flags)
+    else:
+        with pytest.raises(ValueError, match=f"checkpoint-1 was written by {LAUNCHES[kind]}, and this run is one"):
+            train_run(world, output.with_name("refused"), *flags)
+    if kind in ("ddp", "fsdp2"):
+        assert_same_weights(output / "checkpoint-3", straight / "checkpoint-3", world / "base")
 
 
 def assert_a_repository(folder: Path) -> None:
