@@ -10,11 +10,12 @@ benchmarks/results/kill.json.
 import argparse
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import write_world
-from killing import draw_moments, kill_and_resume, same_weights, train_uninterrupted
+from killing import kills, same_weights, train_uninterrupted
 from result_files import claim, write_result
 
 
@@ -29,17 +30,11 @@ def main() -> None:
         recipe = write_world(folder)
         duration = train_uninterrupted(recipe, folder / "straight")
         print(f"uninterrupted: {duration:.2f} s", flush=True)
-        same = killed = 0
-        for number, moment in enumerate(draw_moments(options.seed)):
-            left = kill_and_resume(recipe, folder / str(number), moment, duration)
-            if left is None:
-                continue
-            equal = same_weights(folder / "straight", folder / str(number))
+        same = 0
+        for left, resumed in islice(kills(recipe, folder, options.seed, duration), options.moments):
+            equal = same_weights(folder / "straight", resumed)
             same += equal
             print(f"{left}: weights {'equal' if equal else 'DIFFER'}", flush=True)
-            killed += 1
-            if killed == options.moments:
-                break
     bar = options.moments
     write_result("kill", {"killed_runs_that_end_bit_identical": claim(same, bar, holds=same == bar)})
 

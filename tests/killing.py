@@ -72,6 +72,14 @@ def train_uninterrupted(recipe: Path, output: Path) -> float:
     return time.monotonic() - started
 
 
+def kills(recipe: Path, folder: Path, seed: int, duration: float) -> Iterator[tuple[str, Path]]:
+    """Without end: what a killed run left, and the folder of its resumed end; one that ended before does not count."""
+    for number, moment in enumerate(draw_moments(seed)):
+        left = kill_and_resume(recipe, folder / str(number), moment, duration)
+        if left is not None:
+            yield left, folder / str(number)
+
+
 def kill_and_resume(recipe: Path, output: Path, moment: Moment, duration: float) -> str | None:
     """Kills a run, checks what it leaves, and lets another go on to the end.
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import train_run
-from killing import draw_moments, kill_and_resume, same_weights, train_uninterrupted
+from killing import kills, same_weights, train_uninterrupted
 from packaging import version
 from safetensors.torch import load_file
 
@@ -379,10 +380,6 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_the_uninterrupted
     world: Path, tmp_path: Path
 ) -> None:
     duration = train_uninterrupted(world / "recipe.yaml", tmp_path / "straight")
-    killed = 0
-    for number, moment in enumerate(draw_moments(seed=1)):  # benchmarks/kill.py: 20
-        left = kill_and_resume(world / "recipe.yaml", tmp_path / str(number), moment, duration)
-        assert same_weights(tmp_path / "straight", tmp_path / str(number)), left
-        killed += left is not None
-        if killed == 2:
-            break
+    runs = kills(world / "recipe.yaml", tmp_path, seed=1, duration=duration)
+    for left, resumed in islice(runs, 2):  # benchmarks/kill.py: 20
+        assert same_weights(tmp_path / "straight", resumed), left
