@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, Qwen2VLConfig
 
-from vipolyqwen.memory_vipolyqwen import peak_host, reset_peaks
+from vipolyqwen.memory_vipolyqwen import peak_memory, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 
@@ -263,8 +263,7 @@ def measure(
         take(batch)
         if repeat:
             seconds.append(now(device) - started)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_host()
-    return {"seconds": statistics.median(seconds), "peak_gib": round(peak / 2**30, 2)}
+    return {"seconds": statistics.median(seconds), "peak_gib": round(peak_memory() / 2**30, 2)}
 
 
 def now(device: torch.device) -> float:
