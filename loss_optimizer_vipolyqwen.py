@@ -52,7 +52,7 @@ class LossOptimizer(TrainerCallback):
         def measure(grad: Tensor) -> None:
             self._scale = grad / (torch.ones_like(grad) / batches)  # in floating point exactly 1, or a power of two
 
-        if loss.requires_grad:
+        if self.parameters and loss.requires_grad:
             loss.register_hook(measure)
 
     def on_pre_optimizer_step(

@@ -91,8 +91,10 @@ class ViPolyQwenTrainer(ResumingTrainer):
         self.mixed_loss = mixed_loss.to(args.device)
         self.loss_optimizer = LossOptimizer(self.mixed_loss, args)
         self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback(self.loss_optimizer)
-        for callback in (self.rates, self.monitor, self.discard, self.loss_optimizer):
+        for callback in (self.rates, self.monitor, self.discard):
             self.add_callback(callback)
+        if self.loss_optimizer.parameters:
+            self.add_callback(self.loss_optimizer)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
     def _check_launch(self) -> None:
@@ -120,7 +122,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The stock step."""
+        """The stock step; with chunks under DeepSpeed these have the engine's backward, not the loss."""
         if self.in_chunks and self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
         return super().training_step(model, *args, **kwargs)
