@@ -34,9 +34,9 @@ SAMPLER_STATE = "sampler_state.json"  # in a checkpoint: how far the run was in 
 class ResumingTrainer(Trainer):
     """The stock Trainer with checkpoints that are there whole or not at all, and a place in the data that is exact.
 
-    The place is kept in rows of the epoch's order, not in steps, so that a run goes on with any number of processes
-    and any batch size; no row is then lost or visited twice in an epoch. `_get_train_sampler` of a subclass returns a
-    `MixtureSampler`.
+    The place is kept in rows of the epoch's order, not in steps, so that a run goes on with any batch size and any
+    number of processes (under DeepSpeed, which keeps a piece of its state for each, with the same number); no row is
+    then lost or visited twice in an epoch. `_get_train_sampler` of a subclass returns a `MixtureSampler`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
