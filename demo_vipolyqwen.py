@@ -18,10 +18,10 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from vipolyqwen.data.demo_world import write_corpus
+from vipolyqwen.demo.report import STAGES
+from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.demo.world import write_corpus
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.report_vipolyqwen import STAGES
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 ROOT = Path(__file__).parent
 # What a pretrained backbone knows already, this one learns first: on InfoNCE alone, text before everything.
@@ -96,7 +96,7 @@ def publish(run: Path, folder: Path) -> None:
 
 def judge(folder: Path) -> None:
     """Measures the repository in a fresh process, outside this folder, so that only the saved files speak."""
-    command = [sys.executable, "-m", "vipolyqwen.report_vipolyqwen", folder.resolve()]
+    command = [sys.executable, "-m", "vipolyqwen.demo.report", folder.resolve()]
     with tempfile.TemporaryDirectory() as elsewhere:
         subprocess.run(command, check=True, cwd=elsewhere)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.explain_vipolyqwen import explain, read_input
-from vipolyqwen.robustness_vipolyqwen import robustness, write_result
-from vipolyqwen.suites_vipolyqwen import SuiteError
+from vipolyqwen.evaluation.explain import explain, read_input
+from vipolyqwen.evaluation.robustness import robustness, write_result
+from vipolyqwen.evaluation.suite import SuiteError
 
 DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             import mteb  # noqa: F401, which only suites need
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("Suites need mteb; install it with: pip install -e '.[evaluate]'") from error
-        from vipolyqwen.run_suite_vipolyqwen import run_suite
+        from vipolyqwen.evaluation.run import run_suite
 
         options.out = options.out or Path("outputs/evaluation")
         return run_suite(options)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vipolyqwen.card_vipolyqwen import TRAINING_FILE, model_card, read_training
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
-from vipolyqwen.hub_vipolyqwen import PublishError, upload
-from vipolyqwen.verify_vipolyqwen import embed, samples
-from vipolyqwen.whole_vipolyqwen import PUBLISHED, check_files, load_adapter, load_whole, refuse_checkpoint
+from vipolyqwen.publishing.card import TRAINING_FILE, model_card, read_training
+from vipolyqwen.publishing.hub import PublishError, upload
+from vipolyqwen.publishing.repository import PUBLISHED, check_files, load_adapter, load_whole, refuse_checkpoint
+from vipolyqwen.publishing.verify import embed, samples
 
 ROOT = Path(__file__).parent
 
@@ -208,7 +208,7 @@ def check_that_it_loads(folder: Path, checkpoint: Path, model: PreTrainedModel, 
         expected = Path(elsewhere) / "expected.npy"
         has_audio = model.config.audio_config is not None
         np.save(expected, embed(model, processor, samples(processor, has_audio)))
-        command = [sys.executable, "-P", ROOT / "verify_vipolyqwen.py", folder, expected]
+        command = [sys.executable, "-P", ROOT / "publishing" / "verify.py", folder, expected]
         command += [checkpoint] if (checkpoint / "config.json").is_file() else []  # not an adapter
         environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}  # no code of another repository of this name
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -14,7 +14,13 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from vipolyqwen.adapters_vipolyqwen import (
+from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.schema import DataType, declare_data_types
+from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.training.adapters import (
     add_adapter,
     check_installed,
     continued,
@@ -22,7 +28,7 @@ from vipolyqwen.adapters_vipolyqwen import (
     untrained_towers,
     write_base,
 )
-from vipolyqwen.arguments_vipolyqwen import (
+from vipolyqwen.training.arguments import (
     TOWERS,
     DataArguments,
     LossArguments,
@@ -30,19 +36,13 @@ from vipolyqwen.arguments_vipolyqwen import (
     ViPolyQwenTrainingArguments,
     read_arguments,
 )
-from vipolyqwen.callbacks_vipolyqwen import CompactProgressCallback
-from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import DataType, declare_data_types
-from vipolyqwen.data.sources import PairDataset, load_pairs
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
-from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.record_vipolyqwen import write_record
-from vipolyqwen.sharding_vipolyqwen import loading_whole
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
-from vipolyqwen.weighting_vipolyqwen import build_weighting
+from vipolyqwen.training.callbacks import CompactProgressCallback
+from vipolyqwen.training.distributed import loading_whole
+from vipolyqwen.training.losses import LOSS_TABLES, TaskLoss
+from vipolyqwen.training.mixed_loss import MixedLoss
+from vipolyqwen.training.run_record import write_record
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
+from vipolyqwen.training.weighting import build_weighting
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 from ablation_runs import VARIANTS
 from paired_statistics import Comparison, Hits, compare, interval, spread
 
-from vipolyqwen.charts_vipolyqwen import interval_chart
+from vipolyqwen.evaluation.charts import interval_chart
 
 NGRAMS = "character n-grams"
 KEEPS_UP = 0.05  # recall that a claim of "keeps up with" may lose

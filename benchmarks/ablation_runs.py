@@ -22,15 +22,15 @@ import yaml
 from pair_vectors import ALL, Search, cells, collate, embed, load_grouped, search
 from result_files import versions
 
-from vipolyqwen.arguments_vipolyqwen import read_recipe
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import DataType, declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
-from vipolyqwen.metrics_vipolyqwen import spearman
+from vipolyqwen.evaluation.metrics import spearman
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.train_vipolyqwen import main as train_main
+from vipolyqwen.training.arguments import read_recipe
+from vipolyqwen.training.losses import LOSS_TABLES
 
 ROOT = Path(__file__).parent.parent
 Settings = Mapping[str, Any]
@@ -327,9 +327,9 @@ def repository_digest(model: str) -> str:
 @lru_cache
 def code_digest() -> str:
     """Hash of the code that a run's result follows from."""
-    names = "arguments cached_gradients calls losses media metrics mixed_loss modeling packing pooling processing"
-    files = [ROOT / f"{name}_vipolyqwen.py" for name in (*names.split(), "train", "trainer", "weighting")]
-    files += [ROOT / f"data/{name}.py" for name in ("collator", "readers", "sampler", "schema", "sources")]
+    shipped = [ROOT / f"{name}_vipolyqwen.py" for name in ("media", "modeling", "packing", "pooling", "processing")]
+    rooms = [*(ROOT / "training").glob("*.py"), *(ROOT / "data").glob("*.py")]
+    files = [*shipped, *sorted(rooms), ROOT / "train_vipolyqwen.py", ROOT / "evaluation" / "metrics.py"]
     return files_digest([*files, Path(__file__).with_name("pair_vectors.py")])
 
 

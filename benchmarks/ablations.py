@@ -1,6 +1,6 @@
 """The papers' ablations and hypotheses, answered by runs that are paired by seed (`make ablations`).
 
-    python benchmarks/ablations.py [--seeds 3] [--steps 40] [--output_dir outputs/ablations] [--out results/ablations]
+    python benchmarks/ablations.py [--seeds 3] [--steps 40] [--output_dir DIR] [--out FILE]
     python benchmarks/ablations.py --recipe RECIPE.yaml [--steps N] [--group_by language]
 
 On the demo world every seed has a tiny base of its own, and a warm-up on InfoNCE stands in for pretrained backbones:
@@ -23,12 +23,12 @@ import yaml
 from ablation_report import write_report
 from ablation_runs import VARIANTS, HeldOut, Study, left_out, measured
 from demo_runs import write_base, write_parallel
-from result_files import machine, versions
+from result_files import RESULTS, machine, versions
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from vipolyqwen.arguments_vipolyqwen import read_recipe
-from vipolyqwen.data.demo_world import write_corpus
-from vipolyqwen.memory_vipolyqwen import peak_memory
+from vipolyqwen.demo.world import write_corpus
+from vipolyqwen.evaluation.memory import peak_memory
+from vipolyqwen.training.arguments import read_recipe
 
 ROOT = Path(__file__).parent.parent
 DEMO_STEPS = {"text_steps": 120, "warm_steps": 140, "warm_learning_rate": 1e-3, "steps": 40}
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--group_by", help="column of the held-out pairs: retrieval is within each of its values")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablations"))
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations", help="OUT.md, .json and .svg")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablations", help="OUT.md, .json and .svg")
     options = parser.parse_args()
     started = time.perf_counter()
     if options.recipe is None:

@@ -4,8 +4,8 @@
 
 Half of all rows are graded text pairs (scores below 1), under the DLE losses (MSE × 20, Rank × 7). Every seed trains a
 tiny model of its own on InfoNCE first, as a stand-in for pretrained backbones, then goes on from it with each
-weighting: same rows, same order. Warm-ups that OUTPUT_DIR holds already are used again. Writes results/balance.json
-and results/balance.md.
+weighting: same rows, same order. Warm-ups that OUTPUT_DIR holds already are used again. Writes balance.json and
+balance.md to benchmarks/results.
 
 A task's gradient share is the norm of its weighted loss's gradient by the embeddings over the sum of these norms; the
 share ratio is the largest over the smallest of the tasks' means over the last quarter of a run.
@@ -27,11 +27,11 @@ import transformers
 import yaml
 from demo_runs import write_base
 from paired_statistics import interval, spread
-from result_files import machine
+from result_files import RESULTS, machine
 
-from vipolyqwen.balance_vipolyqwen import share_ratio, task_means
-from vipolyqwen.data.demo_world import write_corpus, write_rows
-from vipolyqwen.report_vipolyqwen import read_rows
+from vipolyqwen.demo.report import read_rows
+from vipolyqwen.demo.world import write_corpus, write_rows
+from vipolyqwen.training.balance import share_ratio, task_means
 
 ROOT = Path(__file__).parent.parent
 WEIGHTINGS = {
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/balance"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of each run")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     folder = options.output_dir
     if not (folder / "corpus/trimodal.jsonl").is_file():

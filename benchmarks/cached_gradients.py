@@ -22,17 +22,17 @@ import torch
 from PIL import Image
 from result_files import claim, write_result
 
-from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.memory_vipolyqwen import peak_host, reset_peaks
+from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.evaluation.memory import peak_host, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.train_vipolyqwen import build_loss
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 MEMORY_BAR, TIME_BAR = 1.3, 1.6
 WORDS = "one two three red blue green small large star circle square sky sea sand grass above below".split()

@@ -9,10 +9,10 @@ from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.demo.report import read_rows
+from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.report_vipolyqwen import read_rows
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
 

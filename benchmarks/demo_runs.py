@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from vipolyqwen.data.demo_rows import BUILDERS, Built, Draft, Split, graded_pair
-from vipolyqwen.data.demo_scenes import LANGUAGES, describe, generator, held_out_scenes
-from vipolyqwen.data.demo_world import make_medium, write_rows
+from vipolyqwen.demo.report import read_rows
+from vipolyqwen.demo.rows import BUILDERS, Built, Draft, Split, graded_pair
+from vipolyqwen.demo.scenes import LANGUAGES, describe, generator, held_out_scenes
+from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.demo.world import make_medium, write_rows
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.report_vipolyqwen import read_rows
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 
 def write_base(corpus: Path, seed: int, folder: Path) -> None:

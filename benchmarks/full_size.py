@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, Qwen2VLConfig
 
-from vipolyqwen.memory_vipolyqwen import peak_memory, reset_peaks
+from vipolyqwen.evaluation.memory import peak_memory, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 

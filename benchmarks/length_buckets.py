@@ -16,8 +16,8 @@ import torch
 from demo_batches import model_and_batches
 from result_files import claim, write_result
 
-from vipolyqwen.calls_vipolyqwen import length_buckets
 from vipolyqwen.data.collator import row_lengths, take_rows
+from vipolyqwen.training.microbatches import length_buckets
 
 CALL_COSTS = (16, 32, 64, 128, 256)  # tokens
 

@@ -18,11 +18,11 @@ from pair_vectors import by_length
 from result_files import claim, write_result
 from transformers import TrainerControl, TrainerState
 
-from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments
-from vipolyqwen.balance_vipolyqwen import BalanceMonitor
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.training.arguments import ViPolyQwenTrainingArguments
+from vipolyqwen.training.balance import BalanceMonitor
+from vipolyqwen.training.losses import LOSS_TABLES
+from vipolyqwen.training.mixed_loss import MixedLoss
 
 BAR = 0.03  # of the time of a step
 MONITOR_STEPS = ViPolyQwenTrainingArguments.monitor_steps

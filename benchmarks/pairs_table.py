@@ -1,6 +1,6 @@
 """A model on a recipe's held-out pairs, task by task and language by language, beside a bag of character n-grams.
 
-    python benchmarks/pairs_table.py MODEL RECIPE [--group_by language] [--scores_by source] [--out results/pairs]
+    python benchmarks/pairs_table.py MODEL RECIPE [--group_by language] [--scores_by source] [--out FILE]
 
 RECIPE is one that training reads; its `eval_data` is measured. Every distinct side a that has a right answer searches
 the distinct sides b of its task and language. Side a carries its task's prefix. Writes OUT.md and OUT.json.
@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from pair_vectors import cells, collate, embed, load_grouped, search
-from result_files import machine, versions
+from result_files import RESULTS, machine, versions
 from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.memory_vipolyqwen import peak_memory
+from vipolyqwen.evaluation.memory import peak_memory
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.training.arguments import read_arguments
 
 NGRAMS = {"analyzer": "char_wb", "ngram_range": (2, 4)}
 NO_TEXT = "-"
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("recipe", help="with `eval_data`")
     parser.add_argument("--group_by", help="column of the pairs, such as language: a row of the table for each value")
     parser.add_argument("--scores_by", help="column, such as source, within whose values scores are on one scale")
-    parser.add_argument("--out", type=Path, default=Path("results/pairs"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "pairs")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
     command = shlex.join(["python", *sys.argv])

@@ -23,13 +23,13 @@ import torch
 import yaml
 from result_files import claim, write_result
 
-from vipolyqwen.checkpoint_vipolyqwen import MANIFEST, publish_checkpoint
-from vipolyqwen.memory_vipolyqwen import peak_host
+from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.evaluation.memory import peak_host
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.resuming_vipolyqwen import SAMPLER_STATE
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.train_vipolyqwen import main as train_main
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.checkpoints import MANIFEST, publish_checkpoint
+from vipolyqwen.training.resuming import SAMPLER_STATE
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 SECONDS_BAR, MEMORY_BAR = 5.0, 1.1
 BATCH = 8

@@ -23,9 +23,9 @@ from result_files import claim, write_result
 from torch import nn
 
 from vipolyqwen.data.collator import members
+from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 SIZES = {"hidden_size": 256, "layers": 4, "vision_size": 160, "audio_size": 32, "image_side": 224}
 

@@ -38,20 +38,20 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator, row_lengths
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.demo.report import read_rows
+from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.report_vipolyqwen import read_rows
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 from vipolyqwen.train_vipolyqwen import build_loss
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 BAR = 1.5
 TEMPERATURE = 0.05

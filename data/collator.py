@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vipolyqwen.data.schema import DataType
-from vipolyqwen.data.sources import content_key
-from vipolyqwen.mixed_loss_vipolyqwen import MODALITY_PAIRS
+from ..training.mixed_loss import MODALITY_PAIRS
+from .schema import DataType
+from .sources import content_key
 
 PREFIX_SIDES = ("a", "both")
 

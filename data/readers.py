@@ -17,8 +17,8 @@ import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 
-from vipolyqwen.data.schema import COLUMNS, DataType, Place, Row, RowError, clean_row
-from vipolyqwen.losses_vipolyqwen import canonical_data_type
+from ..training.losses import canonical_data_type
+from .schema import COLUMNS, DataType, Place, Row, RowError, clean_row
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}

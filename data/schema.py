@@ -11,9 +11,9 @@ from typing import Any
 import soundfile
 from PIL import Image
 
-from vipolyqwen.losses_vipolyqwen import canonical_data_type
-from vipolyqwen.media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_whole, load_audio
-from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
+from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_whole, load_audio
+from ..processing_vipolyqwen import TASK_PREFIXES
+from ..training.losses import canonical_data_type
 
 COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group", "negatives")
 ENCODER_RATE = 16_000  # Hz, of the speech encoder

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from vipolyqwen.data.readers import CODE, RowReader, SourceConfig, read_source
-from vipolyqwen.data.schema import DataType, Place, Row, check_media, check_row, show_media
-from vipolyqwen.losses_vipolyqwen import canonical_data_type
-from vipolyqwen.media_vipolyqwen import load_audio, load_image
+from ..media_vipolyqwen import load_audio, load_image
+from ..training.losses import canonical_data_type
+from .readers import CODE, RowReader, SourceConfig, read_source
+from .schema import DataType, Place, Row, check_media, check_row, show_media
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from vipolyqwen.checkpoint_vipolyqwen import UNFINISHED, find_faults
 from vipolyqwen.train_vipolyqwen import main as train_main
+from vipolyqwen.training.checkpoints import UNFINISHED, find_faults
 
 STEPS, SAVE_STEPS = 8, 3
 FLAGS = ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1"]

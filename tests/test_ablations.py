@@ -18,10 +18,10 @@ from demo_runs import write_parallel
 from paired_statistics import Comparison, compare, interval, paired_t, sign_flips
 from scipy.stats import ttest_rel
 
-from vipolyqwen.charts_vipolyqwen import interval_chart
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.evaluation.charts import interval_chart
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 # --- statistics
 

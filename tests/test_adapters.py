@@ -15,8 +15,16 @@ from test_resume import PLAIN
 from torch import Tensor
 from transformers import AutoTokenizer, HubertModel, Qwen2VLImageProcessorPil, Qwen2VLModel, Wav2Vec2FeatureExtractor
 
-from vipolyqwen import adapters_vipolyqwen
-from vipolyqwen.adapters_vipolyqwen import (
+from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config, train_tokenizer
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
+from vipolyqwen.publish_vipolyqwen import build_repository
+from vipolyqwen.publishing.hub import PublishError
+from vipolyqwen.publishing.repository import check_files, load_adapter
+from vipolyqwen.train_vipolyqwen import load_model
+from vipolyqwen.training import adapters as adapters_vipolyqwen
+from vipolyqwen.training.adapters import (
     ADAPTER,
     BASE,
     check_installed,
@@ -26,15 +34,7 @@ from vipolyqwen.adapters_vipolyqwen import (
     save_adapter,
     untrained_towers,
 )
-from vipolyqwen.arguments_vipolyqwen import TOWERS, ModelArguments, read_arguments
-from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.hub_vipolyqwen import PublishError
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
-from vipolyqwen.publish_vipolyqwen import build_repository
-from vipolyqwen.tiny_vipolyqwen import tiny_audio_config, tiny_vlm_config, train_tokenizer
-from vipolyqwen.train_vipolyqwen import load_model
-from vipolyqwen.whole_vipolyqwen import check_files, load_adapter
+from vipolyqwen.training.arguments import TOWERS, ModelArguments, read_arguments
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLConfig
 
+from vipolyqwen.demo.tiny_base import QWEN2_VL_SPECIAL_TOKENS, train_tokenizer
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
-from vipolyqwen.tiny_vipolyqwen import QWEN2_VL_SPECIAL_TOKENS, train_tokenizer
 
 # config.json of Qwen/Qwen2-VL-2B-Instruct: the flat layout of 2024, which is still the Hub's.
 QWEN2_VL_2B: dict[str, Any] = {

@@ -13,7 +13,8 @@ import torch
 from conftest import train_run
 from safetensors.torch import load_file
 
-from vipolyqwen.balance_vipolyqwen import (
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.training.balance import (
     paper_checkpoints,
     phase,
     scaled,
@@ -22,9 +23,8 @@ from vipolyqwen.balance_vipolyqwen import (
     volatility,
     write_page,
 )
-from vipolyqwen.callbacks_vipolyqwen import balance
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.callbacks import balance
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", "caption")
@@ -232,7 +232,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(world: Path, tmp_path: 
 
 BROKEN_IN_TWO_PROCESSES = """
 import sys, math, torch
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 from vipolyqwen.train_vipolyqwen import main
 embed, calls = ViPolyQwenTrainer.embed, []
 def broken(self, *args):

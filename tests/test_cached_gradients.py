@@ -21,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
-from vipolyqwen import trainer_vipolyqwen
-from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
@@ -30,7 +28,9 @@ from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.train_vipolyqwen import build_loss
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training import trainer as trainer_vipolyqwen
+from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 EVERYTHING = [
     *("--loss_table", "dle", "--matryoshka_dims", "1024", "256", "64", "--learnable_temperature", "true"),

@@ -9,10 +9,10 @@ import torch
 from test_cached_gradients import assert_same_gradients, build, gradients_of, step
 from torch import Tensor
 
-from vipolyqwen.arguments_vipolyqwen import read_arguments
-from vipolyqwen.calls_vipolyqwen import CallLimit, RowSize, length_buckets, plan_calls
 from vipolyqwen.data.collator import first_images, members, take_rows
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.microbatches import CallLimit, RowSize, length_buckets, plan_calls
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hub_server import running_hub
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from test_publish import go_online
 
-from vipolyqwen.card_vipolyqwen import model_card
+from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
+from vipolyqwen.publishing.card import model_card
 
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
 TRAINING = {

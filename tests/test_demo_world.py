@@ -12,10 +12,10 @@ import pytest
 import soundfile
 from PIL import Image, ImageFont
 
-from vipolyqwen.data import demo_world
-from vipolyqwen.data.demo_images import COLOURS, FONT_FOLDER, FONTS, SIDE, draw_scene, sign_lines
-from vipolyqwen.data.demo_rows import BUILDERS, Built, Split
-from vipolyqwen.data.demo_scenes import (
+from vipolyqwen.demo import world as demo_world
+from vipolyqwen.demo.images import COLOURS, FONT_FOLDER, FONTS, SIDE, draw_scene, sign_lines
+from vipolyqwen.demo.rows import BUILDERS, Built, Split
+from vipolyqwen.demo.scenes import (
     ATTRIBUTES,
     LANGUAGES,
     TEMPLATES,
@@ -28,7 +28,7 @@ from vipolyqwen.data.demo_scenes import (
     spoken_phrases,
     train_scenes,
 )
-from vipolyqwen.data.demo_speech import RATE, clips, say_scene
+from vipolyqwen.demo.speech import RATE, clips, say_scene
 
 TASKS = {"text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio"}
 SHARES = {"vi": 0.6, "en": 0.3, "zh": 0.1}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.doctor import diagnose, main
 from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Finding, mark, read_fingerprint, verdict, write_fingerprint
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 
 VECTORS = {"text", "image", "audio", "mix", "prefix", "sentence-transformers"}
 

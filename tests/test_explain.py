@@ -14,12 +14,12 @@ from conftest import random_image, random_sound, save_tiny_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.attention_vipolyqwen import Attention, Piece, look_inside
 from vipolyqwen.evaluate_vipolyqwen import main
-from vipolyqwen.explain_vipolyqwen import explain, read_input, worst
-from vipolyqwen.figures_vipolyqwen import heat_map, picture_uri, shaded_tokens, views
-from vipolyqwen.metrics_vipolyqwen import query_ranks
-from vipolyqwen.searches_vipolyqwen import Side, read_pairs, searches
+from vipolyqwen.evaluation.explain import explain, read_input, worst
+from vipolyqwen.evaluation.figures import heat_map, picture_uri, shaded_tokens, views
+from vipolyqwen.evaluation.metrics import query_ranks
+from vipolyqwen.evaluation.pooling_weights import Attention, Piece, look_inside
+from vipolyqwen.evaluation.search import Side, read_pairs, searches
 
 SCRIPT = "<script>alert('ở')</script> & <image>"
 

@@ -15,9 +15,9 @@ from conftest import random_image, random_sound
 from sentence_transformers import SentenceTransformer
 from transformers.dynamic_module_utils import get_imports
 
+from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
 from vipolyqwen.publish_vipolyqwen import REQUIREMENTS, save_repository
-from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 
 SHIPPED = {
     "configuration_vipolyqwen.py",

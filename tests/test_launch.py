@@ -21,13 +21,13 @@ from test_cached_gradients import assert_same_gradients
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Qwen2VLConfig
 
-from vipolyqwen.checkpoint_vipolyqwen import find_faults
 from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.publishing.repository import refuse_checkpoint
 from vipolyqwen.train_vipolyqwen import main as train_main
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
-from vipolyqwen.whole_vipolyqwen import refuse_checkpoint
+from vipolyqwen.training.checkpoints import find_faults
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "launch"
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")

@@ -19,8 +19,8 @@ from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
 from vipolyqwen.data.schema import declare_data_types  # noqa: E402
-from vipolyqwen.encoders_vipolyqwen import as_input, load_encoder, prompt_keys  # noqa: E402
-from vipolyqwen.local_tasks_vipolyqwen import local_tasks  # noqa: E402
+from vipolyqwen.evaluation.custom_tasks import local_tasks  # noqa: E402
+from vipolyqwen.evaluation.encoder import as_input, load_encoder, prompt_keys  # noqa: E402
 
 TYPES = declare_data_types()
 

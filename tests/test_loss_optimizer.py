@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, get_scheduler
 
-from vipolyqwen.arguments_vipolyqwen import ViPolyQwenTrainingArguments, read_arguments
-from vipolyqwen.loss_optimizer_vipolyqwen import LossOptimizer
-from vipolyqwen.losses_vipolyqwen import TaskLoss
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss
-from vipolyqwen.weighting_vipolyqwen import UncertaintyWeighting
+from vipolyqwen.training.arguments import ViPolyQwenTrainingArguments, read_arguments
+from vipolyqwen.training.loss_optimizer import LossOptimizer
+from vipolyqwen.training.losses import TaskLoss
+from vipolyqwen.training.mixed_loss import MixedLoss
+from vipolyqwen.training.weighting import UncertaintyWeighting
 
 LEARNED = ["--learnable_temperature", "true", "--task_weighting", "uncertainty", "--loss_learning_rate", "0.1"]
 BRIEF = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--save_steps", "1", "--max_steps", "3"]

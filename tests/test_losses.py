@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vipolyqwen.losses_vipolyqwen import (
+from vipolyqwen.training.losses import (
     LOSS_TABLES,
     TaskLoss,
     canonical_data_type,
@@ -30,8 +30,8 @@ from vipolyqwen.losses_vipolyqwen import (
     pairwise_rank,
     score_mse,
 )
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss, MixedLossOutput, gather_with_grad
-from vipolyqwen.weighting_vipolyqwen import TableWeighting
+from vipolyqwen.training.mixed_loss import MixedLoss, MixedLossOutput, gather_with_grad
+from vipolyqwen.training.weighting import TableWeighting
 
 NAN = math.nan
 TASKS = ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio"]

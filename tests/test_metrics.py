@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vipolyqwen import metrics_vipolyqwen
-from vipolyqwen.metrics_vipolyqwen import pair_retrieval, retrieval_metrics, six_directions, spearman
+from vipolyqwen.evaluation import metrics as metrics_vipolyqwen
+from vipolyqwen.evaluation.metrics import pair_retrieval, retrieval_metrics, six_directions, spearman
 
 NAN = math.nan
 AXES = torch.eye(4)

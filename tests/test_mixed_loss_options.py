@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
-from vipolyqwen.mixed_loss_vipolyqwen import HardNegatives, MixedLoss
-from vipolyqwen.weighting_vipolyqwen import build_weighting
+from vipolyqwen.training.losses import LOSS_TABLES, TaskLoss
+from vipolyqwen.training.mixed_loss import HardNegatives, MixedLoss
+from vipolyqwen.training.weighting import build_weighting
 
 T = 0.2
 A = torch.eye(3)

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from vipolyqwen import modeling_vipolyqwen as modeling
 from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
+from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.modeling_vipolyqwen import PaddedAudio, PaddingInvariantFeatureEncoder, ViPolyQwenModel
 from vipolyqwen.pooling_vipolyqwen import (
     AttentionPooling,
@@ -23,7 +24,6 @@ from vipolyqwen.pooling_vipolyqwen import (
     MLPProjection,
 )
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.tiny_vipolyqwen import tiny_vlm_config
 
 NAN = float("nan")
 TOLERANCE = 1e-5  # largest absolute difference in float32

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vipolyqwen import packing_vipolyqwen as packing
-from vipolyqwen.arguments_vipolyqwen import read_arguments
 from vipolyqwen.configuration_vipolyqwen import POOLINGS
+from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import TORCH_VARLEN, choose_attn_implementation, takes_lengths
-from vipolyqwen.tiny_vipolyqwen import tiny_audio_config, tiny_vlm_config
+from vipolyqwen.training.arguments import read_arguments
 
 TOLERANCE = 1e-5  # largest absolute difference in float32
 

@@ -14,7 +14,7 @@ from pair_vectors import cells, load_grouped, search
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.metrics_vipolyqwen import pair_retrieval
+from vipolyqwen.evaluation.metrics import pair_retrieval
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 

@@ -16,10 +16,10 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from test_publish import go_online
 
-from vipolyqwen.hub_vipolyqwen import PublishError, upload
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.publish_vipolyqwen import build_repository, main, save_repository
-from vipolyqwen.whole_vipolyqwen import PUBLISHED, check_files
+from vipolyqwen.publishing.hub import PublishError, upload
+from vipolyqwen.publishing.repository import PUBLISHED, check_files
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 

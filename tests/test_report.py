@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 
-from vipolyqwen.data import demo_world
-from vipolyqwen.data.demo_scenes import held_out_scenes, train_scenes
-from vipolyqwen.report_vipolyqwen import STAGES, judge, loss_curves, side_a
+from vipolyqwen.demo import world as demo_world
+from vipolyqwen.demo.report import STAGES, judge, loss_curves, side_a
+from vipolyqwen.demo.scenes import held_out_scenes, train_scenes
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,11 @@ from killing import kills, same_weights, train_uninterrupted
 from packaging import version
 from safetensors.torch import load_file
 
-from vipolyqwen.arguments_vipolyqwen import TOWERS, ModelArguments
-from vipolyqwen.checkpoint_vipolyqwen import (
+from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler, permute
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.train_vipolyqwen import freeze_towers
+from vipolyqwen.training.arguments import TOWERS, ModelArguments
+from vipolyqwen.training.checkpoints import (
     MANIFEST,
     UNFINISHED,
     DamagedCheckpointError,
@@ -28,10 +31,7 @@ from vipolyqwen.checkpoint_vipolyqwen import (
     newest_whole_checkpoint,
     publish_checkpoint,
 )
-from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler, permute
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.resuming_vipolyqwen import SAMPLER_STATE
-from vipolyqwen.train_vipolyqwen import freeze_towers
+from vipolyqwen.training.resuming import SAMPLER_STATE
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]

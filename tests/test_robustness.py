@@ -10,11 +10,11 @@ import torch
 from conftest import random_image, random_sound, save_tiny_model
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.data.vietnamese import RULES, strip_diacritics
 from vipolyqwen.evaluate_vipolyqwen import main
-from vipolyqwen.metrics_vipolyqwen import retrieval_metrics
-from vipolyqwen.robustness_vipolyqwen import drops, interval, robustness
-from vipolyqwen.searches_vipolyqwen import read_pairs, searches
+from vipolyqwen.evaluation.metrics import retrieval_metrics
+from vipolyqwen.evaluation.robustness import drops, interval, robustness
+from vipolyqwen.evaluation.search import read_pairs, searches
+from vipolyqwen.evaluation.vietnamese import RULES, strip_diacritics
 
 QUERIES = [
     "Hai ngôi sao đỏ lớn trên bãi cỏ.",

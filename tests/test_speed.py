@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from vipolyqwen import liger_vipolyqwen
-from vipolyqwen.liger_vipolyqwen import use_liger_kernels
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.training import liger as liger_vipolyqwen
+from vipolyqwen.training.liger import use_liger_kernels
 
 SHORT = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "4", "--save_steps", "2"]
 

@@ -7,10 +7,10 @@ import yaml
 
 pytest.importorskip("mteb")
 
-from vipolyqwen.encoders_vipolyqwen import load_encoder  # noqa: E402
 from vipolyqwen.evaluate_vipolyqwen import main  # noqa: E402
-from vipolyqwen.suite_check_vipolyqwen import check_task, reach_loader  # noqa: E402
-from vipolyqwen.suites_vipolyqwen import read_suite  # noqa: E402
+from vipolyqwen.evaluation.dry_run import check_task, reach_loader  # noqa: E402
+from vipolyqwen.evaluation.encoder import load_encoder  # noqa: E402
+from vipolyqwen.evaluation.suite import read_suite  # noqa: E402
 
 
 def mteb_tasks(name: str) -> list:

@@ -6,8 +6,8 @@ import pytest
 
 mteb = pytest.importorskip("mteb")
 
-from vipolyqwen.local_tasks_vipolyqwen import KINDS  # noqa: E402
-from vipolyqwen.suites_vipolyqwen import SUITES, SuiteError, read_suite  # noqa: E402
+from vipolyqwen.evaluation.custom_tasks import KINDS  # noqa: E402
+from vipolyqwen.evaluation.suite import SUITES, SuiteError, read_suite  # noqa: E402
 
 
 def names(suite: str) -> list[str]:

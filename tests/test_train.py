@@ -13,14 +13,14 @@ from conftest import TEXTS, train_run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.arguments_vipolyqwen import read_arguments, read_recipe
 from vipolyqwen.data.collator import MixedBatchCollator, take_rows
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.record_vipolyqwen import write_record
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
+from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.train_vipolyqwen import build_loss
-from vipolyqwen.trainer_vipolyqwen import ViPolyQwenTrainer
+from vipolyqwen.training.arguments import read_arguments, read_recipe
+from vipolyqwen.training.run_record import write_record
+from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vipolyqwen.losses_vipolyqwen import LOSS_TABLES, TaskLoss
-from vipolyqwen.mixed_loss_vipolyqwen import MixedLoss, gradient_gram
-from vipolyqwen.weighting_vipolyqwen import (
+from vipolyqwen.training.losses import LOSS_TABLES, TaskLoss
+from vipolyqwen.training.mixed_loss import MixedLoss, gradient_gram
+from vipolyqwen.training.weighting import (
     WEIGHTINGS,
     GradNormWeighting,
     InverseLossWeighting,

@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModel, Qwen2VLImageProcessorPil, Wav2Ve
 from transformers.models.auto import modeling_auto
 
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
+from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config, train_tokenizer
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.tiny_vipolyqwen import tiny_audio_config, tiny_vlm_config, train_tokenizer
 
 TEXTS = ["lower newer upper older longer string", "Hai ngôi sao đỏ lớn trên bãi cỏ.", "沙滩上有四个绿色的小方块。"]
 

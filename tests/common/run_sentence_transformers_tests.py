@@ -26,8 +26,8 @@ import torch
 from outcomes import report
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.tiny_vipolyqwen import build_tiny_base
 
 FILES = (
     "test_sentence_transformer.py",  # these three as the source distribution has them, the others as the checkout

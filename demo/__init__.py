@@ -1,0 +1,1 @@
+"""A tiny world, its pairs and a tiny base: the system in the small."""

@@ -1,0 +1,149 @@
+"""The demo world: a corpus the project makes itself, in which all six tasks make sense.
+
+    python -m vipolyqwen.demo.world OUTPUT_FOLDER [--seed 0]
+
+The folder gets train/TASK.jsonl (image_caption: drawings with a description), eval.jsonl (all tasks, scenes that no
+training row knows), trimodal.jsonl (those scenes as text, drawing and speech) and media/. What a scene is stands in
+`scenes`, what is asked about it in `phrasebook`, how that becomes rows in `rows`, how it is drawn and
+written in `images`, how it is said in `speech`.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import soundfile
+from tqdm import tqdm
+
+from .images import draw_scene, write_sign
+from .rows import BUILDERS, Built, Draft, Medium, Row, Split, graded_pair
+from .scenes import (
+    LANGUAGE_CYCLE,
+    VOCABULARY,
+    Scene,
+    describe,
+    generator,
+    held_out_scenes,
+    train_scenes,
+)
+from .speech import RATE, say_scene
+
+__all__ = ["VOCABULARY", "Scene", "describe", "held_out_scenes", "train_scenes", "write_corpus"]
+
+WORKERS = 2
+GRADED_TRAIN_SHARE = 0.25  # of text_pair rows
+GRADED_EVAL_ROWS = 160
+
+
+def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
+    """Writes the whole corpus; the same arguments always give the same files.
+
+    Args:
+        folder: Where to; made if it is not there.
+        seed: Chooses the held-out scenes and everything random.
+        variations: Training rows for each scene and task.
+    """
+    train, held_out = Split("train", train_scenes(seed)), Split("eval", held_out_scenes(seed))
+    built = {f"train/{task}": training_rows(task, train, seed, variations) for task in BUILDERS}
+    built["train/image_caption"] = [caption_row(row, seed) for row, _ in built["train/vqa_single"]]
+    built["eval"] = evaluation_rows(held_out, seed)
+    built["trimodal"] = [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)]
+    media = [medium for pairs in built.values() for _, files in pairs for medium in files]
+    for parent in {(folder / medium.path).parent for medium in media}:
+        parent.mkdir(parents=True, exist_ok=True)
+    # "spawn": a caller may hold torch's threads, and a forked copy of those can hang
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(partial(make_medium, folder, seed), media, chunksize=64)
+        list(tqdm(made, total=len(media), desc="demo world", unit=" files", mininterval=0.5))
+    (folder / "train").mkdir(exist_ok=True)
+    for name, pairs in built.items():
+        write_rows(folder / f"{name}.jsonl", (row for row, _ in pairs))
+
+
+def training_rows(task: str, split: Split, seed: int, variations: int) -> list[Built]:
+    """`variations` rows of a task for each scene, with their media; text_pair gives a share to graded pairs."""
+    rows = []
+    for draft in _drafts(split, task, seed, variations):
+        graded = task == "text_pair" and draft.rng.random() < GRADED_TRAIN_SHARE
+        rows.append((graded_pair if graded else BUILDERS[task])(draft))
+    return rows
+
+
+def evaluation_rows(split: Split, seed: int) -> list[Built]:
+    """One row of each task for each scene, with their media, so that no two answers agree; then graded pairs."""
+    rows = [build(draft) for task, build in BUILDERS.items() for draft in _drafts(split, task, seed)]
+    return rows + [graded_pair(draft) for draft in _drafts(split, "graded", seed)[:GRADED_EVAL_ROWS]]
+
+
+def _drafts(split: Split, task: str, seed: int, variations: int = 1) -> list[Draft]:
+    """`variations` drafts of each scene, each time in another order, with languages dealt out in fixed shares."""
+    drafts = []
+    for round_number in range(variations):
+        order = generator(seed, f"{split.name}/{task}/{round_number}").permutation(len(split.scenes))
+        for scene_number in order:
+            number = len(drafts)
+            name = f"{split.name}/{task}/{number:05d}"
+            language = LANGUAGE_CYCLE[number % len(LANGUAGE_CYCLE)]
+            drafts.append(Draft(name, split.scenes[scene_number], language, split, generator(seed, name)))
+    return drafts
+
+
+def trimodal_row(draft: Draft) -> Built:
+    """One scene as text, drawing and speech, all in the draft's language."""
+    drawing, speech = draft.medium("drawing"), draft.medium("speech")
+    row: Row = {
+        "id": draft.id,
+        "language": draft.language,
+        "scene": draft.scene.code,
+        "text": describe(draft.scene, draft.language, int(draft.rng.integers(3))),
+        "image": drawing.path,
+        "audio": speech.path,
+    }
+    return row, (drawing, speech)
+
+
+def caption_row(row: Row, seed: int) -> Built:
+    """The drawing of a vqa_single row with a description in place of the question: a data type the recipe declares."""
+    template = int(generator(seed, f"{row['id']}/caption").integers(3))
+    caption = describe(Scene.from_code(row["scene"]), row["language"], template)
+    kept = {name: row[name] for name in ("id", "language", "scene")}
+    return {**kept, "image": row["images"][0], "caption": caption}, ()
+
+
+def make_medium(folder: Path, seed: int, medium: Medium) -> None:
+    """Draws, writes or says one file; its path alone seeds it."""
+    rng = generator(seed, medium.path)
+    encoded = io.BytesIO()  # one write a file: the encoders' many small ones double the time
+    if medium.kind == "speech":
+        sound = say_scene(medium.scene, medium.language, rng)
+        soundfile.write(encoded, sound, RATE, format="FLAC", subtype="PCM_16")
+    elif medium.kind == "drawing":
+        draw_scene(medium.scene, rng).save(encoded, "PNG", compress_level=3)
+    else:
+        write_sign(medium.scene, medium.language, medium.kind, rng).save(encoded, "PNG", compress_level=3)
+    (folder / medium.path).write_bytes(encoded.getvalue())
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Rows as JSON lines."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write the demo corpus.")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the held-out scenes and everything random")
+    parser.add_argument("--variations", type=int, default=3, help="training rows for each scene and task")
+    arguments = parser.parse_args()
+    write_corpus(arguments.folder, arguments.seed, arguments.variations)
+
+
+if __name__ == "__main__":
+    main()

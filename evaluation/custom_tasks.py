@@ -1,0 +1,340 @@
+"""Own tasks in mteb's classes, from local pairs: retrieval, STS, six directions between modalities, document pages.
+
+An entry of a suite names a kind, a name and a source of pairs with the keys of a training recipe:
+
+    {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   one task for each data type: a finds b
+    {task: retrieval, name: Captions, path: dev.jsonl, data_type: image_caption, both_directions: true}
+    {task: sts, name: ViSTS, path: vists.csv, columns: {a: sentence1, b: sentence2, score: similarity}}
+    {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images: image, audio: audio}}
+    {task: pages, name: Forms, path: forms.jsonl, query: b}                    a text, of side a or b, finds its page
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping
+from itertools import permutations
+from typing import Any
+
+import datasets
+import soundfile
+from mteb.abstasks import AbsTask
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.sts import AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from ..data.readers import SourceConfig
+from ..data.schema import DataType, Row
+from ..data.sources import load_pairs
+from .search import MIN_AUDIO_SAMPLES, Side
+
+MODALITIES = ("text", "image", "audio")
+CUTOFFS = (1, 5, 10)
+MAX_RANKED = 1000  # as in mteb: a mean rank is given where all candidates are ranked
+MIN_SCORE = 0.5  # a pair scored lower is not relevant, though its b stays a candidate
+MEDIA = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+LANGUAGES = ("mul-Latn",)  # what mteb calls "multiple languages"
+
+
+class LocalRetrieval(AbsTaskRetrieval):
+    """Retrieval over what was read from local pairs; `split` and `metadata` are set by `retrieval_task`."""
+
+    split: RetrievalSplitData
+    relevant: list[tuple[int, int]]  # positions of query and document
+    prompt_names: dict[str, str | None] = {}  # "query", "document" -> name of the model's prompt
+    k_values = CUTOFFS
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._top_k = min(MAX_RANKED, len(self.split["corpus"]))
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        """Hands over what is there already."""
+        self.dataset = {"default": {"test": RetrievalSplitData(**self.split)}}
+        self.data_loaded = True
+
+    def task_specific_scores(
+        self,
+        scores: dict[str, dict[str, float]],
+        qrels: dict[str, dict[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
+        """Scores to full precision (mteb rounds them to 5 places), the number of candidates, chance, the mean rank.
+
+        Chance is the expected hit rate at 1 of a random order. The rank of a query is that of its best document.
+        """
+        queries, candidates = len(scores), len(self.split["corpus"])
+        exact = {
+            f"{ours}_at_{k}": sum(query[f"{theirs}_{k}"] for query in scores.values()) / queries
+            for ours, theirs in (("hit_rate", "success"), ("recall", "recall"), ("ndcg", "ndcg_cut"))
+            for k in self.k_values
+        }
+        exact |= {"candidates": candidates, "chance": len(self.relevant) / queries / candidates}
+        if candidates <= MAX_RANKED:
+            exact["mean_rank"] = sum(_best_rank(results[query], qrels[query]) for query in qrels) / queries
+        return exact
+
+
+class LocalSTS(AbsTaskSTS):
+    """Similarity of scored pairs of texts; `pairs` and `metadata` are set by `sts_task`."""
+
+    pairs: datasets.Dataset
+    prompt_names: dict[str, str | None] = {}
+    min_score, max_score = 0, 1
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        """Hands over what is there already."""
+        self.dataset = {"default": {"test": self.pairs}}
+        self.data_loaded = True
+
+
+def _best_rank(found: Mapping[str, float], relevant: Mapping[str, int]) -> int:
+    ordered = sorted(found, key=found.__getitem__, reverse=True)
+    return 1 + next(rank for rank, document in enumerate(ordered) if document in relevant)
+
+
+def local_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -> list[AbsTask]:
+    """The tasks of one entry of a suite.
+
+    Args:
+        entry: `task` (of `KINDS`), `name`, `languages` (default: several), `only` (data types; default: all),
+            `both_directions` (retrieval), `query` (pages: a or b), and the keys of a training recipe's source.
+        data_types: the data types in the order of their task ids.
+
+    Raises:
+        FileNotFoundError: a file of the source is not there.
+        ValueError: a setting or a row that is wrong.
+    """
+    entry = dict(entry)
+    kind, name = entry.pop("task"), entry.pop("name")
+    settings = {key: entry.pop(key) for key in SETTINGS if key in entry}
+    if kind in DEFAULT_TYPES and not {"data_type", "data_type_column", "only"} & set(entry):
+        entry["data_type"] = DEFAULT_TYPES[kind]
+    only = entry.pop("only", None)
+    pairs = load_pairs([entry], data_types, MIN_AUDIO_SAMPLES)
+    rows = [row for row in map(pairs.row, range(len(pairs))) if only is None or row.data_type in only]
+    if not rows:
+        raise ValueError(f"{name}: {entry['path']} has no rows of {only}; it has {pairs.data_type_counts()}.")
+    placeholder = pairs.sources[0].image_placeholder
+    return KINDS[kind](name, rows, placeholder, **settings)
+
+
+def answer_tasks(
+    name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, both_directions: bool = False
+) -> list[AbsTask]:
+    """For each data type: side a, with the prompt of its data type, finds side b; and the reverse, if asked for.
+
+    Sides a of other modalities, such as a picture with and one without a question, make another task.
+    """
+    kinds: dict[str, dict[tuple[str, ...], list[Row]]] = {}
+    for row in rows:
+        kinds.setdefault(row.data_type, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
+    tasks = []
+    for data_type, of_type in kinds.items():
+        for modalities, own in of_type.items():
+            label = f"{name}-{data_type}" + (f"-{'+'.join(modalities)}" if len(of_type) > 1 else "")
+            sides = [(_side_a(row, placeholder), Side(row.b)) for row in own]
+            relevant = [row.score is None or row.score >= MIN_SCORE for row in own]
+            tasks.append(retrieval_task(label, sides, relevant, {"query": data_type, "document": None}, languages))
+            if both_directions:
+                reverse = [(b, a) for a, b in sides]
+                prompts = {"query": None, "document": data_type}
+                tasks.append(retrieval_task(f"{label}-reverse", reverse, relevant, prompts, languages))
+    return tasks
+
+
+def trimodal_tasks(
+    name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES
+) -> list[AbsTask]:
+    """A row's text (side b), image and sound find one another, in all six directions, without prompts."""
+    shown = {
+        "text": [Side(row.b) for row in rows],
+        "image": [Side(images=tuple(row.images)) for row in rows],
+        "audio": [Side(audio=_sound(row.audio)) for row in rows],
+    }
+    for modality, sides in shown.items():
+        missing = [row.id for row, side in zip(rows, sides, strict=True) if side.modalities != (modality,)]
+        if missing:
+            raise ValueError(
+                f"{name}: {len(missing)} rows have no {modality}, the first being {missing[0]!r}; a trimodal row has "
+                "a text (column b), an image (images) and a sound (audio)."
+            )
+    everything = [True] * len(rows)
+    return [
+        retrieval_task(f"{name}-{a}2{b}", list(zip(shown[a], shown[b], strict=True)), everything, {}, languages)
+        for a, b in permutations(MODALITIES, 2)
+    ]
+
+
+def page_tasks(
+    name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, query: str = "a"
+) -> list[AbsTask]:
+    """A row's text, of side a (a question) or b (what stands there), finds the image of its page."""
+    if query not in ("a", "b"):
+        raise ValueError(f"{name}: query is {query!r}; it must be a or b.")
+    several = [row.id for row in rows if len(row.images) != 1]
+    if several:
+        raise ValueError(f"{name}: {len(several)} rows have not exactly one image, the first being {several[0]!r}.")
+    texts = [row.a.replace(placeholder, "").strip() if query == "a" else row.b for row in rows]
+    if "" in texts:
+        raise ValueError(f"{name}: side a of {rows[texts.index('')].id!r} has no text; say `query: b`, or `only`.")
+    sides = [(Side(text), Side(images=tuple(row.images))) for text, row in zip(texts, rows, strict=True)]
+    return [retrieval_task(name, sides, [True] * len(rows), {}, languages, "DocumentUnderstanding")]
+
+
+def sts_tasks(name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES) -> list[AbsTask]:
+    """Spearman's correlation of cosine and score; both texts without a prompt, or as the suite's table says."""
+    wrong = [row.id for row in rows if row.score is None or row.images or row.audio is not None]
+    if wrong:
+        raise ValueError(f"{name}: {len(wrong)} rows are not two texts and a score, the first being {wrong[0]!r}.")
+    pairs = datasets.Dataset.from_dict(
+        {
+            "sentence1": [row.a for row in rows],
+            "sentence2": [row.b for row in rows],
+            "score": [row.score for row in rows],
+        }
+    )
+    revision = _revision(repr([(row.a, row.b, row.score) for row in rows]))
+    metadata = _metadata(name, "STS", "t2t", ["text"], "cosine_spearman", revision, languages)
+    return [type("LocalSTS", (LocalSTS,), {"metadata": metadata, "pairs": pairs})()]
+
+
+KINDS: dict[str, Callable[..., list[AbsTask]]] = {
+    "retrieval": answer_tasks,
+    "sts": sts_tasks,
+    "trimodal": trimodal_tasks,
+    "pages": page_tasks,
+}
+DEFAULT_TYPES = {"sts": "text_pair", "trimodal": "audio", "pages": "ocr"}  # of rows that do not say theirs
+SETTINGS = ("languages", "both_directions", "query")
+ENTRY_KEYS = ("task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__)
+
+
+def retrieval_task(
+    name: str,
+    pairs: list[tuple[Side, Side]],
+    relevant: list[bool],
+    prompt_names: dict[str, str | None],
+    languages: Iterable[str],
+    task_type: str | None = None,
+) -> AbsTask:
+    """A task in which every distinct left side that has a relevant right side searches all distinct right sides.
+
+    Args:
+        name: of the task.
+        pairs: query and document of each row; all queries are of the same modalities, and so are all documents.
+        relevant: whether they belong together.
+        prompt_names: name of the model's prompt for "query" and "document"; an absent side has none.
+        languages: as mteb writes them, such as "vie-Latn".
+        task_type: of mteb's; by default the one that the modalities tell.
+    """
+    documents = {document.key(): document for _, document in pairs}
+    position = {key: number for number, key in enumerate(documents)}
+    queries, found = {}, {}
+    for (query, document), belongs in zip(pairs, relevant, strict=True):
+        if belongs:
+            queries[query.key()] = query
+            found.setdefault(query.key(), set()).add(position[document.key()])
+    if not queries:
+        raise ValueError(f"{name}: no pair is relevant; all {len(pairs)} are scored below {MIN_SCORE}.")
+    asked, shown = next(iter(queries.values())).modalities, next(iter(documents.values())).modalities
+    matches = [(number, document) for number, key in enumerate(queries) for document in sorted(found[key])]
+    qrels: dict[str, dict[str, int]] = {f"q{number}": {} for number in range(len(queries))}
+    for number, document in matches:
+        qrels[f"q{number}"][f"d{document}"] = 1
+    split = RetrievalSplitData(
+        queries=_table("q", list(queries.values()), asked),
+        corpus=_table("d", list(documents.values()), shown),
+        relevant_docs=qrels,
+        top_ranked=None,
+    )
+    category = f"{_letters(asked)}2{_letters(shown)}"
+    union = [modality for modality in MODALITIES if modality in (*asked, *shown)]
+    revision = _revision(repr((list(queries), list(documents), matches)))
+    metadata = _metadata(
+        name, task_type or _task_type(asked, shown), category, union, "hit_rate_at_1", revision, languages
+    )
+    fields = {"metadata": metadata, "split": split, "relevant": matches, "prompt_names": prompt_names}
+    return type("LocalRetrieval", (LocalRetrieval,), fields)()
+
+
+def _side_a(row: Row, placeholder: str) -> Side:
+    """Side a; a placeholder stays in the text only where an encoder can follow it: among several images."""
+    text = row.a if len(row.images) > 1 else row.a.replace(placeholder, "").strip()
+    return Side(text, tuple(row.images), _sound(row.audio))
+
+
+def _sound(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
+    """Samples as the bytes of a file; anything else as it is."""
+    if not isinstance(audio, dict):
+        return audio
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio["array"], audio["sampling_rate"], format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+def _letters(modalities: tuple[str, ...]) -> str:
+    """As mteb writes a category: "it" is an image with a text."""
+    return "".join(modality[0] for modality in ("image", "audio", "text") if modality in modalities)
+
+
+def _task_type(asked: tuple[str, ...], shown: tuple[str, ...]) -> str:
+    if asked == shown == ("text",):
+        return "Retrieval"
+    return "VisionCentricQA" if asked == ("text", "image") else "Any2AnyRetrieval"
+
+
+def _table(letter: str, sides: list[Side], modalities: tuple[str, ...]) -> datasets.Dataset:
+    """One row a side: `id` and a column for each modality; media stay where they are until they are read."""
+    columns: dict[str, list[Any]] = {"id": [f"{letter}{number}" for number in range(len(sides))]}
+    features = {"id": datasets.Value("string")}
+    kinds: dict[str, Any] = {}
+    if "text" in modalities:
+        columns["text"], features["text"] = [side.text for side in sides], datasets.Value("string")
+    if "image" in modalities and all(len(side.images) == 1 for side in sides):
+        columns["image"], features["image"] = [_medium(side.images[0]) for side in sides], dict(MEDIA)
+        kinds["image"] = datasets.Image()
+    elif "image" in modalities:
+        columns["image"] = [[_medium(image) for image in side.images] for side in sides]
+        features["image"], kinds["image"] = datasets.List(dict(MEDIA)), datasets.List(datasets.Image())
+    if "audio" in modalities:
+        columns["audio"], features["audio"] = [_medium(side.audio) for side in sides], dict(MEDIA)
+        kinds["audio"] = datasets.Audio()
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    for column, kind in kinds.items():  # a cast encodes nothing, so it needs no library for sounds
+        table = table.cast_column(column, kind)
+    return table
+
+
+def _medium(source: str | bytes) -> dict[str, Any]:
+    return {"bytes": source, "path": None} if isinstance(source, bytes) else {"bytes": None, "path": source}
+
+
+def _revision(content: str) -> str:
+    """A name for the content: results of other pairs are never taken for these."""
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _metadata(
+    name: str,
+    task_type: str,
+    category: str,
+    modalities: list[str],
+    main_score: str,
+    revision: str,
+    languages: Iterable[str],
+) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        description="Local pairs, read with the keys of a training recipe.",
+        type=task_type,
+        category=category,
+        modalities=modalities,
+        dataset={"path": f"local/{name}", "revision": revision},
+        eval_splits=["test"],
+        eval_langs=list(languages),
+        main_score=main_score,
+        is_public=False,
+    )

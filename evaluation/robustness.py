@@ -1,0 +1,175 @@
+"""How much a retrieval suffers when Vietnamese queries are spelled as people really type them.
+
+    python evaluate_vipolyqwen.py MODEL --robustness [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
+
+Every query is asked as it is written and under each rule of `data/vietnamese.py`; candidates stay as they are. Writes
+robustness.json and robustness.md.
+"""
+
+import json
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from sentence_transformers import SentenceTransformer
+
+from .memory import peak_memory
+from .metrics import query_ranks
+from .search import Search, read_pairs, searches
+from .vietnamese import RULES, is_vietnamese, switch_code, switched_share
+
+METRICS = ("recall@1", "recall@10", "mrr")
+CONFIDENCE = 0.95
+
+
+def robustness(embedder: SentenceTransformer, path: Path) -> dict[str, Any]:
+    """Measures every data type of some pairs that has Vietnamese queries.
+
+    Args:
+        embedder: any model that sentence-transformers loads and that takes what the pairs hold.
+        path: a file of pairs, or a recipe, whose `eval_data` and `nce_min_score` count.
+
+    Returns:
+        The settings, speed and memory, and for each search and spelling the metrics with the drop against the queries
+        as written: mean over the queries of the difference of each, with an interval by bootstrap of the queries.
+    """
+    pairs, min_score = read_pairs(path)
+    started = time.perf_counter()
+    results, rows = [], 0
+    for search in searches(pairs, min_score, text_asks=True):
+        asked = [place for place, query in enumerate(search.queries) if is_vietnamese(query.text)]
+        if asked:
+            queries, relevant = [search.queries[i] for i in asked], [search.relevant[i] for i in asked]
+            result, embedded = _measure(embedder, replace(search, queries=queries, relevant=relevant))
+            results.append(result)
+            rows += embedded
+    if not results:
+        raise ValueError(f"{path}: none of the {len(pairs)} pairs has a query with a Vietnamese letter; name others.")
+    seconds = time.perf_counter() - started
+    return {
+        "pairs": str(path),
+        "min_score": min_score,
+        "searches": results,
+        "rows_per_second": round(rows / seconds, 2),
+        "peak_memory_bytes": peak_memory(),
+        "device": str(embedder.device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+    }
+
+
+def _measure(embedder: SentenceTransformer, search: Search) -> tuple[dict[str, Any], int]:
+    """The result of one search, and how many rows were embedded for it."""
+    candidates = search.embed_candidates(embedder)
+    written = search.embed_queries(embedder)
+    clean = query_ranks(written, candidates, search.relevant)
+    spellings = {"as written": {metric: {"value": values.mean()} for metric, values in per_query(clean).items()}}
+    rows = len(candidates) + len(written)
+    texts = [query.text for query in search.queries]
+    for name, rule in RULES.items():
+        typed = [rule(text) for text in texts]
+        changed = [place for place, text in enumerate(texts) if typed[place] != text]
+        vectors = written.clone()
+        if changed:
+            sides = [replace(search.queries[place], text=typed[place]) for place in changed]
+            vectors[changed] = search.embed_queries(embedder, sides)
+        rows += len(changed)
+        ranks = query_ranks(vectors, candidates, search.relevant)
+        spellings[name] = {"changed": len(changed) / len(texts), **drops(clean, ranks)}
+        if rule is switch_code:
+            spellings[name]["switched_words"] = switched_share(texts)
+    counts = {"task": search.task, "queries": len(texts), "candidates": len(candidates)}
+    chance = sum(map(len, search.relevant)) / len(texts) / len(candidates)
+    kinds = {"searched": sorted({side.kind for side in search.candidates})}
+    return {**counts, "chance": chance, **kinds, "spellings": spellings}, rows
+
+
+def per_query(ranks: torch.Tensor) -> dict[str, np.ndarray]:
+    """{metric: (Q,) its value for each query}."""
+    ranks = ranks.numpy()
+    return {"recall@1": (ranks <= 1) * 1.0, "recall@10": (ranks <= 10) * 1.0, "mrr": 1 / ranks}
+
+
+def drops(clean: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Each metric under a spelling: its value, the drop against clean queries, and the drop's 95 % interval.
+
+    Args:
+        clean: (Q,) rank of each query as it is written.
+        ranks: (Q,) its rank under the spelling.
+    """
+    result = {}
+    before, after = per_query(clean), per_query(ranks)
+    for metric in METRICS:
+        lost = before[metric] - after[metric]
+        low, high = interval(lost)
+        result[metric] = {"value": after[metric].mean(), "drop": lost.mean(), "low": low, "high": high}
+    return result
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of paired differences: percentiles over 9999 resamples of the queries."""
+    if len(differences) < 2:
+        return float("nan"), float("nan")
+    found = bootstrap(
+        (differences,), np.mean, batch=256, method="percentile", confidence_level=CONFIDENCE, rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def write_result(result: dict[str, Any], folder: Path, command: str) -> None:
+    """Writes robustness.json and robustness.md, and prints the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"command": command, **result}
+    (folder / "robustness.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = markdown(result)
+    (folder / "robustness.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as tables, one for each search."""
+    lines = [
+        "# Retrieval by Vietnamese queries as people type them",
+        "",
+        f"`{result['command']}`: {result['rows_per_second']} rows/s, peak memory "
+        f"{result['peak_memory_bytes'] / 2**20:.0f} MiB, {result['device']}, "
+        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        + ".",
+        "",
+        "The queries with Vietnamese letters search all candidates, as they are written and under each spelling rule "
+        "of `data/vietnamese.py`; candidates are not respelled. A drop is the mean over the queries of what is lost, "
+        "with the 95 % interval of a paired bootstrap; an interval that spans 0 shows none, and a "
+        "rule that changes no query is not measured (–).",
+    ]
+    for search in result["searches"]:
+        lines += [
+            "",
+            f"## {search['task']}",
+            "",
+            f"{search['queries']} queries, {search['candidates']} candidates ({', '.join(search['searched'])}), "
+            f"chance {search['chance']:.4f}.",
+            "",
+            "| spelling | queries changed | " + " | ".join(f"{metric} | drop" for metric in METRICS) + " |",
+            "|---|---" + "|---|---" * len(METRICS) + "|",
+        ]
+        lines += [_line(name, values) for name, values in search["spellings"].items()]
+        share = search["spellings"]["code-switching"]["switched_words"]
+        lines += ["", f"Code-switching puts {share:.0%} of the syllables into English."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, values: dict[str, Any]) -> str:
+    cells = [name, f"{values['changed']:.0%}" if "changed" in values else "–"]
+    for metric in METRICS:
+        shown = values[metric]
+        cells.append(f"{shown['value']:.3f}")
+        cells.append(
+            f"{shown['drop']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]".replace("-0.000", "0.000")
+            if values.get("changed")
+            else "–"
+        )
+    return "| " + " | ".join(cells) + " |"

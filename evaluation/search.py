@@ -1,0 +1,174 @@
+"""Local pairs as searches: sides that are embedded and shown, what searches what, and which answers are right."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from sentence_transformers import SentenceTransformer
+
+from ..data.collator import interleave
+from ..data.schema import Row, declare_data_types
+from ..data.sources import PairDataset, content_key, load_pairs
+from ..media_vipolyqwen import load_audio, load_image
+from .metrics import pair_search
+
+MIN_AUDIO_SAMPLES = 400  # what HuBERT-base makes one frame of
+CHUNK = 128  # sides whose pictures and sounds are in memory at a time
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a pair; pictures and sounds stay in their files until they are embedded or shown.
+
+    Attributes:
+        text: with a placeholder for each image, or without any.
+        images: paths or contents of files.
+        audio: path, content of a file, or `{"array", "sampling_rate"}`.
+        placeholder: what marks the place of an image in the text.
+    """
+
+    text: str = ""
+    images: tuple[str | bytes, ...] = ()
+    audio: Any = None
+    placeholder: str = "<image>"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that are there, of `text`, `image` and `audio`, in this order."""
+        given = {"text": self.text.strip(), "image": self.images, "audio": self.audio is not None}
+        return tuple(name for name, value in given.items() if value)
+
+    @property
+    def kind(self) -> str:
+        """`text`, `image`, `audio`, or such as `text + image`."""
+        return " + ".join(self.modalities)
+
+    def key(self) -> int:
+        """Equal for equal content."""
+        media = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in self.images]
+        if isinstance(self.audio, dict):
+            media.append(self.audio["array"].tobytes())
+        elif self.audio is not None:
+            media.append(self.audio if isinstance(self.audio, bytes) else Path(self.audio).read_bytes())
+        return content_key(self.text, media)
+
+    def sound(self) -> dict[str, Any]:
+        """The decoded sound."""
+        samples, rate = load_audio(self.audio)
+        return {"array": samples, "sampling_rate": rate}
+
+    def as_input(self) -> str | list[dict[str, Any]]:
+        """What sentence-transformers takes: a text, or a message of decoded parts in their order."""
+        if not self.images and self.audio is None:
+            return self.text
+        parts = list(interleave(self.text, [load_image(image) for image in self.images], self.placeholder))
+        if self.audio is not None:
+            parts.append({"type": "audio", "audio": self.sound()})
+        return [{"role": "user", "content": parts}]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Queries, what they search, and what is right for each.
+
+    Attributes:
+        task: the data type of the pairs.
+        queries: distinct, and with at least one right candidate.
+        candidates: distinct.
+        relevant: per query the positions of its right candidates.
+        prompted: the side with the task's prompt, `queries` or `candidates`: that of the pairs' side a.
+    """
+
+    task: str
+    queries: list[Side]
+    candidates: list[Side]
+    relevant: list[set[int]]
+    prompted: str = "queries"
+
+    def embed_queries(self, embedder: SentenceTransformer, sides: Sequence[Side] | None = None) -> torch.Tensor:
+        """(Q, D) vectors of the queries, or of other wordings of them, with their prompt."""
+        return embed(embedder, self.queries if sides is None else sides, self._prompt(embedder, "queries"))
+
+    def embed_candidates(self, embedder: SentenceTransformer) -> torch.Tensor:
+        """(C, D) vectors of the candidates, with their prompt."""
+        return embed(embedder, self.candidates, self._prompt(embedder, "candidates"))
+
+    def _prompt(self, embedder: SentenceTransformer, name: str) -> str | None:
+        return self.task if name == self.prompted and self.task in embedder.prompts else None
+
+
+def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
+    """The pairs of a file, or of a recipe's `eval_data`; and the score from which a pair belongs together, if any."""
+    recipe: Mapping[str, Any] = {"eval_data": [{"path": str(path)}]}
+    if path.suffix in (".yaml", ".yml"):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "eval_data" not in recipe:
+            raise ValueError(f"{path} has no `eval_data`; it has {sorted(recipe)}. Name the held-out pairs there.")
+    data_types = declare_data_types(recipe.get("data_types"))
+    return load_pairs(recipe["eval_data"], data_types, MIN_AUDIO_SAMPLES), recipe.get("nce_min_score", 0.5)
+
+
+def sides_of(row: Row, placeholder: str) -> tuple[Side, Side]:
+    """Both sides of a pair."""
+    return Side(row.a, tuple(row.images), row.audio, placeholder), Side(row.b)
+
+
+def read_sides(pairs: PairDataset) -> Iterable[tuple[Row, Side, Side]]:
+    """Every row with its two sides."""
+    ends = [0, *pairs.ends]
+    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        placeholder = pairs.sources[pairs.piece_sources[number]].image_placeholder
+        for index in range(start, end):
+            row = pairs.row(index)
+            yield row, *sides_of(row, placeholder)
+
+
+def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = False) -> list[Search]:
+    """For each data type: every distinct side a that has a right side b searches all distinct sides b.
+
+    Args:
+        pairs: the rows.
+        min_score: a pair scored below this does not belong together, though its sides stay candidates; None: all do.
+        text_asks: a data type whose side a has no text (a sound and what it says) is searched by its side b.
+    """
+    rows: dict[str, list[tuple[Row, Side, Side]]] = {}
+    for row, a, b in read_sides(pairs):
+        rows.setdefault(row.data_type, []).append((row, a, b))
+    found = (
+        _search(task, group, min_score, turned=text_asks and not any(a.text.strip() for _, a, _ in group))
+        for task, group in rows.items()
+    )
+    return [search for search in found if search is not None]
+
+
+def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, turned: bool) -> Search | None:
+    """The search of one data type; `None` if no pair belongs together."""
+    scores = torch.tensor([math.nan if row.score is None else row.score for row, _, _ in rows])
+    if min_score is not None and (scores < min_score).all():
+        return None
+    asking, found = ([pair[place] for pair in rows] for place in ((2, 1) if turned else (1, 2)))
+    keys = (torch.tensor([side.key() for side in sides]) for sides in (asking, found))
+    queries, candidates, relevant = pair_search(*keys, scores, min_score)
+    prompted = "candidates" if turned else "queries"
+    return Search(task, [asking[i] for i in queries], [found[i] for i in candidates], relevant, prompted)
+
+
+def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str | None = None) -> torch.Tensor:
+    """(N, D) float32 vectors; texts go by themselves, so that they are never taken for anything else."""
+    groups: dict[bool, list[int]] = {}
+    for place, side in enumerate(sides):
+        groups.setdefault(side.kind == "text", []).append(place)
+    order, vectors = [], []
+    for is_text, places in groups.items():
+        step = len(places) if is_text else CHUNK
+        for start in range(0, len(places), step):
+            inputs = [sides[place].as_input() for place in places[start : start + step]]
+            vectors.append(
+                embedder.encode(inputs, prompt_name=prompt_name, convert_to_tensor=True, show_progress_bar=False)
+            )
+        order += places
+    return torch.cat(vectors).float().cpu()[torch.tensor(order).argsort()]

@@ -1,0 +1,164 @@
+"""Suites: YAML lists of mteb's tasks and of own tasks, with the prompt of each kind of task.
+
+prompts: {STS: text_pair, "image+text-query": vqa_single}   # name of a model's prompt, null for none
+languages: [vie]                # of tasks in many languages only these; an entry may say its own
+baselines: [intfloat/multilingual-e5-base]                   # what `--against baselines` stands for
+data_types: {image_caption: {prefix: <image_caption>}}       # as in a training recipe, for local pairs
+tasks:
+- STSBenchmark-VN
+- {task: XM3600T2IRetrieval, languages: [vie]}
+- {task: retrieval, name: Signs, path: dev.jsonl}          # see local_tasks_vipolyqwen.py
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import mteb
+import yaml
+from mteb.abstasks import AbsTask
+from mteb.abstasks.task_metadata import TaskType
+from mteb.get_tasks import TASK_LIST
+from mteb.types import PromptType
+
+from ..data.schema import DataType, declare_data_types
+from .custom_tasks import ENTRY_KEYS, KINDS, local_tasks
+
+SUITES = Path(__file__).parents[1] / "recipes" / "suites"
+TASKS = {task.metadata.name for task in TASK_LIST}
+KEYS = ("prompts", "languages", "baselines", "data_types", "tasks")
+MODALITY_SETS = ("text", "image", "audio", "image+text", "audio+text", "audio+image", "audio+image+text")
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be read; the message says what is wrong and suggests what may be meant."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's file says, checked as far as that goes without opening local pairs.
+
+    Attributes:
+        name: of the file.
+        entries: `{"task": …, …}`, in the file's order.
+        prompts: see `encoders_vipolyqwen.prompt_keys`.
+        languages: of tasks in many languages only these; None: all.
+        baselines: names of models.
+        data_types: of the rows of local pairs.
+    """
+
+    name: str
+    entries: list[dict[str, Any]]
+    prompts: dict[str, str | None] = field(default_factory=dict)
+    languages: list[str] | None = None
+    baselines: list[str] = field(default_factory=list)
+    data_types: dict[str, DataType] = field(default_factory=dict)
+
+    def tasks(self, entry: Mapping[str, Any]) -> list[AbsTask]:
+        """The tasks of one entry; local pairs are read, data sets of the Hub are not.
+
+        Raises:
+            FileNotFoundError: local pairs are not there.
+            ValueError: local pairs or their settings are wrong, or a task has none of the languages.
+        """
+        if entry["task"] in KINDS:
+            return local_tasks(entry, self.data_types)
+        return [mteb.get_task(entry["task"], languages=entry.get("languages", self.languages))]
+
+    def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | None]:
+        """The table of prompts, with those that own tasks bring along where the suite names none."""
+        own = {
+            f"{task.metadata.name}-{side}": prompt
+            for task in tasks
+            if task.metadata.name not in TASKS
+            for side, prompt in task.prompt_names.items()
+        }
+        return own | self.prompts
+
+
+def read_suite(name: str) -> Suite:
+    """Reads a suite of recipes/suites by its name, or any YAML file.
+
+    Raises:
+        SuiteError: no such suite, an unknown key, an unknown task; the nearest known name is suggested.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SUITES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in SUITES.glob("*.yaml"))
+        raise SuiteError(
+            f"There is no suite {name!r}; known: {', '.join(known)}, or a .yaml file.{_near(name, known)}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SuiteError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
+        raise SuiteError(f"{path} holds no list of tasks; write `tasks: [NAME, …]`.")
+    _check_keys(content, KEYS, str(path))
+    entries = [_entry(entry, path) for entry in content["tasks"]]
+    _check_names(entries, path)
+    prompts = content.get("prompts") or {}
+    _check_prompts(prompts, entries, path)
+    return Suite(
+        path.stem,
+        entries,
+        prompts,
+        content.get("languages"),
+        content.get("baselines") or [],
+        declare_data_types(content.get("data_types")),
+    )
+
+
+def _entry(entry: Any, path: Path) -> dict[str, Any]:
+    """An entry as a dict with a `task`."""
+    entry = {"task": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
+        raise SuiteError(f"{path}: the entry {entry!r} names no task; write NAME or {{task: NAME, …}}.")
+    own = entry["task"] in KINDS
+    _check_keys(entry, ENTRY_KEYS if own else ("task", "languages"), f"{path}: {entry['task']}")
+    for key in ("name", "path") if own else ():
+        if not isinstance(entry.get(key), str):
+            raise SuiteError(f"{path}: an entry of `task: {entry['task']}` has no {key}; write `{key}: …`.")
+    return entry
+
+
+def _check_names(entries: list[dict[str, Any]], path: Path) -> None:
+    unknown = [entry["task"] for entry in entries if entry["task"] not in KINDS and entry["task"] not in TASKS]
+    if unknown:
+        known = [*TASKS, *KINDS]
+        lines = [f"{name!r}{_near(name, known)}" for name in unknown]
+        raise SuiteError(f"{path}: mteb {mteb.__version__} has no task {'; no task '.join(lines)}")
+    names = [entry.get("name", entry["task"]) for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SuiteError(f"{path}: {twice} stand there twice; results go by the name, so give each its own.")
+
+
+def _check_prompts(prompts: Any, entries: list[dict[str, Any]], path: Path) -> None:
+    if not isinstance(prompts, dict):
+        raise SuiteError(f"{path}: prompts is {prompts!r}; write {{TASK_TYPE: NAME, …}}.")
+    own = [entry["name"] for entry in entries if "name" in entry]
+    known = [*get_args(TaskType), *MODALITY_SETS, *TASKS]
+    for key, value in prompts.items():
+        base = key
+        for side in PromptType:
+            base = base.removesuffix(f"-{side.value}")
+        if base not in known and not any(base.startswith(name) for name in own):
+            raise SuiteError(
+                f"{path}: the prompt {value!r} is for {base!r}, which is no type or name of a task and no set of "
+                f"modalities ({', '.join(MODALITY_SETS)}).{_near(base, known)}"
+            )
+
+
+def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise SuiteError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{_near(str(key), list(known))}")
+
+
+def _near(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

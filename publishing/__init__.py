@@ -1,0 +1,1 @@
+"""A trained model to a repository that others load."""

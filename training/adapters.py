@@ -1,0 +1,267 @@
+"""LoRA and DoRA through peft, QLoRA where bitsandbytes is there: small trained matrices beside frozen weights.
+
+What starts from random numbers is no small change of anything, so it is trained in full: poolings and projections, and
+of the token embedding the rows of the task prefixes. An adapter means nothing without its base: a repository that it
+names, which is written beside the run where there is none yet.
+"""
+
+import difflib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_bitsandbytes_available, is_peft_available
+
+from ..modeling_vipolyqwen import ViPolyQwenModel
+from ..processing_vipolyqwen import ViPolyQwenProcessor
+from ..publish_vipolyqwen import save_reading_files, save_repository
+from ..publishing.repository import load_adapter
+from .arguments import TOWERS, ModelArguments, ViPolyQwenTrainingArguments
+from .checkpoints import UNFINISHED, publish_checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+BASE = "base"  # in the output folder: what the adapter belongs to, if that is no repository yet
+ADAPTER = "adapter"  # in the output folder: the adapter that was merged into what lies there
+ADAPTER_CONFIG = "adapter_config.json"
+NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection")  # start from random numbers
+
+# The linear layers of attention and MLP, below a tower's path in TOWERS.
+TOWER_LAYERS = {
+    "language": r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "vision": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+    "audio": r"encoder\.layers\.\d+\.(attention\.(q|k|v|out)_proj|feed_forward\.(intermediate|output)_dense)",
+}
+# WavLM's attention reads the weights of its layers and calls none of them, so an adapter there would do nothing.
+WAVLM_LAYERS = r"encoder\.layers\.\d+\.feed_forward\.(intermediate|output)_dense"
+
+# What must be equal for a run to go on with an adapter.
+IDENTITY = ("r", "lora_alpha", "use_dora", "target_modules", "modules_to_save", "trainable_token_indices")
+
+
+def check_installed(model_args: ModelArguments, device: torch.device) -> None:
+    """Raises an error that says what to install, or to leave out, before anything is loaded."""
+    if model_args.lora_rank is not None and not is_peft_available():
+        raise ImportError(
+            f"`lora_rank` is {model_args.lora_rank}, and adapters need peft, which is not installed: pip install peft"
+        )
+    if model_args.load_in_4bit and device.type != "cuda":
+        raise ValueError(
+            f"`load_in_4bit` needs a CUDA device, and this run is on {device.type}. Leave it out: `lora_rank` alone "
+            "trains as little, on weights that are not quantised."
+        )
+    if model_args.load_in_4bit and not is_bitsandbytes_available():
+        raise ImportError(
+            "`load_in_4bit` needs bitsandbytes, which is not installed, or too old: pip install -U bitsandbytes; or "
+            "leave it out."
+        )
+
+
+def find_targets(model: ViPolyQwenModel, targets: list[str], frozen: list[str]) -> dict[str, list[str]]:
+    """Regular expression -> names of the linear layers that it finds, all of which get an adapter.
+
+    Args:
+        model: the model.
+        targets: towers, which stand for the linear layers of their attention and MLP, or the last part of layers'
+            names, in all towers.
+        frozen: towers that get no adapter.
+
+    Raises:
+        ValueError: a target names no linear layer of a tower that is not frozen.
+    """
+    towers = {name: path for name, path in TOWERS.items() if name not in frozen}
+    if model.config.audio_config is None:
+        towers.pop("audio", None)
+    inside = "|".join(map(re.escape, towers.values()))
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    adapted = {}
+    for target in targets:
+        if target in towers:
+            pattern = rf"{re.escape(towers[target])}\.{_layers(model, target)}"
+        else:
+            pattern = rf"({inside})\.(.+\.)?{re.escape(target)}"
+        found = [name for name in modules if re.fullmatch(pattern, name)]
+        if not found or not set(found) <= set(linear):
+            ends = {name.rsplit(".", 1)[-1] for name in linear if re.match(rf"({inside})\.", name)}
+            known = sorted(end for end in ends if not end.isdigit())
+            near = difflib.get_close_matches(target, [*towers, *known], n=1)
+            raise ValueError(
+                f"`lora_targets` names {target!r}, which is no linear layer of a tower that is trained. "
+                + (f"Did you mean {near[0]!r}? " if near else "")
+                + f"There are the towers {', '.join(towers)}, and the layers {', '.join(known)}."
+            )
+        bypassed = [name for name in found if _is_bypassed(model, name)]
+        if bypassed:
+            raise ValueError(
+                f"`lora_targets` names {target!r}, and so {bypassed[0]}: WavLM's attention reads that layer's weights "
+                "past any adapter. Name towers, which leave it out, or `freeze` audio."
+            )
+        adapted[pattern] = found
+    return adapted
+
+
+def _layers(model: ViPolyQwenModel, tower: str) -> str:
+    is_wavlm = tower == "audio" and model.config.audio_config.model_type == "wavlm"
+    return WAVLM_LAYERS if is_wavlm else TOWER_LAYERS[tower]
+
+
+def _is_bypassed(model: ViPolyQwenModel, name: str) -> bool:
+    in_audio = name.startswith(f"{TOWERS['audio']}.") and model.config.audio_config.model_type == "wavlm"
+    return in_audio and ".attention." in name
+
+
+def untrained_towers(model: ViPolyQwenModel, model_args: ModelArguments) -> list[str]:
+    """The towers in which nothing is trained: frozen ones, and those without adapter.
+
+    The language model without adapter is none of them unless it is frozen: it has the rows of the task prefixes.
+    """
+    targets = find_targets(model, model_args.lora_targets, model_args.freeze)
+    layers = [name for found in targets.values() for name in found]
+    there = [tower for tower in ("vision", "audio") if tower == "vision" or model.config.audio_config is not None]
+    without = [tower for tower in there if not any(name.startswith(f"{TOWERS[tower]}.") for name in layers)]
+    return [tower for tower in TOWERS if tower in model_args.freeze or tower in without]
+
+
+def new_modules(model: ViPolyQwenModel) -> list[str]:
+    """The modules of the new parts that have weights.
+
+    They are named one by one because peft compares the ends of names: `projection` would also be a layer of HuBERT.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.split(".")[0] in NEW_PARTS and list(module.parameters(recurse=False))
+    ]
+
+
+def add_adapter(
+    model: ViPolyQwenModel,
+    processor: ViPolyQwenProcessor,
+    model_args: ModelArguments,
+    base: str,
+    mixed_precision: bool = False,
+) -> "PeftModel":
+    """Freezes a model but for an adapter, the new parts and the rows of the task prefixes.
+
+    Args:
+        model: the model that `base` holds; changed in place.
+        processor: its processor, which knows the prefixes.
+        model_args: rank, targets and the like; the towers to freeze.
+        base: the repository that the adapter names as its base.
+        mixed_precision: whether forwards are autocast, so that what is trained can be float32.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    prefixes = processor.tokenizer.convert_tokens_to_ids(sorted(set(processor.task_prefixes.values())))
+    config = LoraConfig(
+        r=model_args.lora_rank,
+        lora_alpha=2 * model_args.lora_rank if model_args.lora_alpha is None else model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_dora=model_args.use_dora,
+        target_modules="|".join(find_targets(model, model_args.lora_targets, model_args.freeze)),
+        modules_to_save=new_modules(model),
+        trainable_token_indices=None if "language" in model_args.freeze else {"embed_tokens": prefixes},
+    )
+    on_hub = not Path(base).is_dir()
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base if on_hub else str(Path(base).resolve())
+    config.revision = model.config._commit_hash if on_hub else None
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and mixed_precision:  # weights in half precision would lose small updates
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def continued(model_args: ModelArguments, args: ViPolyQwenTrainingArguments) -> ModelArguments:
+    """The arguments with the base that an interrupted run has written as `model`, where there is one to go on from."""
+    resume = args.resume_from_checkpoint
+    run = Path(resume).parent if isinstance(resume, str) else Path(args.output_dir)
+    if not resume or not (run / BASE).is_dir() or not list(run.glob("checkpoint-*")):
+        return model_args
+    built = dict.fromkeys(("vlm", "audio", "pooling", "projection", "audio_fusion"))
+    return replace(model_args, model=str(run / BASE), **built)
+
+
+def write_base(model: ViPolyQwenModel, processor: ViPolyQwenProcessor, args: ViPolyQwenTrainingArguments) -> str:
+    """Writes the model into the output folder, as the base of its adapter; returns the folder."""
+    folder = Path(args.output_dir) / BASE
+    with args.main_process_first(local=args.save_on_each_node, desc="writing the base of the adapter"):
+        if args.should_save:
+            written = folder.parent / UNFINISHED / BASE
+            save_repository(model, processor, written)
+            publish_checkpoint(written, folder)
+    return str(folder)
+
+
+def load_in_4bit(base: str, attention: str, args: ViPolyQwenTrainingArguments) -> PreTrainedModel:
+    """The base with the language model in 4 bits (QLoRA, Dettmers et al. 2023) and everything else as it was."""
+    from peft import prepare_model_for_kbit_training
+
+    kept = [TOWERS["vision"], TOWERS["audio"], *NEW_PARTS]
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        llm_int8_skip_modules=kept,
+    )
+    model = ViPolyQwenModel.from_pretrained(
+        base, quantization_config=quantisation, device_map={"": args.device}, attn_implementation=attention
+    )
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer switches that on
+
+
+def save_adapter(
+    model: "PeftModel", processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Writes an adapter with its processor; `state_dict` as in `save_repository`."""
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # an empty card; publish_vipolyqwen.py writes one
+    save_reading_files(processor, folder, has_audio=model.config.audio_config is not None)
+
+
+def save_merged(adapter: Path, folder: Path) -> None:
+    """Writes base and adapter as one whole repository; the base is read again, as it was before any quantisation."""
+    save_repository(*load_adapter(adapter), folder)
+
+
+def check_adapter(model: nn.Module, checkpoint: Path) -> None:
+    """Raises ValueError unless a checkpoint's adapter fits the model's, or neither has one."""
+    stored, own = (checkpoint / ADAPTER_CONFIG).is_file(), is_adapted(model)
+    if stored != own:
+        raise ValueError(
+            f"{checkpoint} holds {'an adapter' if stored else 'a whole model'}, and this run trains "
+            f"{'an adapter' if own else 'a whole model'}. Resume it {'with' if stored else 'without'} `lora_rank`."
+        )
+    if not own:
+        return
+    from peft import PeftConfig
+
+    there, here = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
+    for name in IDENTITY:
+        before, now = getattr(there, name), getattr(here, name)
+        if before != now:
+            raise ValueError(
+                f"The adapter in {checkpoint} has {name} {before!r}, and this run {now!r}. Resume it with the "
+                "settings that it was begun with, or begin a new run."
+            )
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft puts before it: `base_model.model.vlm.…` is `vlm.…`."""
+    return name.removeprefix("base_model.model.")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is a model with an adapter."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)

@@ -1,0 +1,323 @@
+"""Is any task starved? What a run shows about its balance, while it goes and as a page afterwards.
+
+`BalanceMonitor` adds to the log what no single batch shows: volatility, drift, phase. `write_page` draws the log of a
+run. Everything about a batch (losses, shares, gradients) is in the log already: `MixedLoss.summarise`.
+"""
+
+import math
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.utils import logging
+
+from ..evaluation.charts import line_chart
+from .adapters import NEW_PARTS, plain_name
+from .distributed import whole
+
+logger = logging.get_logger(__name__)
+
+PHASES = ("exploration", "stabilisation", "optimisation")
+PHASE_BOUNDS = (2000, 10_000)  # steps (STW paper §3.4.2)
+SHORTEST_FULL_RUN = 12_500  # steps; in a shorter run every bound is as far along as it is in this one
+CHECKPOINTS = {  # step -> what is expected there (STW paper §5.3)
+    1000: "the loss has a falling trend",
+    2000: "a sharp improvement has begun",
+    5000: "the tasks are in balance",
+    10_000: "training is stable",
+}
+BALANCED = 3.0  # largest over smallest gradient share
+SHARP = 0.9  # of the loss around the checkpoint before
+WINDOW = 100  # values that a volatility looks back
+
+Log = dict[str, Any]
+
+
+class BalanceMonitor(TrainerCallback):
+    """Keeps the last losses and gradient norms and where the new parts started, and makes numbers of them."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.gradient_norms: deque[float] = deque(maxlen=WINDOW)
+        self.start: dict[str, torch.Tensor] = {}  # parameter -> its values when training began
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remembers where the new parts started, unless a resumed run has brought it."""
+        if not self.start and model is not None:
+            self.start = {name: value.cpu() for name, value in whole(_new_parameters(model)).items()}
+
+    def record(self, loss: float) -> None:
+        """Adds the loss of one batch."""
+        self.losses.append(loss)
+
+    def summary(self, model: nn.Module, state: TrainerState, gradient_norm: float | None) -> dict[str, float]:
+        """`volatility/loss`, `volatility/gradient_norm`, `drift/PART` and `phase`, for one log.
+
+        A volatility is standard deviation / mean, of the last 100 batches' losses and of the last 100 logged norms of
+        the whole gradient; a drift is ‖θ − θ₀‖ / ‖θ₀‖ of a part.
+        """
+        if gradient_norm is not None and math.isfinite(gradient_norm):
+            self.gradient_norms.append(float(gradient_norm))
+        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, value in whole(_new_parameters(model)).items():
+            if name in self.start:
+                start = self.start[name].to(value.device)
+                part = squares[f"drift/{name.split('.')[0]}"]
+                part[0] += (value - start).float().square().sum().item()
+                part[1] += start.float().square().sum().item()
+        drifts = {name: math.sqrt(moved / start) for name, (moved, start) in squares.items() if start}
+        return {
+            "volatility/loss": volatility(self.losses),
+            "volatility/gradient_norm": volatility(self.gradient_norms),
+            **drifts,
+            "phase": float(PHASES.index(phase(state.global_step, state.max_steps))),
+        }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Log | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Says at each of the paper's checkpoints whether what it expects there is seen."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            before = _step_before(state)
+            for checkpoint in paper_checkpoints(state.log_history, state.max_steps):
+                if before < checkpoint.step <= state.global_step:
+                    logger.info(f"Step {checkpoint.step}: {checkpoint}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes balance.html into the output folder."""
+        if state.is_world_process_zero:
+            write_page(state.log_history, state.max_steps, Path(args.output_dir) / "balance.html")
+
+
+def _new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in named.items() if name.split(".")[0] in NEW_PARTS}
+
+
+def _step_before(state: TrainerState) -> int:
+    steps = [entry["step"] for entry in state.log_history if "loss" in entry]
+    return steps[-2] if len(steps) > 1 else 0
+
+
+def volatility(values: Any) -> float:
+    """Standard deviation over mean of a series; 0 for fewer than two values."""
+    series = torch.tensor(list(values), dtype=torch.float64)
+    if len(series) < 2 or not series.mean():
+        return 0.0
+    return (series.std() / series.mean().abs()).item()
+
+
+def scaled(step: int, max_steps: int) -> int:
+    """A step of the paper's schedule in a run of `max_steps`: the same in long runs, moved forward in short ones."""
+    return max(1, round(step * min(1.0, max_steps / SHORTEST_FULL_RUN)))
+
+
+def phase(step: int, max_steps: int) -> str:
+    """The phase of the STW paper (§3.4.2) in which a step lies."""
+    return PHASES[sum(step >= scaled(bound, max_steps) for bound in PHASE_BOUNDS)]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One of the paper's checkpoints and what the run shows there."""
+
+    step: int
+    expected: str
+    figure: str  # what was measured
+    seen: bool | None  # None: nothing was measured
+
+    def __str__(self) -> str:
+        verdict = {True: "seen", False: "NOT seen", None: "not measured"}[self.seen]
+        return f"{self.expected}: {verdict} ({self.figure})"
+
+
+def paper_checkpoints(history: list[Log], max_steps: int) -> list[Checkpoint]:
+    """The checkpoints that a run has passed. The paper gives no thresholds; these are ours.
+
+    Each looks at the last quarter of the steps up to it: the loss there against the first quarter (trend), against the
+    same window of the checkpoint before (sharp improvement: 10 % lower), the gradient shares (balance: largest below
+    three times the smallest), the loss's volatility against that of the first quarter (stable: lower).
+    """
+    entries = [entry for entry in history if "loss" in entry]
+    reached = entries[-1]["step"] if entries else 0
+    steps = [scaled(step, max_steps) for step in CHECKPOINTS]
+    judges = (_trend, _improvement, _balance, _stability)
+    found = []
+    for number, (step, expected) in enumerate(zip(steps, CHECKPOINTS.values(), strict=True)):
+        if step <= reached:
+            figure, seen = judges[number](entries, step, steps[max(0, number - 1)])
+            found.append(Checkpoint(step, expected, figure, seen))
+    return found
+
+
+def _quarter(entries: list[Log], step: int, first: bool = False) -> list[Log]:
+    """The entries of the first or last quarter of the steps up to `step`."""
+    low, high = (0, step / 4) if first else (step * 3 / 4, step)
+    return [entry for entry in entries if low < entry["step"] <= high]
+
+
+def _mean(entries: list[Log], name: str) -> float:
+    values = [entry[name] for entry in entries if name in entry]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _trend(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
+    start, end = _mean(_quarter(entries, step, first=True), "loss"), _mean(_quarter(entries, step), "loss")
+    return f"loss {start:.3f} → {end:.3f}", None if math.isnan(start + end) else end < start
+
+
+def _improvement(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
+    start, end = _mean(_quarter(entries, before), "loss"), _mean(_quarter(entries, step), "loss")
+    return f"loss {start:.3f} → {end:.3f}", None if math.isnan(start + end) else end <= SHARP * start
+
+
+def _balance(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
+    ratio = share_ratio(_quarter(entries, step))
+    return f"largest over smallest gradient share {ratio:.1f}", None if math.isnan(ratio) else ratio < BALANCED
+
+
+def _stability(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
+    start = _mean(_quarter(entries, step, first=True), "volatility/loss")
+    end = _mean(_quarter(entries, step), "volatility/loss")
+    return f"loss volatility {start:.3f} → {end:.3f}", None if math.isnan(start + end) else end < start
+
+
+def task_means(entries: list[Log], name: str) -> dict[str, float]:
+    """{task: mean of `NAME/TASK`} over log entries."""
+    keys = sorted({key for entry in entries for key in entry if key.startswith(f"{name}/") and key.count("/") == 1})
+    return {key.removeprefix(f"{name}/"): _mean(entries, key) for key in keys}
+
+
+def share_ratio(entries: list[Log]) -> float:
+    """Largest over smallest mean gradient share of the tasks in log entries; NaN where none was measured."""
+    shares = task_means(entries, "gradient_share").values()
+    if not shares:
+        return math.nan
+    return max(shares) / min(shares) if min(shares) > 0 else math.inf
+
+
+def verdict(entries: list[Log]) -> str:
+    """One sentence: is any task starved?"""
+    shares = task_means(entries, "gradient_share")
+    ratio = share_ratio(entries)
+    if math.isnan(ratio):
+        return "No gradients were measured (monitor_steps: 0)."
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    shown = f"{most} has {shares[most]:.1%} of the gradient, {least} {shares[least]:.1%}: {ratio:.1f} times less"
+    return f"Balanced: {shown}." if ratio < BALANCED else f"{least} is starved: {shown}."
+
+
+def write_page(history: list[Log], max_steps: int, path: Path) -> None:
+    """Draws the log of a run as one self-contained page."""
+    entries = [entry for entry in history if "loss" in entry]
+    last = entries[-max(1, len(entries) // 4) :]
+    tasks = sorted(task_means(entries, "loss"))
+    columns = {name: task_means(last, name) for name in ("loss", "weight", "share", "gradient_share")}
+    first = task_means(entries[: max(1, len(entries) // 10)], "loss")
+    rows = [
+        {"task": task, "first": first.get(task), **{name: values.get(task) for name, values in columns.items()}}
+        for task in tasks
+    ]
+    charts = {
+        "Gradient share": _series(entries, "gradient_share"),
+        "Share of the weighted loss": _series(entries, "share"),
+        "Loss": _series(entries, "loss"),
+        "Weight λ": _series(entries, "weight"),
+        "Drift of the new parts": _series(entries, "drift"),
+        "Volatility": _series(entries, "volatility"),
+    }
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            verdict=verdict(last),
+            rows=rows,
+            cosines=_cosine_table(last, tasks),
+            tasks=tasks,
+            charts={title: line_chart(series) for title, series in charts.items() if series},
+            checkpoints=paper_checkpoints(history, max_steps),
+            phase=phase(entries[-1]["step"], max_steps) if entries else PHASES[0],
+            steps=entries[-1]["step"] if entries else 0,
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _series(entries: list[Log], name: str) -> dict[str, list[tuple[float, float]]]:
+    """{what comes after NAME/: points (step, value)} of the log."""
+    series = defaultdict(list)
+    for entry in entries:
+        for key, value in entry.items():
+            if key.startswith(f"{name}/") and key.count("/") == 1:
+                series[key.removeprefix(f"{name}/")].append((entry["step"], value))
+    return dict(sorted(series.items()))
+
+
+def _cosine_table(entries: list[Log], tasks: list[str]) -> dict[str, dict[str, float]]:
+    """{task: {task: mean gradient cosine}}, both ways round."""
+    table: dict[str, dict[str, float]] = defaultdict(dict)
+    for one in tasks:
+        for other in tasks:
+            cosine = _mean(entries, f"gradient_cosine/{one}/{other}")
+            if not math.isnan(cosine):
+                table[one][other] = table[other][one] = round(cosine, 2) + 0.0  # + 0.0: no "-0.00"
+    return dict(table)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Task balance</title>
+<style>
+body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1.5em}
+.bar{background:#d9480f;height:.7em}.verdict{font-size:1.35em;font-weight:600}small{color:#666}
+</style>
+<h1>Task balance</h1>
+<p class="verdict">{{ verdict }}</p>
+<p>{{ steps }} steps, phase: {{ phase }}. The table is the last quarter of the run. A task's gradient share is the
+norm of its weighted loss's gradient by the embeddings, over the sum of these norms.</p>
+<table><tr><th>task<th>loss at first<th>loss<th>λ<th>share of loss<th>gradient share<th></tr>
+{% for r in rows %}<tr><td>{{ r.task }}
+{% for value in (r.first, r.loss, r.weight, r.share, r.gradient_share) %}
+<td>{{ "–" if value is none else "%.3f" % value }}{% endfor %}
+<td style="width:220px"><div class="bar" style="width:{{ (210 * (r.gradient_share or 0)) | int }}px"></div></tr>
+{% endfor %}</table>
+<div class="charts">{% for title, chart in charts.items() %}<div><h3>{{ title }}</h3>{{ chart | safe }}</div>
+{% endfor %}</div>
+{% if cosines %}<h2>Do tasks pull together?</h2>
+<p>Cosine of the tasks' gradients: below 0 they work against each other.</p>
+<table><tr><th>{% for task in tasks %}<th>{{ task }}{% endfor %}</tr>
+{% for one in tasks %}<tr><td>{{ one }}{% for other in tasks %}
+{% set value = cosines.get(one, {}).get(other) %}
+<td{% if value is not none and value < 0 %} style="background:#ffe3e3"{% endif %}>
+{{ "" if value is none else "%.2f" % value }}{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% if checkpoints %}<h2>The paper's checkpoints</h2>
+<table><tr><th>expected<th>step<th>seen<th>measured</tr>
+{% for c in checkpoints %}<tr><td>{{ c.expected }}<td>{{ c.step }}
+<td>{{ {true: "yes", false: "no", none: "not measured"}[c.seen] }}<td>{{ c.figure }}</tr>{% endfor %}</table>
+<p><small>In a run shorter than 12,500 steps they stand as far along as in one of that length. The paper gives no
+thresholds: the trend is against the first quarter, the improvement 10 % since the checkpoint before, balance a largest
+share below three times the smallest, stability a volatility below that of the first quarter.</small></p>{% endif %}
+</html>
+"""

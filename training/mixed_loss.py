@@ -1,0 +1,390 @@
+"""The mixed loss: one loss per row, chosen by its task, over one batch of all tasks and all processes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .losses import (
+    COMPONENTS,
+    SCORE_COMPONENTS,
+    TaskLoss,
+    check_weight,
+    cosine_distance,
+    hardest_triplet,
+    info_nce,
+    pairwise_rank,
+    score_mse,
+)
+from .weighting import TaskWeighting, UniformWeighting
+
+MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; a sound beside other parts counts
+LOWEST_TEMPERATURE = 0.01  # of a learned one, as in CLIP: below it one pair takes all of the gradient
+
+
+@dataclass
+class HardNegatives:
+    """Texts that rows of the batch name as wrong answers."""
+
+    vectors: Tensor  # (N, D) float, unit vectors
+    owners: Tensor  # (N,) long, the row that names each
+    keys: Tensor | None = None  # (N,) int64, equal for equal content, comparable with the keys of side b
+
+
+@dataclass
+class MixedLossOutput:
+    """What one batch gives."""
+
+    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i), and what learned weights add
+    per_sample: Tensor  # (B,) with gradient, L_type(i) before λ
+    components: dict[str, Tensor]  # per component (B,) without gradient, unweighted; NaN where a row does not use it
+    parts: Tensor  # (T,) with gradient, p_t = (1/B) Σ_{i of t} L_i, so that the loss is Σ_t λ_t p_t
+    task_weights: Tensor  # (T,) λ_t
+    task_ids: Tensor  # (B,) long, as given
+    gradient_gram: Tensor | None  # (T, T) ⟨∇_E p_s, ∇_E p_t⟩ over all embeddings E, or None if not asked for
+
+
+class MixedLoss(nn.Module):
+    """One loss per row, chosen by the row's task, over one mixed batch (STW paper §4.2, trimodal paper §4.2).
+
+    NCE and Triplet see all rows of the batch, whatever their task. With several processes give it the joined batch of
+    `gather_with_grad`. Every option works together with every other.
+
+    Args:
+        tasks: task name -> its loss; the order gives the task ids.
+        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's own pair.
+        learnable_temperature: train T from there on, by the gradient of NCE alone (Triplet would only raise it).
+        weighting: λ per task over the same task names; None is λ = 1.
+        mask_duplicates: rows whose a or b is the same content as the positive's are no negatives.
+        mask_groups: rows of one group are no negatives of each other.
+        nce_min_score: a row scored below this is no positive: all its components but mse and rank are 0, though it
+            stays a negative for other rows. None switches it off.
+        false_negative_margin: a negative more similar than the positive by more than this is left out. None: none is.
+        matryoshka_dims: the loss is the mean of those of the vectors' first dims, each brought to unit length
+            (Kusupati et al. 2022). None: all of the vector.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, TaskLoss],
+        temperature: float | Mapping[str, float] = 0.07,
+        weighting: TaskWeighting | None = None,
+        mask_duplicates: bool = True,
+        nce_min_score: float | None = 0.5,
+        mask_groups: bool = True,
+        false_negative_margin: float | None = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        learnable_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        if nce_min_score is not None and not 0 <= nce_min_score <= 1:
+            raise ValueError(f"nce_min_score is {nce_min_score}; it must lie in [0, 1], or be None for off.")
+        if false_negative_margin is not None:
+            check_weight(false_negative_margin, "false_negative_margin")
+        self.tasks = list(tasks)
+        self.weighting = UniformWeighting(self.tasks) if weighting is None else weighting
+        if self.weighting.tasks != self.tasks:
+            raise ValueError(f"The weighting is for tasks {self.weighting.tasks}, the loss for {self.tasks}.")
+        self.mask_duplicates, self.mask_groups, self.nce_min_score = mask_duplicates, mask_groups, nce_min_score
+        self.false_negative_margin, self.matryoshka_dims = false_negative_margin, _checked_dims(matryoshka_dims)
+        self.temperature_by_pair = isinstance(temperature, Mapping)
+        log_temperatures = torch.tensor(_checked_temperatures(temperature)).log()  # (1,) or (pairs,)
+        if learnable_temperature:
+            self.log_temperatures = nn.Parameter(log_temperatures)
+        else:
+            self.register_buffer("log_temperatures", log_temperatures, persistent=False)
+        losses = tasks.values()
+        constants = {  # they come from the settings and are no state
+            "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
+            "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
+            "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
+            "requires_score": [loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses],  # (T,)
+            "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (5,)
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        task_ids: Tensor,
+        scores: Tensor,
+        a_keys: Tensor | None = None,
+        b_keys: Tensor | None = None,
+        epoch: float = 0.0,
+        *,
+        groups: Tensor | None = None,
+        modalities: Tensor | None = None,
+        negatives: HardNegatives | None = None,
+        with_gradients: bool = False,
+    ) -> MixedLossOutput:
+        """Loss of one batch.
+
+        Args:
+            a: (B, D) float, unit vectors.
+            b: (B, D) float, unit vectors.
+            task_ids: (B,) long, positions in `tasks`.
+            scores: (B,) float in [0, 1], NaN where absent.
+            a_keys: (B,) int64, equal for equal content of side a; without keys no duplicates are masked on that side.
+            b_keys: (B,) int64, the same for side b.
+            epoch: epochs since the start of training, for the weighting.
+            groups: (B,) int64, equal for rows of one group, 0 for a row without group.
+            modalities: (B,) long, positions in `MODALITY_PAIRS`; needed for temperatures by pair.
+            negatives: hard negatives; every row sees those of all rows.
+            with_gradients: whether to measure the tasks' gradients; a weighting that needs them has them anyway.
+        """
+        self._check_batch(a, b, task_ids, scores)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        scores = scores.to(dtype)
+        with torch.autocast(a.device.type, enabled=False):  # autocast would put the matmul back to bfloat16
+            temperatures = self._temperatures(len(a), modalities).to(dtype)
+            mask = self._mask(a_keys, b_keys, groups, negatives)
+            candidates = b if negatives is None else torch.cat([b, negatives.vectors])
+            values = torch.stack(  # (dims, B, 5)
+                [
+                    self._values(one.to(dtype) @ other.to(dtype).T, task_ids, scores, temperatures, mask)
+                    for one, other in self._prefixes(a, candidates)
+                ]
+            ).mean(dim=0)
+            weights = self.weights.to(dtype)[task_ids]  # (B, 5)
+            per_sample = (weights * values).sum(dim=1)
+            counts = torch.bincount(task_ids, minlength=len(self.tasks)).to(dtype)
+            parts = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, per_sample) / len(a)
+            task_weights = self.weighting(epoch).to(parts)
+            loss = (task_weights * parts).sum() + (self.weighting.penalty().to(parts) * counts).sum() / len(a)
+            wanted = with_gradients or self.weighting.needs_gradient_norms
+            embeddings = [x for x in (a, b, *([] if negatives is None else [negatives.vectors])) if x.requires_grad]
+            gram = gradient_gram(parts, embeddings) if wanted and embeddings else None
+        uses = (weights > 0) & ~(self.by_score & scores.isnan()[:, None])  # (B, 5)
+        shown = dict(zip(COMPONENTS, values.detach().where(uses, torch.nan).unbind(dim=1), strict=True))
+        self._observe(parts.detach(), counts, gram)
+        return MixedLossOutput(loss, per_sample, shown, parts, task_weights.detach(), task_ids, gram)
+
+    def _observe(self, parts: Tensor, counts: Tensor, gram: Tensor | None) -> None:
+        """Shows the weighting a batch of training; a batch that is not finite teaches it nothing."""
+        if self.training and parts.isfinite().all():
+            norms = None if gram is None else gram.diagonal().clamp(min=0).sqrt()
+            with torch.no_grad():
+                self.weighting.observe(parts * counts.sum() / counts.clamp(min=1), counts > 0, norms)
+
+    def _temperatures(self, rows: int, modalities: Tensor | None) -> Tensor:
+        """(B,) float, T of each row."""
+        temperatures = self.log_temperatures.exp()
+        if isinstance(self.log_temperatures, nn.Parameter):
+            temperatures = temperatures.clamp(min=LOWEST_TEMPERATURE)
+        if not self.temperature_by_pair:
+            return temperatures.expand(rows)
+        if modalities is None:
+            raise ValueError("The temperature differs by pair of modalities; give the loss `modalities` of each row.")
+        return temperatures[modalities]
+
+    def _prefixes(self, a: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Both sides cut to each Matryoshka length, as unit vectors."""
+        if self.matryoshka_dims is None:
+            return [(a, candidates)]
+        if self.matryoshka_dims[0] > a.shape[1]:
+            raise ValueError(
+                f"matryoshka_dims has {self.matryoshka_dims[0]}, but the vectors have {a.shape[1]} dimensions; "
+                "leave it out."
+            )
+        cut = nn.functional.normalize
+        return [(cut(a[:, :dim], dim=1), cut(candidates[:, :dim], dim=1)) for dim in self.matryoshka_dims]
+
+    def _values(
+        self, similarities: Tensor, task_ids: Tensor, scores: Tensor, temperatures: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """(B, 5) float, every component of every row, unweighted and finite, used or not."""
+        cosines = similarities.diagonal()
+        ranked = self.weights[task_ids, COMPONENTS.index("rank")] > 0
+        rank_margins = self.rank_margins.to(scores)[task_ids]
+        triplet_margins = self.triplet_margins.to(scores)[task_ids]
+        mask, column_mask = self._with_false_negatives(similarities.detach(), mask)
+        values = {
+            "nce": info_nce(similarities, temperatures, mask, column_mask),
+            "mse": score_mse(cosines, scores),
+            "rank": pairwise_rank(cosines, scores.where(ranked, torch.nan), rank_margins),
+            "cosine": cosine_distance(cosines),
+            "triplet": hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask),
+        }
+        stacked = torch.stack([values[name] for name in COMPONENTS], dim=1)
+        if self.nce_min_score is None:
+            return stacked
+        no_positive = scores < self.nce_min_score  # (B,); False for NaN
+        return stacked.masked_fill(no_positive[:, None] & ~self.by_score, 0.0)
+
+    def _with_false_negatives(self, similarities: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The masks for rows (B, C) and for columns (B, B), with what is more similar than the positive + margin."""
+        rows = len(similarities)
+        if self.false_negative_margin is None:
+            return mask, None if mask is None else mask[:, :rows]
+        limit = similarities.diagonal() + self.false_negative_margin
+        by_row, by_column = similarities > limit[:, None], similarities[:, :rows] > limit[None, :]
+        return (by_row, by_column) if mask is None else (by_row | mask, by_column | mask[:, :rows])
+
+    def _mask(
+        self, a_keys: Tensor | None, b_keys: Tensor | None, groups: Tensor | None, negatives: HardNegatives | None
+    ) -> Tensor | None:
+        """(B, C) bool, True where a candidate is no negative of a row by its content or its group, or None."""
+        masks = []
+        owners = None if negatives is None else negatives.owners
+        if self.mask_duplicates and a_keys is not None:
+            same = a_keys[:, None] == a_keys[None, :]  # a hard negative of an equal question stays one
+            masks.append(same if owners is None else nn.functional.pad(same, (0, len(owners))))
+        if self.mask_duplicates and b_keys is not None:
+            candidate_keys = b_keys
+            if negatives is not None and negatives.keys is not None:
+                candidate_keys = torch.cat([b_keys, negatives.keys])
+            same = b_keys[:, None] == candidate_keys[None, :]
+            missing = 0 if owners is None else len(b_keys) + len(owners) - same.shape[1]
+            masks.append(nn.functional.pad(same, (0, missing)))
+        if self.mask_groups and groups is not None:
+            same = (groups[:, None] == groups[None, :]) & (groups[:, None] != 0)
+            if owners is not None:  # another's negative may be right for a row of its group; its own is not
+                own = owners[None, :] == torch.arange(len(groups), device=groups.device)[:, None]
+                same = torch.cat([same, same[:, owners] & ~own], dim=1)
+            masks.append(same)
+        return torch.stack(masks).any(dim=0) if masks else None
+
+    def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor) -> None:
+        """Raises ValueError for shapes that do not fit, unknown task ids and missing scores."""
+        rows = a.shape[:1]
+        if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
+            shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
+            raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
+        if ((task_ids < 0) | (task_ids >= len(self.tasks))).any():
+            raise ValueError(f"task_ids {task_ids.tolist()} must lie in [0, {len(self.tasks)}): {self.tasks}.")
+        missing = self.requires_score[task_ids] & scores.isnan()
+        if missing.any():
+            names = sorted({self.tasks[task] for task in task_ids[missing].tolist()})
+            positions = missing.nonzero().flatten().tolist()
+            raise ValueError(
+                f"Tasks {names} need a score (mse or rank > 0), but rows {positions} of the batch have none; "
+                "give these rows a score, or set mse and rank of the task to 0."
+            )
+
+    def summarise(self, output: MixedLossOutput) -> dict[str, float]:
+        """The batch in numbers, for each task present.
+
+        `loss/TASK` and `loss/TASK/COMPONENT` (unweighted means over its rows), `weight/TASK` (λ), `share/TASK` (its
+        share of the weighted loss); where gradients were measured `gradient_norm/TASK` (of λ_t p_t by the embeddings),
+        `gradient_share/TASK` (its share of the sum of these norms) and `gradient_cosine/TASK/TASK`; `temperature` or
+        `temperature/PAIR` where it is learned.
+        """
+        task_ids = output.task_ids.cpu()
+        values = torch.stack([output.per_sample.detach(), *output.components.values()]).cpu()  # (1 + 5, B)
+        weighted = (output.task_weights * output.parts.detach()).cpu()
+        present = task_ids.unique().tolist()
+        summary = {}
+        for task_id in present:
+            task, rows = self.tasks[task_id], values[:, task_ids == task_id]
+            summary[f"loss/{task}"] = rows[0].mean().item()
+            for name, value in zip(output.components, rows[1:].nanmean(dim=1).tolist(), strict=True):
+                if not math.isnan(value):
+                    summary[f"loss/{task}/{name}"] = value
+            summary[f"weight/{task}"] = output.task_weights[task_id].item()
+            summary[f"share/{task}"] = (weighted[task_id] / weighted.sum()).item() if weighted.sum() else 0.0
+        if output.gradient_gram is not None:
+            summary |= self._gradient_summary(output.gradient_gram.cpu(), output.task_weights.cpu(), present)
+        if isinstance(self.log_temperatures, nn.Parameter):
+            names = [f"temperature/{pair}" for pair in MODALITY_PAIRS] if self.temperature_by_pair else ["temperature"]
+            summary |= dict(zip(names, self.log_temperatures.detach().exp().tolist(), strict=True))
+        return summary
+
+    def _gradient_summary(self, gram: Tensor, task_weights: Tensor, present: list[int]) -> dict[str, float]:
+        """Norms and shares of the weighted gradients, and cosines between them (which no weight changes)."""
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        weighted = task_weights * norms
+        summary = {}
+        for place, task_id in enumerate(present):
+            task = self.tasks[task_id]
+            summary[f"gradient_norm/{task}"] = weighted[task_id].item()
+            summary[f"gradient_share/{task}"] = (weighted[task_id] / weighted.sum()).item() if weighted.sum() else 0.0
+            for other in present[place + 1 :]:
+                if norms[task_id] * norms[other] > 0:
+                    cosine = gram[task_id, other] / (norms[task_id] * norms[other])
+                    summary[f"gradient_cosine/{task}/{self.tasks[other]}"] = cosine.item()
+        return summary
+
+
+def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
+    """(T, T), the inner products of the gradients of T numbers by the embeddings, without touching any `.grad`.
+
+    The backward ends at the embeddings, so it costs a few products of (B, B) with (B, D) and nothing of the model.
+
+    Args:
+        parts: (T,) with gradient.
+        embeddings: tensors that `parts` was computed from.
+    """
+    flat = parts.new_empty(len(parts), sum(x.numel() for x in embeddings))
+    for row, part in zip(flat, parts, strict=True):  # one after another: all at once would hold T matrices of (B, B)
+        gradients = torch.autograd.grad(part, tuple(embeddings), retain_graph=True, materialize_grads=True)
+        torch.cat([gradient.flatten().to(flat.dtype) for gradient in gradients], out=row)
+    return flat @ flat.T
+
+
+def _checked_temperatures(temperature: float | Mapping[str, float]) -> list[float]:
+    """One temperature, or one for each pair of modalities; raises ValueError naming what is wrong."""
+    if not isinstance(temperature, Mapping):
+        temperature = {"temperature": temperature}
+    elif set(temperature) != set(MODALITY_PAIRS):
+        raise ValueError(f"temperature is {dict(temperature)}; give one for each of {', '.join(MODALITY_PAIRS)}.")
+    else:
+        temperature = {pair: temperature[pair] for pair in MODALITY_PAIRS}
+    for name, value in temperature.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: temperature is {value!r}; it must be > 0 (the papers use 0.07 and 0.2).")
+    return [float(value) for value in temperature.values()]
+
+
+def _checked_dims(dims: Sequence[int] | None) -> list[int] | None:
+    """Matryoshka lengths, longest first; raises ValueError for what is no length."""
+    if dims is None:
+        return None
+    if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
+        raise ValueError(f"matryoshka_dims is {dims!r}; give whole numbers >= 1, such as [1024, 512, 256].")
+    return sorted(set(dims), reverse=True)
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """All rows of all processes in rank order, with gradient; x itself where there is one process.
+
+    Every process then computes the loss of the whole joined batch. Why that gives the gradient of one process with the
+    whole batch: the backward pass sums over the W processes what their (equal) losses L say about this process's rows,
+    so it hands W ∂L/∂x_r to rank r's own model pass; DDP and FSDP average the parameter gradients,
+    1/W Σ_r W ∂L/∂x_r ∂x_r/∂θ = dL/dθ. So the loss must be neither divided by nor multiplied with W.
+
+    Args:
+        x: (rows of this process, …) any dtype; the row count may differ between processes and be 0.
+
+    Returns:
+        (rows of all processes, …).
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    own = torch.tensor([x.shape[0]], device=x.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
+    return _GatherRows.apply(x, torch.cat(counts).tolist())
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenation over ranks; the backward sums the gradient of this rank's rows over all ranks."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: x.shape[0]] = x
+        blocks = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(blocks, padded)
+        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.split(ctx.counts)[dist.get_rank()], None

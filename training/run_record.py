@@ -1,0 +1,88 @@
+"""What a run writes down about itself, for the model card: settings, data, hardware, versions; no local path."""
+
+import json
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from ..data.sources import PairDataset
+from ..publishing.card import TRAINING_FILE
+from .arguments import Arguments, ModelArguments
+
+SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")
+SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task_weighting_options")
+SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "data_types")
+SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
+SETTINGS += ("loss_learning_rate", "freeze")
+SETTINGS += ("lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
+SETTINGS += ("bf16", "fp16", "seed", "load_best_model_at_end", "metric_for_best_model")
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "load_in_4bit")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
+
+
+def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, held_out: PairDataset | None) -> None:
+    """Writes `training.json` into the run's folder."""
+    model_args, data_args, loss_args, args = arguments
+    values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
+    names = SETTINGS if model_args.lora_rank is None else (*SETTINGS, *ADAPTER_SETTINGS)
+    settings = {name: values[name] for name in names if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
+    record = {
+        **_origin(model_args),
+        "settings": {"processes": args.world_size, **settings},
+        "train_data": [] if train is None else describe_pairs(train),
+        "eval_data": [] if held_out is None else describe_pairs(held_out),
+        "hardware": _hardware(args.world_size, args.device),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
+    """One entry a source: its file's name or its id on the Hub, and how many rows of which task it has."""
+    described, start = [], 0
+    for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
+        on_hub = _is_hub_id(source.path)
+        described.append(
+            {
+                "name": source.path if on_hub else Path(source.path).name,
+                "on_hub": on_hub,
+                "rows": rows,
+                "weight": source.weight,
+                "data_types": pairs.data_type_counts(start, start + rows),
+            }
+        )
+        start += rows
+    return described
+
+
+def _origin(model_args: ModelArguments) -> dict[str, Any]:
+    """The published backbones, also of a model that goes on from another, and that other if it is on the Hub."""
+    if model_args.model is None:
+        names = [name for name in (model_args.vlm, model_args.audio) if name is not None]
+        return {"base_models": [name for name in names if _is_hub_id(name)]}
+    before = cached_file(
+        model_args.model,
+        TRAINING_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    record = {} if before is None else json.loads(Path(before).read_text(encoding="utf-8"))
+    origin = {"base_models": record.get("base_models", [])}
+    return origin | ({"continued_from": model_args.model} if _is_hub_id(model_args.model) else {})
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
+
+
+def _hardware(processes: int, device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{processes} × {torch.cuda.get_device_name(device)}"
+    return f"{processes} × {device.type}, {os.cpu_count()} cores"

@@ -1,0 +1,416 @@
+"""A transformers Trainer for pairs of six tasks in one batch: only what differs from the stock one."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DynamoBackend, gather_object
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..data.collator import MixedBatchCollator, first_images, row_lengths, take_rows
+from ..data.sampler import MixtureSampler
+from ..data.sources import PairDataset
+from ..evaluation.metrics import pair_retrieval, spearman
+from ..modeling_vipolyqwen import ViPolyQwenModel
+from ..packing_vipolyqwen import takes_lengths
+from ..processing_vipolyqwen import ViPolyQwenProcessor
+from ..publish_vipolyqwen import save_repository
+from .adapters import ADAPTER, check_adapter, is_adapted, plain_name, save_adapter, save_merged
+from .arguments import ViPolyQwenTrainingArguments
+from .balance import BalanceMonitor
+from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
+from .callbacks import DiscardCallback, RateCallback
+from .distributed import loading_whole, own_class
+from .liger import use_liger_kernels
+from .loss_optimizer import LossOptimizer
+from .microbatches import CallLimit, RowSize, plan_calls
+from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
+from .resuming import ResumingTrainer
+from .speedups import compile_layers
+
+logger = logging.get_logger(__name__)
+
+LOSS_STATE = "loss_state.safetensors"  # in a checkpoint: what the loss has learned, and where the new parts started
+
+
+class ViPolyQwenTrainer(ResumingTrainer):
+    """Embeds both sides of each pair, looks up the losses of each row's task, weights, and logs every component.
+
+    Args:
+        model: the model to train.
+        args: training arguments.
+        processor: its processor; saved into every checkpoint.
+        mixed_loss: the loss of each task and the weighting between tasks.
+        train_dataset: pairs to learn from.
+        eval_dataset: held-out pairs.
+        train_collator: rows to a joint batch of both sides, with prefix dropout.
+        eval_collator: the same without dropout.
+    """
+
+    def __init__(
+        self,
+        model: ViPolyQwenModel,
+        args: ViPolyQwenTrainingArguments,
+        processor: ViPolyQwenProcessor,
+        mixed_loss: MixedLoss,
+        train_dataset: PairDataset | None,
+        eval_dataset: PairDataset | None,
+        train_collator: MixedBatchCollator,
+        eval_collator: MixedBatchCollator,
+        **kwargs: Any,
+    ) -> None:
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every call passes through every tower; looking takes time
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processor,
+            data_collator=train_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
+        self._check_launch()
+        self._speed_up(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
+                parameter.requires_grad_(False)
+        self.eval_collator = eval_collator
+        if args.world_size > 1:
+            for collator in (train_collator, eval_collator):
+                collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
+        self.mixed_loss = mixed_loss.to(args.device)
+        self.loss_optimizer = LossOptimizer(self.mixed_loss, args)
+        self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback(self.loss_optimizer)
+        for callback in (self.rates, self.monitor, self.discard):
+            self.add_callback(callback)
+        if self.loss_optimizer.parameters:
+            self.add_callback(self.loss_optimizer)
+        self._logged: dict[str, list[float]] = defaultdict(list)
+
+    def _check_launch(self) -> None:
+        """Raises ValueError for settings that the way the run was launched does not allow."""
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
+                f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
+            )
+        if args.on_nan == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`on_nan` is skip, but DeepSpeed keeps the gradients to itself, so no update is left out. Use error."
+            )
+
+    def _speed_up(self, model: ViPolyQwenModel) -> None:
+        """Packing, fused kernels and compiled layers, as asked for."""
+        args = self.args
+        pays = takes_lengths(model.vlm.language_model.config, args.device)
+        self.packing = args.packing == "true" or (args.packing == "auto" and pays)
+        if args.use_liger_kernel:
+            use_liger_kernels(model, args.device)
+        if args.torch_compile:
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stock step; with chunks under DeepSpeed these have the engine's backward, not the loss."""
+        if self.in_chunks and self.is_deepspeed_enabled:
+            self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
+        return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mixed loss of the joined batch of all processes (SPEC §3)."""
+        pairs = len(inputs["data_type"])
+        embeddings = self.embed(model, inputs)  # sides a, sides b, hard negatives
+        output = self._mixed_loss(embeddings, inputs)
+        summary = self.mixed_loss.summarise(output)
+        if output.loss.isfinite() and all(map(math.isfinite, summary.values())):
+            for name, value in summary.items():
+                self._logged[name].append(value)
+            self.monitor.record(output.loss.item())
+        else:
+            self._refuse_non_finite(output, embeddings, inputs["ids"])
+        self.rates.count(pairs * self.args.world_size, inputs)
+        self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
+        return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
+
+    def _mixed_loss(self, embeddings: torch.Tensor, inputs: dict[str, Any]) -> MixedLossOutput:
+        """The loss of the batches of all processes together, which is the same in each of them."""
+        pairs = len(inputs["data_type"])
+        a, b = (gather_with_grad(side) for side in (embeddings[:pairs], embeddings[pairs : 2 * pairs]))
+        names = ("data_type", "similarity_scores", "a_keys", "b_keys")
+        counts = self.accelerator.gather(torch.tensor([pairs, len(inputs["negative_owners"])], device=a.device))
+        counts = counts.view(-1, 2)  # (processes, 2)
+        negatives = None
+        if counts[:, 1].any():
+            first = counts[: self.args.process_index, 0].sum()  # place of this process's pairs in the joined batch
+            vectors, owners, keys = (
+                gather_with_grad(x)
+                for x in (embeddings[2 * pairs :], inputs["negative_owners"] + first, inputs["negative_keys"])
+            )
+            negatives = HardNegatives(vectors, owners, keys)
+        monitor_steps = self.args.monitor_steps
+        return self.mixed_loss(
+            a,
+            b,
+            *(gather_with_grad(inputs[name]) for name in names),
+            epoch=self.state.epoch or 0,
+            groups=gather_with_grad(inputs["groups"]),
+            modalities=gather_with_grad(inputs["modalities"]),
+            negatives=negatives,
+            with_gradients=monitor_steps > 0 and self.state.global_step % monitor_steps == 0,
+        )
+
+    def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Unit vectors of both sides and of the hard negatives, (2 · pairs + N, D) float32.
+
+        In one process, rows of like length go through the model together (`plan_calls`), unless they are packed. With
+        several processes it is one call that passes through every tower, so that all ranks take part in the same
+        collectives in the same order. With `embed_chunk` or `embed_chunk_tokens` no call is larger than that, not
+        counting the row for every tower, and all processes make as many calls.
+        """
+        device = inputs["attention_mask"].device
+        calls = self._calls(inputs)
+
+        def embed(rows: Sequence[int]) -> torch.Tensor:
+            return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device), self.packing)
+
+        if self.in_chunks:
+            vectors = embed_in_chunks(embed, calls, model, device, exchange=self.accelerator.sync_gradients)
+        else:
+            vectors = torch.cat([embed(rows) for rows in calls])
+        order = torch.tensor([row for rows in calls for row in rows], dtype=torch.long, device=device)
+        return torch.empty_like(vectors).index_copy(0, order, vectors)
+
+    def _calls(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
+        """Which rows go through the model together, each row once; as many calls in every process."""
+        rows = _row_count(inputs)
+        if self.args.world_size > 1 and not self.in_chunks:
+            return [range(rows)]
+        columns = (row_lengths(inputs), self._sound_frames(inputs), first_images(inputs))
+        sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
+        limit = CallLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
+        calls: list[Sequence[int]] = list(plan_calls(sizes, limit))
+        if self.in_chunks:
+            most = self.accelerator.gather(torch.tensor([len(calls)], device=inputs["attention_mask"].device)).max()
+            calls += [()] * (int(most) - len(calls))
+        return calls
+
+    def _sound_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Frames that the speech encoder makes of each row's sound, (rows,) long; 0 without one."""
+        frames = torch.zeros_like(inputs["images_per_row"])
+        if "has_audio" in inputs:
+            samples = inputs["audio_attention_mask"].sum(dim=1)
+            tower = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).audio_tower
+            frames[inputs["has_audio"].bool()] = tower._get_feat_extract_output_lengths(samples)
+        return frames
+
+    def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
+        """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
+
+        One vector that is not finite makes the loss of every row so; then only the rows of such vectors are named.
+        """
+        finite = embeddings[: 2 * len(ids)].isfinite().all(dim=1).view(2, -1).all(dim=0)  # (pairs,)
+        rows = gather_object(list(zip(ids, finite.tolist(), strict=True)))
+        bad = [row for row, (_, vectors_are_finite) in enumerate(rows) if not vectors_are_finite]
+        bad = bad or (~output.per_sample.isfinite()).nonzero().flatten().tolist() or range(len(rows))
+        by_task: dict[str, list[str]] = defaultdict(list)
+        for row in bad:
+            by_task[self.mixed_loss.tasks[output.task_ids[row]]].append(rows[row][0])
+        named = "; ".join(f"{task}: {', '.join(names)}" for task, names in by_task.items())
+        message = f"Step {self.state.global_step}: the loss is {output.loss.item()}, by these rows: {named}."
+        if self.args.on_nan == "error":
+            raise FloatingPointError(
+                f"{message} Lower the learning rate, look at these rows, or leave such steps out with `on_nan: skip`."
+            )
+        logger.warning(f"{message} This step's update is left out.")
+        self.discard.pending = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss component since the last log."""
+        if "loss" in logs:
+            logs.update({name: sum(values) / len(values) for name, values in sorted(self._logged.items())})
+            logs.update(self.rates.rates())
+            model = self.accelerator.unwrap_model(self.model)
+            logs.update(self.monitor.summary(model, self.state, logs.get("grad_norm")))
+            logs["skipped_steps"] = self.discard.count
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return MixtureSampler(dataset.source_lengths, dataset.source_weights, seed=seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for each part of the model."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups[self._learning_rate_of(plain_name(name)), name in decayed].append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for (rate, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+            self.loss_optimizer.model_rate = max(rate for rate, _ in groups)
+        return self.optimizer
+
+    def _learning_rate_of(self, name: str) -> float:
+        rates = {
+            "vlm.visual.": self.args.vision_learning_rate,
+            "vlm.": None,
+            "audio_tower.": self.args.audio_learning_rate,
+            "": self.args.head_learning_rate,
+        }
+        rate = next(rate for prefix, rate in rates.items() if name.startswith(prefix))
+        return self.args.learning_rate if rate is None else rate
+
+    def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> torch.utils.data.DataLoader:
+        """The stock loader with the collator that drops no prefix."""
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Retrieval of side b by side a within each task, and Spearman's ρ where pairs are scored."""
+        self.model.eval()
+        columns = defaultdict(list)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            pairs = len(inputs["data_type"])
+            with self.compute_loss_context_manager():
+                embeddings = self.embed(self.model, inputs)
+            row = {"a": embeddings[:pairs], "b": embeddings[pairs:]}
+            row |= {name: inputs[name] for name in ("data_type", "similarity_scores", "a_keys", "b_keys")}
+            for name, value in self.accelerator.gather_for_metrics(row).items():
+                columns[name].append(value.cpu())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        rows = {name: torch.cat(values) for name, values in columns.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._pair_metrics(rows).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows["data_type"]))
+
+    def _pair_metrics(self, rows: dict[str, torch.Tensor]) -> dict[str, float]:
+        metrics = {}
+        for task_id in rows["data_type"].unique().tolist():
+            task = self.mixed_loss.tasks[task_id]
+            of_task = {name: value[rows["data_type"] == task_id] for name, value in rows.items()}
+            scores = of_task["similarity_scores"]
+            retrieval = pair_retrieval(
+                of_task["a"],
+                of_task["b"],
+                of_task["a_keys"],
+                of_task["b_keys"],
+                scores=scores,
+                min_score=self.mixed_loss.nce_min_score or 0.0,
+            )
+            metrics.update({f"{task}_{name}": value for name, value in retrieval.items()})
+            scored = ~scores.isnan()
+            if scored.sum() > 1:
+                metrics[f"{task}_spearman"] = spearman(of_task["a"][scored], of_task["b"][scored], scores[scored])
+        for name in ("recall@1", "mrr"):
+            values = [value for key, value in metrics.items() if key.endswith(f"_{name}")]
+            metrics[name] = sum(values) / len(values)
+        return metrics
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves the state of the loss and of the monitor too."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {f"loss.{name}": value for name, value in self.mixed_loss.state_dict().items()}
+            state |= {f"optimizer.{name}": value for name, value in self.loss_optimizer.state_dict().items()}
+            state |= {f"start.{name}": value for name, value in self.monitor.start.items()}
+            state["discard.count"] = torch.tensor(self.discard.count)
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads the state of the loss and of the monitor too."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / LOSS_STATE
+            if not path.is_file():  # a whole checkpoint, but of `save_only_model`
+                raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
+            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "optimizer": {}, "start": {}, "discard": {}}
+            for name, value in load_file(path).items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+            self.mixed_loss.load_state_dict(parts["loss"])
+            self.loss_optimizer.load_state_dict(parts["optimizer"])
+            self.monitor.start = parts["start"]
+            self.discard.count = int(parts["discard"]["count"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """A checkpoint is a whole repository, or an adapter; what a run leaves in the end is always whole."""
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        folder = Path(output_dir or self.args.output_dir)
+        if not is_adapted(model):
+            with own_class(model):
+                save_repository(model, self.processing_class, folder, state_dict)
+        elif self._unfinished is not None:
+            save_adapter(model, self.processing_class, folder, state_dict)
+        else:
+            save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
+            with loading_whole(self.args):  # this process alone reads the base
+                save_merged(folder / ADAPTER, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The stock loading, which would fill an adapter of another shape in part, without an error."""
+        if not self.is_fsdp_enabled:
+            check_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:
+    """Message parts that pass through all towers at little cost: a rank whose rows lack a modality would else hang."""
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    parts = [{"type": "image", "image": Image.new("RGB", (side, side))}]
+    if with_audio:
+        silence = np.zeros(2 * processor.min_audio_samples, dtype=np.float32)
+        rate = processor.feature_extractor.sampling_rate
+        parts.append({"type": "audio", "audio": {"array": silence, "sampling_rate": rate}})
+    return parts
+
+
+def _row_count(batch: Mapping[str, Any]) -> int:
+    """Rows of a collated batch that are sides or hard negatives of its pairs."""
+    return 2 * len(batch["data_type"]) + len(batch["negative_owners"])
+
+
+def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, packing: bool) -> torch.Tensor:
+    """Unit vectors of some rows of a collated batch, in one call; the row for every tower comes along for nothing."""
+    extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
+    vectors = model(**take_rows(batch, torch.cat([rows, extra])), packing=packing).embeddings
+    return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()

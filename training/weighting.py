@@ -1,0 +1,248 @@
+"""Task weighting: the λ of each task in a mixed batch, from nothing, a table, losses, variances or gradients.
+
+Every strategy is a `TaskWeighting`. `forward` gives the weights that a batch is trained with; `observe` afterwards
+takes what the batch showed. What a strategy measures or learns lives in buffers and parameters, so it is saved and
+resumed.
+
+    task_losses: (T,) float32 or wider, the mean unweighted loss ℓ_t of each task's rows; 0 where absent.
+    present: (T,) bool, True where the batch has rows of the task.
+    gradient_norms: (T,) float, ‖∇_E p_t‖ of each task's part p_t of the batch loss, before λ; E are all embeddings.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses import canonical_data_type, check_weight
+
+
+class TaskWeighting(nn.Module):
+    """λ_t of each task; see the module's docstring for the arguments."""
+
+    needs_gradient_norms = False  # whether `observe` uses them: they cost a backward through the loss each step
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+
+    def forward(self, epoch: float) -> Tensor:
+        """(T,) float32 > 0, the weights at `epoch` (since the start of training, fractions included)."""
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor:
+        """(T,) float32, what the loss of each row of a task gets on top, so that learned weights stay bounded."""
+        return torch.zeros(len(self.tasks))
+
+    def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
+        """Takes note of a training batch, after its weights were given."""
+
+    def _by_task(self, values: Mapping[str, float], name: str, default: float = 1.0) -> Tensor:
+        """{task: value} -> (T,) float32; raises ValueError naming an unknown task or a value that is no weight."""
+        given = {canonical_data_type(task): value for task, value in values.items()}
+        for task, value in given.items():
+            if task not in self.tasks:
+                raise ValueError(f"{name}: unknown task {task!r}; known: {self.tasks}.")
+            check_weight(value, f"{name}: {task!r}")
+        return torch.tensor([float(given.get(task, default)) for task in self.tasks])
+
+
+class UniformWeighting(TaskWeighting):
+    """`none`: λ_t = 1."""
+
+    def forward(self, epoch: float) -> Tensor:
+        """All ones; see the base class."""
+        return torch.ones(len(self.tasks))
+
+
+class TableWeighting(TaskWeighting):
+    """`table`: published weights by epoch (STW paper §3.1.2), or the user's own {epoch: {task: weight}}.
+
+    A row of the table holds from its epoch on, until the next row's; a task it does not name has weight 1.
+    """
+
+    STW_TABLE: Mapping[int, Mapping[str, float]] = {  # audio is not in the paper
+        0: {"text_pair": 0.25, "instr": 1.2, "ocr": 1.0, "vqa_single": 1.0, "vqa_multi": 0.8, "audio": 1.0},
+        1: {"text_pair": 0.22, "instr": 1.3, "ocr": 1.2, "vqa_single": 1.0, "vqa_multi": 0.8, "audio": 1.0},
+    }
+
+    def __init__(self, tasks: Sequence[str], table: Mapping[int, Mapping[str, float]] | None = None) -> None:
+        super().__init__(tasks)
+        if table is None:
+            rows = {epoch: _known(row, self.tasks) for epoch, row in self.STW_TABLE.items()}
+        else:
+            rows = {_whole_epoch(epoch): row for epoch, row in table.items()}
+        if 0 not in rows:
+            raise ValueError(f"Task weight table has rows for epochs {sorted(rows)}; it needs a row for epoch 0.")
+        self.starts = sorted(rows)
+        weights = [self._by_task(rows[epoch], f"Task weight table, epoch {epoch}") for epoch in self.starts]
+        self.register_buffer("weights", torch.stack(weights), persistent=False)  # (E, T)
+
+    def forward(self, epoch: float) -> Tensor:
+        """The table's row for the epoch; see the base class."""
+        return self.weights[bisect_right(self.starts, epoch) - 1]
+
+
+class InverseLossWeighting(TaskWeighting):
+    """`inverse_loss`: λ_t = (ℓ̄ / ℓ_t) · α_t · β_epoch (STW paper §3.1.1), ℓ̄ the mean of ℓ_t over the tasks.
+
+    Args:
+        tasks: names of the tasks.
+        baseline: where ℓ_t comes from: `fixed`, the middle of the range that the paper gives; `ema`, a running mean of
+            the measured loss. A task without ℓ_t (not in the paper; not yet seen) has weight 1 and no part in ℓ̄.
+        decay: weight of the past in the running mean.
+        losses: {task: ℓ_t} for `fixed`, on top of the paper's.
+        alpha: {task: α_t}, on top of the paper's; 1 for tasks that neither names.
+        beta: (β at epoch 0, β from epoch 1 on).
+    """
+
+    LOSSES: Mapping[str, float] = {"text_pair": 4.25, "instr": 0.9, "ocr": 1.1, "vqa_single": 1.3, "vqa_multi": 1.3}
+    ALPHA: Mapping[str, float] = {
+        "text_pair": 0.30,
+        "instr": 1.2,
+        "ocr": 1.05,
+        "vqa_single": 1.05,
+        "vqa_multi": 1.05,
+    }
+    LARGEST_RATIO = 100.0  # a loss that nears 0 counts as ℓ̄ / 100: weights stay finite
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        baseline: str = "fixed",
+        decay: float = 0.98,
+        losses: Mapping[str, float] | None = None,
+        alpha: Mapping[str, float] | None = None,
+        beta: Sequence[float] = (1.1, 0.9),
+    ) -> None:
+        super().__init__(tasks)
+        if baseline not in ("fixed", "ema"):
+            raise ValueError(f"inverse_loss: baseline is {baseline!r}; it must be 'fixed' or 'ema'.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"inverse_loss: decay is {decay!r}; it must lie in [0, 1).")
+        if len(beta) != 2:
+            raise ValueError(f"inverse_loss: beta is {list(beta)!r}; give two numbers, for epoch 0 and for the rest.")
+        for value in beta:
+            check_weight(value, "inverse_loss: beta")
+        if losses and baseline == "ema":
+            raise ValueError(f"inverse_loss: losses {dict(losses)} are for baseline 'fixed'; 'ema' measures them.")
+        self.baseline, self.decay, self.beta = baseline, decay, tuple(beta)
+        factors = self._by_task(_known(self.ALPHA, self.tasks) | dict(alpha or {}), "inverse_loss: alpha")
+        self.register_buffer("alpha", factors, persistent=False)  # (T,)
+        given = _known(self.LOSSES, self.tasks) | dict(losses or {}) if baseline == "fixed" else {}
+        running = self._by_task(given, "inverse_loss: losses", default=torch.nan)
+        self.register_buffer("losses", running, persistent=baseline == "ema")  # (T,), NaN: not known
+
+    def forward(self, epoch: float) -> Tensor:
+        """Weights from the losses known so far; see the base class."""
+        known = ~self.losses.isnan()
+        if not known.any():
+            return torch.ones_like(self.losses)
+        mean = self.losses[known].mean()
+        floor = (mean / self.LARGEST_RATIO).clamp(min=torch.finfo(self.losses.dtype).tiny)
+        weights = mean / self.losses.clamp(min=floor) * self.alpha * self.beta[epoch >= 1]
+        return torch.where(known, weights, 1.0)
+
+    def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
+        """Moves the running means towards the losses of the tasks present; see the base class."""
+        if self.baseline == "ema":
+            new = task_losses.to(self.losses)
+            moved = torch.where(self.losses.isnan(), new, self.decay * self.losses + (1 - self.decay) * new)
+            self.losses.copy_(torch.where(present, moved, self.losses))
+
+
+class UncertaintyWeighting(TaskWeighting):
+    """`uncertainty`: λ_t = exp(−s_t) with a learned log-variance s_t, and s_t / 2 on top (Kendall et al. 2018).
+
+    That is their form for classification, which InfoNCE is; a task of loss ℓ settles at λ = 1 / (2ℓ).
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__(tasks)
+        self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))  # (T,)
+
+    def forward(self, epoch: float) -> Tensor:
+        """Weights with gradient; see the base class."""
+        return (-self.log_variances).exp()
+
+    def penalty(self) -> Tensor:
+        """Half the log-variances, with gradient; see the base class."""
+        return self.log_variances / 2
+
+
+class GradNormWeighting(TaskWeighting):
+    """`gradnorm`: weights that bring the tasks' gradient norms together (Chen et al. 2018, algorithm 1).
+
+    G_t = λ_t ‖∇_E p_t‖ is moved towards mean(G) · r_t^α, where r_t = (ℓ_t / ℓ_t⁰) / mean(ℓ / ℓ⁰) is large for a task
+    that trains slowly: one step on λ down Σ_t |G_t − mean(G) · r_t^α|, targets held fixed, then Σ λ_t = number of
+    tasks. The gradient is that of the last tensor all tasks share, the embeddings. Other than in the paper, the step
+    is taken on log λ and relative to mean(G), so that weights stay positive whatever the scale of the gradients.
+
+    Args:
+        tasks: names of the tasks.
+        alpha: strength of the pull towards slow tasks; 0 asks for equal norms. The paper uses 0.12 and 1.5.
+        learning_rate: of log λ.
+    """
+
+    needs_gradient_norms = True
+
+    def __init__(self, tasks: Sequence[str], alpha: float = 0.12, learning_rate: float = 0.025) -> None:
+        super().__init__(tasks)
+        check_weight(alpha, "gradnorm: alpha")
+        check_weight(learning_rate, "gradnorm: learning_rate")
+        self.alpha, self.learning_rate = alpha, learning_rate
+        self.register_buffer("weights", torch.ones(len(self.tasks)))  # (T,)
+        self.register_buffer("first_losses", torch.full((len(self.tasks),), torch.nan))  # (T,) ℓ_t⁰, NaN: not seen
+
+    def forward(self, epoch: float) -> Tensor:
+        """The weights as they stand; see the base class."""
+        return self.weights.clone()
+
+    def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
+        """One step on the weights of the tasks present; see the base class."""
+        if gradient_norms is None:
+            raise ValueError("gradnorm: this batch has no gradient norms; give the loss embeddings with gradient.")
+        losses = task_losses.to(self.weights)
+        self.first_losses.copy_(torch.where(self.first_losses.isnan() & present, losses, self.first_losses))
+        active = present & (gradient_norms > 0) & (self.first_losses > 0)
+        if active.sum() < 2:
+            return
+        norms = self.weights[active] * gradient_norms.to(self.weights)[active]  # G_t
+        rates = losses[active] / self.first_losses[active]
+        targets = norms.mean() * (rates / rates.mean()) ** self.alpha
+        step = (norms - targets).sign() * norms / norms.mean()  # of Σ |G_t − target_t| / mean(G) by log λ_t
+        self.weights[active] *= (-self.learning_rate * step).exp()
+        seen = ~self.first_losses.isnan()
+        self.weights[seen] *= seen.sum() / self.weights[seen].sum()
+
+
+WEIGHTINGS: dict[str, type[TaskWeighting]] = {
+    "none": UniformWeighting,
+    "table": TableWeighting,
+    "inverse_loss": InverseLossWeighting,
+    "uncertainty": UncertaintyWeighting,
+    "gradnorm": GradNormWeighting,
+}
+
+
+def build_weighting(name: str, tasks: Sequence[str], options: Mapping[str, Any] | None = None) -> TaskWeighting:
+    """The weighting of that name; raises ValueError naming an unknown name or option."""
+    if name not in WEIGHTINGS:
+        raise ValueError(f"`task_weighting` is {name!r}; it must be one of {', '.join(WEIGHTINGS)}.")
+    try:
+        return WEIGHTINGS[name](tasks, **(options or {}))
+    except TypeError as error:
+        raise ValueError(f"`task_weighting_options` for {name!r} are {dict(options or {})}: {error}.") from error
+
+
+def _known(values: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """The part of a published table that is about these tasks."""
+    return {task: value for task, value in values.items() if task in tasks}
+
+
+def _whole_epoch(epoch: int | str) -> int:
+    if not str(epoch).isdecimal():  # JSON has only text keys
+        raise ValueError(f"Task weight table: epoch {epoch!r} must be a whole number >= 0.")
+    return int(epoch)
