@@ -21,7 +21,7 @@ from transformers import set_seed
 from vipolyqwen.demo.report import STAGES
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo.world import write_corpus
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 ROOT = Path(__file__).parent
 # What a pretrained backbone knows already, this one learns first: on InfoNCE alone, text before everything.

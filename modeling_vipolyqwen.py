@@ -3,23 +3,20 @@
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
     AutoModel,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen2VLConfig,
     Qwen2VLModel,
 )
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .audio_vipolyqwen import PaddedAudio, keep_supported_attention, make_padding_invariant
 from .configuration_vipolyqwen import ViPolyQwenConfig
 from .packing_vipolyqwen import pack, packed_attention
 from .pooling_vipolyqwen import POOLING_CLASSES, PROJECTION_CLASSES, AttentionPooling
@@ -45,54 +42,6 @@ class ViPolyQwenOutput(ModelOutput):
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-# Speech encoders in which, but for the group norm below, no layer carries padding into a real frame.
-PADDING_BLIND = ("hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat")
-
-
-class PaddedAudio(NamedTuple):
-    """Waveforms of different lengths in one tensor, with the lengths that the padding hides."""
-
-    values: torch.Tensor  # (clips, samples) float, right-padded
-    lengths: torch.Tensor  # (clips,) long
-
-
-class PaddingInvariantFeatureEncoder(nn.Module):
-    """The convolutional stack of a wav2vec2-like encoder, made blind to padding.
-
-    The stock stack gets no mask, and the group norm over time of its first layer (HuBERT-base, wav2vec2-base,
-    wavlm-base) mixes padding into every frame. Here that norm counts real frames only; the strided convolutions after
-    it take no padding of their own, so real frames never see anything else. Parameter names stay the stock ones.
-    """
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.conv_layers = stock.conv_layers
-
-    def forward(self, audio: PaddedAudio) -> torch.Tensor:
-        """Turns (clips, samples) waveforms into (clips, channels, frames) features."""
-        hidden = audio.values[:, None]  # (clips, 1, samples)
-        lengths = audio.lengths
-        for layer in self.conv_layers:
-            if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
-                hidden = layer.conv(hidden)
-                lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-                hidden = layer.activation(_masked_group_norm(hidden, lengths, layer.layer_norm))
-            else:
-                hidden = layer(hidden)
-        return hidden
-
-
-def _masked_group_norm(hidden: torch.Tensor, lengths: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group norm with one channel a group over the first `lengths` frames of (clips, channels, frames) `hidden`."""
-    mask = (torch.arange(hidden.shape[-1], device=hidden.device) < lengths[:, None])[:, None]  # (clips, 1, frames)
-    count = lengths[:, None, None]
-    values = hidden.float().masked_fill(~mask, 0.0)
-    mean = values.sum(dim=-1, keepdim=True) / count
-    centred = (values - mean).masked_fill(~mask, 0.0)
-    variance = centred.square().sum(dim=-1, keepdim=True) / count
-    normalised = (centred * torch.rsqrt(variance + norm.eps)).to(hidden.dtype)
-    return normalised * norm.weight[:, None] + norm.bias[:, None]
 
 
 class ViPolyQwenPreTrainedModel(PreTrainedModel):
@@ -150,8 +99,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         self.vlm = Qwen2VLModel._from_config(config)
         self.pooling, self.projection = self._new_route(config.text_config.hidden_size)
         if config.audio_config is not None:
-            _keep_supported_attention(config.audio_config)
-            self.audio_tower = _make_padding_invariant(AutoModel.from_config(config.audio_config))
+            keep_supported_attention(config.audio_config)
+            self.audio_tower = make_padding_invariant(AutoModel.from_config(config.audio_config))
             self.audio_pooling, self.audio_projection = self._new_route(config.audio_config.hidden_size)
         self.post_init()
 
@@ -159,51 +108,6 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         config = self.config
         pooling = POOLING_CLASSES[config.pooling](hidden_size)
         return pooling, PROJECTION_CLASSES[config.projection](hidden_size, config.projection_dim)
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vlm: str | PathLike | PreTrainedConfig,
-        audio: str | PathLike | PreTrainedConfig | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str | None = None,
-        **config_kwargs: Any,
-    ) -> "ViPolyQwenModel":
-        """Builds a model from pretrained backbones, with new poolings and projections on top.
-
-        Args:
-            vlm: a Qwen2-VL checkpoint (Hub id or folder), or its configuration for random weights.
-            audio: a speech encoder's checkpoint or configuration; `None` gives the bimodal model.
-            dtype: dtype of all parameters.
-            attn_implementation: passed to every tower; `None` leaves the choice to transformers.
-            **config_kwargs: fields of `ViPolyQwenConfig` (`pooling`, `projection`, …).
-
-        Raises:
-            ValueError: a backbone's checkpoint lacks a weight, has one too many, or one of another shape.
-        """
-        vlm_config = vlm if isinstance(vlm, PreTrainedConfig) else AutoConfig.from_pretrained(vlm)
-        audio_config = audio
-        if audio is not None and not isinstance(audio, PreTrainedConfig):
-            audio_config = AutoConfig.from_pretrained(audio)
-        config = _joint_config(vlm_config, audio_config, **config_kwargs)
-        if attn_implementation is not None:
-            config._attn_implementation = attn_implementation  # of every tower
-
-        towers = {"vlm": _backbone(Qwen2VLModel, vlm, config, dtype)}
-        config = towers["vlm"].config  # `from_pretrained` fills in a copy
-        if config.audio_config is not None:
-            _keep_supported_attention(config.audio_config)
-            towers["audio_tower"] = _make_padding_invariant(_backbone(AutoModel, audio, config.audio_config, dtype))
-            config.audio_config = towers["audio_tower"].config
-        with torch.device("meta"):  # random backbones would only be thrown away
-            model = cls._from_config(config, dtype=dtype)
-        for name, module in model.named_children():
-            if name in towers:
-                setattr(model, name, towers[name])
-            else:
-                module.to_empty(device=towers["vlm"].device).apply(model._init_weights)
-        return model
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding of the language model."""
@@ -401,45 +305,6 @@ def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: 
     return rows.to(device)
 
 
-def _make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
-    """Swaps in `PaddingInvariantFeatureEncoder` and freezes the vector that only SpecAugment would train."""
-    if not hasattr(tower, "feature_extractor") or not hasattr(tower, "_get_feat_extract_output_lengths"):
-        raise ValueError(
-            f"{type(tower).__name__} does not map waveforms to frames through a convolutional feature extractor; "
-            "use a speech encoder such as hubert, wav2vec2 or wavlm as `audio_config`."
-        )
-    config = tower.config.to_dict()
-    if config["model_type"] not in PADDING_BLIND or config.get("conv_pos_batch_norm") or config.get("add_adapter"):
-        raise ValueError(
-            f"Padding would change what this {config['model_type']} encoder makes of a batch's shorter clips; use "
-            f"one of {', '.join(PADDING_BLIND)}, without `conv_pos_batch_norm` or `add_adapter`."
-        )
-    tower.feature_extractor = PaddingInvariantFeatureEncoder(tower.feature_extractor)
-    if hasattr(tower, "masked_spec_embed"):
-        tower.masked_spec_embed.requires_grad_(False)
-    return tower
-
-
-def _keep_supported_attention(audio_config: PreTrainedConfig) -> None:
-    """Leaves a speech encoder that has only its own attention (WavLM) out of a switch for the whole model."""
-    if not MODEL_MAPPING[type(audio_config)]._supports_sdpa:
-        audio_config._attn_implementation = "eager"
-
-
-def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **config_kwargs: Any) -> ViPolyQwenConfig:
-    """One configuration from two.
-
-    SpecAugment and LayerDrop, which the speech encoder's own pretraining used, are off: they draw from another random
-    generator than torch's and leave parameters without a gradient, so that a step could be neither redone nor shared.
-    """
-    if not isinstance(vlm, Qwen2VLConfig):
-        raise ValueError(f"`vlm` is a {vlm.model_type} checkpoint; a Qwen2-VL one (qwen2_vl) is needed.")
-    fields = {key: value for key, value in vlm.to_dict().items() if key not in ("model_type", "architectures")}
-    if audio is not None:
-        audio = AutoConfig.for_model(**{**audio.to_dict(), "apply_spec_augment": False, "layerdrop": 0.0})
-    return ViPolyQwenConfig(**{**fields, "audio_config": audio, **config_kwargs})
-
-
 def loading_problems(report: dict[str, Any]) -> str:
     """The keys in which a checkpoint differs from its model, by `from_pretrained`'s loading info; empty if in none."""
     return "; ".join(
@@ -447,29 +312,6 @@ def loading_problems(report: dict[str, Any]) -> str:
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if report[name]
     )
-
-
-def _backbone(
-    auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A backbone from its checkpoint, whole or not at all, or with random weights from its configuration."""
-    if isinstance(source, PreTrainedConfig):
-        build = auto_class.from_config if auto_class is AutoModel else auto_class._from_config
-        return build(config, dtype=dtype)
-    model, report = auto_class.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below, with the other faults
-    )
-    problems = loading_problems(report)
-    if problems:
-        raise ValueError(
-            f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {problems}. "
-            "Nothing was re-initialised: use a whole checkpoint of this architecture."
-        )
-    return model
 
 
 def _reduce(model: ViPolyQwenModel) -> tuple[Any, ...]:

@@ -1,20 +1,12 @@
 """Text, images, audio and a task to tensors, in a way that user content can never pass for structure."""
 
 import math
-import os
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoTokenizer,
-    Qwen2VLImageProcessorPil,
-    Wav2Vec2FeatureExtractor,
-)
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
@@ -32,7 +24,6 @@ TASK_PREFIXES = {
     "audio": "<audio>",
 }
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-MAX_LENGTH = 8192  # tokens
 
 # What the processor does with a conversation, written as a string for those who want to read it. A system message is
 # the task prefix; sounds leave no token. The processor itself goes from the parts to the ids, not through this string.
@@ -109,19 +100,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
             self.add_task(task, prefix)
-
-    @classmethod
-    def from_backbones(
-        cls, vlm: str | os.PathLike, audio: str | os.PathLike | None = None, **kwargs: Any
-    ) -> "ViPolyQwenProcessor":
-        """The processor that belongs to `ViPolyQwenModel.from_backbones(vlm, audio)`."""
-        tokenizer = AutoTokenizer.from_pretrained(vlm)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
-        feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
-        if audio is not None:
-            feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
-            kwargs.setdefault("min_audio_samples", receptive_field(AutoConfig.from_pretrained(audio)))
-        return cls(Qwen2VLImageProcessorPil.from_pretrained(vlm), tokenizer, feature_extractor, **kwargs)
 
     def add_task(self, task: str, prefix: str) -> None:
         """Makes `prefix` the prefix token of `task`; the model's embedding may need to grow after it."""
@@ -419,14 +397,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
             patches = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
             data = {"num_image_tokens": [count // merge**2 for count in patches], "num_image_patches": patches}
         return MultiModalData(**data)
-
-
-def receptive_field(audio_config: Any) -> int:
-    """The fewest samples of which a wav2vec2-like convolutional stack makes one frame (400 for HuBERT-base)."""
-    samples = 1
-    for kernel, stride in zip(reversed(audio_config.conv_kernel), reversed(audio_config.conv_stride), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
 
 
 PART_KEYS = {"text": ["text"], "image": ["image", "url", "path", "base64"], "audio": ["audio", "url", "path"]}

@@ -7,34 +7,31 @@ again, so that optimizer states and the like stay behind. What is not whole or d
 """
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
-from vipolyqwen.publishing.card import TRAINING_FILE, model_card, read_training
-from vipolyqwen.publishing.hub import PublishError, upload
-from vipolyqwen.publishing.repository import PUBLISHED, check_files, load_adapter, load_whole, refuse_checkpoint
-from vipolyqwen.publishing.verify import embed, samples
+from vipolyqwen.publishing.card import model_card, read_training
+from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
+from vipolyqwen.publishing.hub import upload
+from vipolyqwen.publishing.repository import (
+    MAX_SHARD_SIZE,
+    TRAINING_FILE,
+    PublishError,
+    load_adapter,
+    load_whole,
+    save_adapter_for,
+    save_reading_files,
+    save_repository,
+    write_json,
+)
 
 ROOT = Path(__file__).parent
-
-# The lowest versions that were tried; sentence-transformers checks them before it loads anything.
-REQUIREMENTS = {"sentence-transformers": ">=6.0.1", "transformers": ">=5.17"}
 READER_PACKAGES = ("torch", "transformers", "sentence-transformers", "soundfile", "scipy", "pillow", "numpy")
-
-MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
-MAX_SHARD_SIZE = "5GB"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +112,7 @@ def build_repository(
     if adapter_base is None:
         save_repository(model, processor, folder, max_shard_size=max_shard_size)
     else:
-        save_adapter(checkpoint, adapter_base, folder)
+        save_adapter_for(checkpoint, adapter_base, folder)
         save_reading_files(processor, folder, has_audio=model.config.audio_config is not None)
     floors = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     packages = [line for line in floors if line.split(">=")[0] in READER_PACKAGES]
@@ -124,100 +121,12 @@ def build_repository(
     shutil.copy(ROOT / "LICENSE", folder)
     training = read_training(checkpoint)
     if training:
-        _write_json(folder / TRAINING_FILE, training)
+        write_json(folder / TRAINING_FILE, training)
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     if adapter_base is None:  # an adapter is checked with its base, which has a fingerprint of its own
         write_fingerprint(folder)
     return model, processor
-
-
-def save_repository(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    folder: str | PathLike,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-) -> None:
-    """Writes a whole repository: `AutoModel`, `AutoProcessor` and `SentenceTransformer` load the folder as it is.
-
-    Args:
-        model: the model; its code is copied along.
-        processor: its processor, whose task prefixes become the prompts.
-        folder: where to; created if it is not there.
-        state_dict: weights to write in place of the model's own, as a sharded trainer gathers them.
-        max_shard_size: largest file of weights.
-    """
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-    save_reading_files(processor, Path(folder), has_audio=model.config.audio_config is not None)
-
-
-def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:
-    """Writes what turns inputs into tensors: the processor and sentence-transformers' files."""
-    processor.save_pretrained(folder)
-    for name, content in sentence_transformers_files(processor, has_audio).items():
-        _write_json(folder / name, content)
-
-
-def save_adapter(checkpoint: Path, base: str, folder: Path) -> None:
-    """Writes an adapter for the repository `base`; the base is looked up by that name."""
-    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("modules_to_save"):
-        raise PublishError(
-            f"The adapter replaces whole modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
-            "transformers 5.17 leaves random, without an error, when it loads an adapter. Publish it merged: drop "
-            "--adapter."
-        )
-    # `auto_mapping` names this package, which readers do not have
-    config |= {"base_model_name_or_path": base, "auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}
-    _write_json(folder / "adapter_config.json", config)
-    shutil.copy(checkpoint / "adapter_model.safetensors", folder)
-
-
-def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> dict[str, Any]:
-    """File name -> content of what makes the stock modules of sentence-transformers load and feed the model."""
-    modalities = ["text", "image", *(["audio"] if has_audio else []), "message"]
-    route = {"method": "forward", "method_output_name": "embeddings"}
-    return {
-        "modules.json": MODULES,
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            "modality_config": {name: dict(route) for name in modalities}
-            | {"message": {**route, "format": "structured"}},
-            "module_output_name": "sentence_embedding",
-            "unpad_inputs": False,
-        },
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "requirements": REQUIREMENTS,
-            "prompts": dict(processor.task_prefixes),
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    }
-
-
-def check_that_it_loads(folder: Path, checkpoint: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Loads and uses the folder in another process that knows nothing of this package, next to the checkpoint.
-
-    Raises:
-        PublishError: it does not load, or its vectors are not those of `model`, or those of a whole checkpoint with
-            the code that lies in it.
-    """
-    with tempfile.TemporaryDirectory() as elsewhere:
-        expected = Path(elsewhere) / "expected.npy"
-        has_audio = model.config.audio_config is not None
-        np.save(expected, embed(model, processor, samples(processor, has_audio)))
-        command = [sys.executable, "-P", ROOT / "publishing" / "verify.py", folder, expected]
-        command += [checkpoint] if (checkpoint / "config.json").is_file() else []  # not an adapter
-        environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}  # no code of another repository of this name
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PublishError(f"a fresh process cannot use what would be published:\n{done.stderr[-4000:]}")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.evaluation.memory import peak_host, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.train_vipolyqwen import build_loss
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.build import build_loss
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 MEMORY_BAR, TIME_BAR = 1.3, 1.6

@@ -10,7 +10,7 @@ from vipolyqwen.demo.scenes import LANGUAGES, describe, generator, held_out_scen
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo.world import make_medium, write_rows
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 
 def write_base(corpus: Path, seed: int, folder: Path) -> None:

@@ -34,6 +34,7 @@ from transformers import HubertConfig, Qwen2VLConfig
 from vipolyqwen.evaluation.memory import peak_memory, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
+from vipolyqwen.training.build import build_model
 
 # Dense bfloat16 (float16 before Ampere), FLOPs a second, from NVIDIA's datasheets; the first name that fits counts.
 PEAKS = {
@@ -165,9 +166,7 @@ def measure_mode(
 ) -> list[dict[str, Any]]:
     """A row for every point; where memory does not suffice it says so."""
     with device:
-        model = ViPolyQwenModel.from_backbones(
-            *configs, dtype=dtype, attn_implementation=choose_attn_implementation(dtype, device.type)
-        )
+        model = build_model(*configs, dtype=dtype, attn_implementation=choose_attn_implementation(dtype, device.type))
     take = stepper(model, mode, options.gradient_checkpointing)
     rows = []
     for point in points(options, model.audio_tower):

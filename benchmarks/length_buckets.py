@@ -16,8 +16,7 @@ import torch
 from demo_batches import model_and_batches
 from result_files import claim, write_result
 
-from vipolyqwen.data.collator import row_lengths, take_rows
-from vipolyqwen.training.microbatches import length_buckets
+from vipolyqwen.training.microbatches import length_buckets, row_lengths, take_rows
 
 CALL_COSTS = (16, 32, 64, 128, 256)  # tokens
 

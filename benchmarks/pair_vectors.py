@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import DataType
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.evaluation.metrics import best_ranks, pair_search
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.training.microbatches import length_buckets
+from vipolyqwen.training.microbatches import length_buckets, row_lengths, take_rows
 
 ALL = "all"  # the cell of a task's rows of every group
 

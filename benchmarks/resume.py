@@ -25,7 +25,7 @@ from result_files import claim, write_result
 
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.evaluation.memory import peak_host
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.train_vipolyqwen import main as train_main
 from vipolyqwen.training.checkpoints import MANIFEST, publish_checkpoint
 from vipolyqwen.training.resuming import SAMPLER_STATE

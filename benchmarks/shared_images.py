@@ -24,7 +24,7 @@ from torch import nn
 
 from vipolyqwen.data.collator import members
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 SIZES = {"hidden_size": 256, "layers": 4, "vision_size": 160, "audio_size": 32, "image_side": 224}

@@ -14,7 +14,7 @@ from transformers import set_seed
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 
 def main() -> None:

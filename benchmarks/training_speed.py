@@ -39,7 +39,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths
+from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
@@ -48,9 +48,10 @@ from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.publish_vipolyqwen import save_repository
-from vipolyqwen.train_vipolyqwen import build_loss
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.build import build_loss
+from vipolyqwen.training.microbatches import row_lengths
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 BAR = 1.5

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..training.mixed_loss import MODALITY_PAIRS
-from .schema import DataType
+from .schema import MODALITY_PAIRS, DataType
 from .sources import content_key
 
 PREFIX_SIDES = ("a", "both")
@@ -130,20 +129,6 @@ def _long(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long)  # also where there are none
 
 
-def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Number of tokens of each row of a collated batch, (2B,) long; 0 for a sound alone."""
-    return batch["attention_mask"].sum(dim=1)
-
-
-def first_images(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Number of the first image of each row of a collated batch, (2B,) long; −1 for a row without images."""
-    counts = batch["images_per_row"]
-    first = torch.full_like(counts, -1)
-    if "image_indices" in batch:
-        first[counts > 0] = batch["image_indices"][(counts.cumsum(0) - counts)[counts > 0]]
-    return first
-
-
 def _share_images(batch: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     """Pixels and grids of the different ones among the images of a batch, and which of them stands in each slot."""
     numbers: dict[tuple, int] = {}
@@ -160,35 +145,6 @@ def _share_images(batch: Mapping[str, Any], images: Sequence[Image.Image]) -> di
         "image_grid_thw": batch["image_grid_thw"][kept],
         "image_indices": _long(indices),
     }
-
-
-def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The model inputs of some rows of a collated batch, without the padding that none of them needs.
-
-    Args:
-        batch: what `MixedBatchCollator` returns.
-        rows: (rows,) long, numbers in [0, 2B) in the order wanted, on the batch's device.
-    """
-    inputs = {}
-    mask = batch["attention_mask"][rows]  # (rows, tokens)
-    used = mask.any(dim=0)
-    if used.any():
-        inputs["input_ids"] = batch["input_ids"][rows][:, used]
-        inputs["attention_mask"] = mask[:, used]
-    if batch["images_per_row"][rows].any():
-        slots = members(batch["images_per_row"], rows)
-        images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
-        patches = members(batch["image_grid_thw"].prod(dim=-1), images)
-        inputs["pixel_values"] = batch["pixel_values"][patches]
-        inputs["image_grid_thw"] = batch["image_grid_thw"][images]
-    if "has_audio" in batch and batch["has_audio"][rows].any():
-        clips = members(batch["has_audio"].long(), rows)
-        mask = batch["audio_attention_mask"][clips]  # (clips, samples)
-        used = mask.any(dim=0)
-        inputs["audio_features"] = batch["audio_features"][clips][:, used]
-        inputs["audio_attention_mask"] = mask[:, used]
-        inputs["has_audio"] = batch["has_audio"][rows]
-    return inputs
 
 
 def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

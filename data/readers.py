@@ -17,8 +17,7 @@ import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 
-from ..training.losses import canonical_data_type
-from .schema import COLUMNS, DataType, Place, Row, RowError, clean_row
+from .schema import COLUMNS, DataType, Place, Row, RowError, canonical_data_type, clean_row
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}

@@ -13,11 +13,17 @@ from PIL import Image
 
 from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_whole, load_audio
 from ..processing_vipolyqwen import TASK_PREFIXES
-from ..training.losses import canonical_data_type
 
 COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group", "negatives")
+MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; a sound beside other parts counts
+DATA_TYPE_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 PREFIX_PATTERN = re.compile(r"<\w+>")
+
+
+def canonical_data_type(name: str) -> str:
+    """Name of a data type as this repository writes it; the STW paper's names (§3.1.1) are aliases."""
+    return DATA_TYPE_ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import pyarrow as pa
 import torch
 
 from ..media_vipolyqwen import load_audio, load_image
-from ..training.losses import canonical_data_type
 from .readers import CODE, RowReader, SourceConfig, read_source
-from .schema import DataType, Place, Row, check_media, check_row, show_media
+from .schema import DataType, Place, Row, canonical_data_type, check_media, check_row, show_media
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
+from ..audio_vipolyqwen import receptive_field
 from ..modeling_vipolyqwen import ViPolyQwenModel
-from ..processing_vipolyqwen import ViPolyQwenProcessor, receptive_field
+from ..processing_vipolyqwen import ViPolyQwenProcessor
+from ..training.build import build_model
 
 QWEN2_VL_SPECIAL_TOKENS = [
     "<|im_start|>",
@@ -138,4 +140,4 @@ def build_tiny_base(
     audio_config = tiny_audio_config(audio_size, layers, convolutions)
     processor = tiny_processor(tokenizer, audio_config, image_side)
     vlm_config = tiny_vlm_config(processor.tokenizer, hidden_size, layers, vision_size)
-    return ViPolyQwenModel.from_backbones(vlm_config, audio_config, **config_kwargs), processor
+    return build_model(vlm_config, audio_config, **config_kwargs), processor

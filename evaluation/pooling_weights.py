@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..processing_vipolyqwen import receptive_field
+from ..audio_vipolyqwen import receptive_field
 from .search import Side
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level BPE writes a byte

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-TRAINING_FILE = "training.json"  # written by train_vipolyqwen.py, published, read here
+from .repository import TRAINING_FILE
+
 LANGUAGES = ["vi", "en", "zh"]
 SHOWN_METRICS = ("recall@1", "recall@10", "mrr", "spearman")
 METRIC_NAMES = {"recall@1": "recall_at_1", "recall@10": "recall_at_10", "mrr": "mrr", "spearman": "spearman_cosine"}

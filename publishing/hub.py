@@ -17,9 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-
-class PublishError(Exception):
-    """Why something was not published, and what to do."""
+from .repository import PublishError
 
 
 class Published(NamedTuple):

@@ -1,97 +1,93 @@
-"""What makes a checkpoint whole: every tensor, every file, nothing that a reader could not trust."""
+"""One home for saving and loading a repository: weights, code, processor, sentence-transformers files."""
 
 import json
 import os
-import re
-from collections.abc import Iterator
-from fnmatch import fnmatch
+import shutil
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..processing_vipolyqwen import ViPolyQwenProcessor
-from .hub import PublishError
 
-# What a published repository may hold; everything else in a folder is refused, and left alone on the Hub.
-PUBLISHED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "configuration_vipolyqwen.py",
-    "fingerprint.json",
-    "fingerprint_vipolyqwen.py",
-    "media_vipolyqwen.py",
-    "modeling_vipolyqwen.py",
-    "packing_vipolyqwen.py",
-    "pooling_vipolyqwen.py",
-    "processing_vipolyqwen.py",
-    "processor_config.json",
-    "tasks_vipolyqwen.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "README.md",
-    "LICENSE",
-    "requirements.txt",
-    "training.json",
-)
-READING = {"processor_config.json", "processing_vipolyqwen.py", "tokenizer.json", "tokenizer_config.json"}
-READING |= {"chat_template.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
-READING |= {"README.md", "LICENSE", "requirements.txt", "media_vipolyqwen.py", "tasks_vipolyqwen.py"}
-NEEDED_WHOLE = READING | {"config.json", "configuration_vipolyqwen.py", "modeling_vipolyqwen.py"}
-NEEDED_WHOLE |= {"fingerprint.json", "fingerprint_vipolyqwen.py", "packing_vipolyqwen.py", "pooling_vipolyqwen.py"}
-NEEDED_ADAPTER = READING | {"adapter_config.json", "adapter_model.safetensors"}
-
-TRAINING_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
-TRAINING_STATE += ("loss_state.safetensors", "pytorch_model_fsdp.bin")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-LOCAL_PATH = re.compile(r"file://|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^/\s]+/")  # absolute, of at least two parts
+TRAINING_FILE = "training.json"  # written by train_vipolyqwen.py, published, read here
+MAX_SHARD_SIZE = "5GB"
+# The lowest versions that were tried; sentence-transformers checks them before it loads anything.
+REQUIREMENTS = {"sentence-transformers": ">=6.0.1", "transformers": ">=5.17"}
+MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
 
 
-def refuse_checkpoint(folder: Path) -> None:
-    """Raises `PublishError` unless `folder` has the files of a checkpoint, and weights that are no pickle."""
-    if not folder.is_dir():
-        raise PublishError(f"{folder} is no folder; name what training wrote, or an adapter's folder.")
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    state = {name for name in names if any(fnmatch(name, pattern) for pattern in TRAINING_STATE)}
-    pickles = sorted(name for name in names - state if name.endswith(PICKLES))
-    if pickles:
+class PublishError(Exception):
+    """Why something was not published, and what to do."""
+
+
+def save_repository(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: str | PathLike,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a whole repository: `AutoModel`, `AutoProcessor` and `SentenceTransformer` load the folder as it is.
+
+    Args:
+        model: the model; its code is copied along.
+        processor: its processor, whose task prefixes become the prompts.
+        folder: where to; created if it is not there.
+        state_dict: weights to write in place of the model's own, as a sharded trainer gathers them.
+        max_shard_size: largest file of weights.
+    """
+    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    save_reading_files(processor, Path(folder), has_audio=model.config.audio_config is not None)
+
+
+def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:
+    """Writes what turns inputs into tensors: the processor and sentence-transformers' files."""
+    processor.save_pretrained(folder)
+    for name, content in sentence_transformers_files(processor, has_audio).items():
+        write_json(folder / name, content)
+
+
+def save_adapter_for(checkpoint: Path, base: str, folder: Path) -> None:
+    """Writes an adapter for the repository `base`; the base is looked up by that name."""
+    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("modules_to_save"):
         raise PublishError(
-            f"{folder} holds pickles ({', '.join(pickles)}), which run code when they are loaded. Save the weights "
-            "with `save_pretrained`, which writes safetensors, and remove these."
+            f"The adapter replaces whole modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
+            "transformers 5.17 leaves random, without an error, when it loads an adapter. Publish it merged: drop "
+            "--adapter."
         )
-    needed = {"adapter_config.json", "adapter_model.safetensors"}
-    if "adapter_config.json" not in names:
-        needed = {"config.json", "processor_config.json", "tokenizer.json"}
-    _refuse_missing(folder, needed - names)
-    if "adapter_config.json" not in names:
-        _refuse_missing(folder, _weights(folder) - names)
+    # `auto_mapping` names this package, which readers do not have
+    config |= {"base_model_name_or_path": base, "auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}
+    write_json(folder / "adapter_config.json", config)
+    shutil.copy(checkpoint / "adapter_model.safetensors", folder)
 
 
-def check_files(folder: Path) -> None:
-    """Raises `PublishError` unless a repository has all of its files, no others, and no path of this machine."""
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    others = sorted(name for name in files if not any(fnmatch(name, pattern) for pattern in PUBLISHED))
-    if others:
-        raise PublishError(f"{', '.join(others)}: not part of a published model (only {', '.join(PUBLISHED)} are).")
-    needed = NEEDED_ADAPTER if "adapter_config.json" in files else NEEDED_WHOLE | _weights(folder)
-    _refuse_missing(folder, needed - files)
-    for name in sorted(name for name in files if name.endswith(".json")):
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-        if name == "tokenizer.json":
-            content = {key: value for key, value in content.items() if key != "model"}  # a vocabulary has "/usr/" too
-        for place, value in _strings(content, name):
-            if LOCAL_PATH.match(value):
-                raise PublishError(f"{place} is {value!r}, a path of this machine; remove it from the checkpoint.")
+def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> dict[str, Any]:
+    """File name -> content of what makes the stock modules of sentence-transformers load and feed the model."""
+    modalities = ["text", "image", *(["audio"] if has_audio else []), "message"]
+    route = {"method": "forward", "method_output_name": "embeddings"}
+    return {
+        "modules.json": MODULES,
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {name: dict(route) for name in modalities}
+            | {"message": {**route, "format": "structured"}},
+            "module_output_name": "sentence_embedding",
+            "unpad_inputs": False,
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "requirements": REQUIREMENTS,
+            "prompts": dict(processor.task_prefixes),
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
 
 
 def load_whole(source: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -152,26 +148,6 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     return adapted.merge_and_unload(safe_merge=True).eval(), processor
 
 
-def _weights(folder: Path) -> set[str]:
-    """Names of the files that should hold the weights."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {"model.safetensors"}
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) | {index.name}
-
-
-def _refuse_missing(folder: Path, missing: set[str]) -> None:
-    if missing:
-        raise PublishError(f"{folder} lacks {', '.join(sorted(missing))}; `save_repository` writes a whole folder.")
-
-
-def _strings(content: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every text of nested JSON, with where it stands."""
-    if isinstance(content, str):
-        yield place, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from _strings(value, f"{place}: {key}")
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from _strings(value, f"{place}[{number}]")
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

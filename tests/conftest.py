@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from vipolyqwen.demo.tiny_base import build_tiny_base, tiny_audio_config
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.train_vipolyqwen import main as train_main
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, 20 times longer on a busy machine

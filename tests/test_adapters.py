@@ -20,9 +20,8 @@ from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config, train_
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import build_repository
-from vipolyqwen.publishing.hub import PublishError
-from vipolyqwen.publishing.repository import check_files, load_adapter
-from vipolyqwen.train_vipolyqwen import load_model
+from vipolyqwen.publishing.checks import check_files
+from vipolyqwen.publishing.repository import PublishError, load_adapter
 from vipolyqwen.training import adapters as adapters_vipolyqwen
 from vipolyqwen.training.adapters import (
     ADAPTER,
@@ -35,6 +34,7 @@ from vipolyqwen.training.adapters import (
     untrained_towers,
 )
 from vipolyqwen.training.arguments import TOWERS, ModelArguments, read_arguments
+from vipolyqwen.training.build import load_model
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 

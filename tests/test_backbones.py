@@ -15,7 +15,8 @@ from transformers import AutoConfig, Qwen2VLConfig
 
 from vipolyqwen.demo.tiny_base import QWEN2_VL_SPECIAL_TOKENS, train_tokenizer
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
+from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
+from vipolyqwen.training.build import build_model, build_processor
 
 # config.json of Qwen/Qwen2-VL-2B-Instruct: the flat layout of 2024, which is still the Hub's.
 QWEN2_VL_2B: dict[str, Any] = {
@@ -209,9 +210,7 @@ def new_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def test_the_full_size_model_has_exactly_the_weights_of_the_two_checkpoints(capsys: pytest.CaptureFixture) -> None:
     with torch.device("meta"):
-        model = ViPolyQwenModel.from_backbones(
-            AutoConfig.for_model(**QWEN2_VL_2B), AutoConfig.for_model(**HUBERT_BASE)
-        )
+        model = build_model(AutoConfig.for_model(**QWEN2_VL_2B), AutoConfig.for_model(**HUBERT_BASE))
     vlm, audio = qwen2_vl_shapes(QWEN2_VL_2B), speech_shapes(HUBERT_BASE)
     expected = {our_name(name): shape for name, shape in (vlm | audio).items()} | new_shapes(model)
     assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == expected
@@ -397,7 +396,7 @@ def assert_arrived(model: Any, *checkpoints: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("save", [save_safetensors, save_shards, save_bin])
 def test_qwen2_vl_in_the_layout_of_the_hub_arrives_weight_by_weight(save: Save, write_vlm: Callable) -> None:
     folder, weights = write_vlm(save)
-    model = ViPolyQwenModel.from_backbones(folder)
+    model = build_model(folder)
     assert_arrived(model, weights)
     text = model.config.text_config
     assert (text.hidden_size, text.rope_parameters["mrope_section"]) == (64, [2, 3, 3])
@@ -412,7 +411,7 @@ def test_a_speech_encoder_in_the_layout_of_the_hub_arrives_weight_by_weight(
 ) -> None:
     vlm, vlm_weights = write_vlm()
     audio, audio_weights = write_audio(kind, save)
-    model = ViPolyQwenModel.from_backbones(vlm, str(audio))
+    model = build_model(vlm, str(audio))
     assert_arrived(model, vlm_weights, audio_weights)
     for config in (model.config.audio_config, model.audio_tower.config):
         assert (config.model_type, config.apply_spec_augment, config.layerdrop) == (kind, False, 0.0)
@@ -421,7 +420,7 @@ def test_a_speech_encoder_in_the_layout_of_the_hub_arrives_weight_by_weight(
 def test_the_parts_of_a_model_from_checkpoints_share_one_configuration(
     write_vlm: Callable, write_audio: Callable
 ) -> None:
-    model = ViPolyQwenModel.from_backbones(write_vlm()[0], write_audio()[0], attn_implementation="eager")
+    model = build_model(write_vlm()[0], write_audio()[0], attn_implementation="eager")
     assert model.audio_tower.config is model.config.audio_config
     assert model.vlm.language_model.config is model.config.text_config
     assert model.vlm.visual.config is model.config.vision_config
@@ -431,9 +430,7 @@ def test_the_parts_of_a_model_from_checkpoints_share_one_configuration(
 def test_a_model_from_checkpoints_saves_and_loads_and_has_new_parts_of_the_right_size(
     write_vlm: Callable, write_audio: Callable, tmp_path: Path
 ) -> None:
-    model = ViPolyQwenModel.from_backbones(
-        write_vlm()[0], write_audio()[0], projection_dim=48, pooling="attention", audio_fusion="audio"
-    )
+    model = build_model(write_vlm()[0], write_audio()[0], projection_dim=48, pooling="attention", audio_fusion="audio")
     assert (model.config.projection_dim, model.config.audio_fusion) == (48, "audio")
     assert {name: tuple(model.get_parameter(name).shape) for name in new_shapes(model)} == new_shapes(model)
     assert 0.01 < model.pooling.query.std().item() < 0.03
@@ -445,7 +442,7 @@ def test_a_model_from_checkpoints_saves_and_loads_and_has_new_parts_of_the_right
 
 
 def test_the_dtype_is_what_was_asked_for(write_vlm: Callable, write_audio: Callable) -> None:
-    model = ViPolyQwenModel.from_backbones(write_vlm()[0], write_audio()[0], dtype=torch.bfloat16)
+    model = build_model(write_vlm()[0], write_audio()[0], dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.dtype == torch.bfloat16
 
@@ -487,7 +484,7 @@ def test_a_fault_in_the_qwen2_vl_checkpoint_is_an_error_that_lists_the_keys(
 ) -> None:
     folder, _ = write_vlm(save, fault)
     with pytest.raises(ValueError) as error:
-        ViPolyQwenModel.from_backbones(folder)
+        build_model(folder)
     assert all(word in str(error.value) for word in [str(folder), *words])
 
 
@@ -498,7 +495,7 @@ def test_a_fault_in_the_speech_checkpoint_is_an_error_that_lists_the_keys(
 ) -> None:
     folder, _ = write_audio("hubert", save, fault)
     with pytest.raises(ValueError) as error:
-        ViPolyQwenModel.from_backbones(write_vlm()[0], folder)
+        build_model(write_vlm()[0], folder)
     assert all(word in str(error.value) for word in [str(folder), *words])
 
 
@@ -511,16 +508,16 @@ def test_every_missing_key_is_listed(write_vlm: Callable) -> None:
 
     folder, _ = write_vlm(save_safetensors, fault)
     with pytest.raises(ValueError) as error:
-        ViPolyQwenModel.from_backbones(folder)
+        build_model(folder)
     assert all(name.removeprefix("model.") in str(error.value) for name in names)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(write_vlm: Callable, write_audio: Callable) -> None:
     vlm, audio = write_vlm()[0], write_audio()[0]
     with pytest.raises(ValueError, match="hubert|Hubert"):
-        ViPolyQwenModel.from_backbones(audio)
+        build_model(audio)
     with pytest.raises(ValueError, match="Qwen2VL|qwen2_vl"):
-        ViPolyQwenModel.from_backbones(vlm, vlm)
+        build_model(vlm, vlm)
 
 
 def test_a_wav2vec2_checkpoint_of_pretraining_names_its_heads(write_vlm: Callable, write_audio: Callable) -> None:
@@ -532,13 +529,13 @@ def test_a_wav2vec2_checkpoint_of_pretraining_names_its_heads(write_vlm: Callabl
         weights.update(backbone)
 
     folder, weights = write_audio("wav2vec2", save_safetensors, prefix)
-    model = ViPolyQwenModel.from_backbones(write_vlm()[0], folder)
+    model = build_model(write_vlm()[0], folder)
     for name, weight in weights.items():
         assert torch.equal(model.get_parameter(our_name(name.removeprefix("wav2vec2."))), weight)
     weights |= {"project_hid.weight": torch.zeros(4, 32), "quantizer.codevectors": torch.zeros(1, 8, 4)}
     save_safetensors(folder, weights)
     with pytest.raises(ValueError, match=r"unexpected keys: project_hid\.weight, quantizer\.codevectors"):
-        ViPolyQwenModel.from_backbones(folder.parent / "vlm", folder)
+        build_model(folder.parent / "vlm", folder)
 
 
 # --- the processor -----------------------------------------------------------------------------------------------
@@ -557,8 +554,8 @@ def test_the_processor_of_the_backbones_feeds_their_model(
 ) -> None:
     vlm, audio = write_vlm()[0], write_audio()[0]
     write_processor_files(vlm, tokenizer)
-    processor = ViPolyQwenProcessor.from_backbones(vlm, audio)
-    model = ViPolyQwenModel.from_backbones(vlm, audio).eval()
+    processor = build_processor(vlm, audio)
+    model = build_model(vlm, audio).eval()
     assert processor.task_prefixes == TASK_PREFIXES
     assert processor.tokenizer.model_max_length == 8192
     assert processor.min_audio_samples == 40 + 7 * 20 + 3 * 4 * 20  # one frame of the tiny convolutional stack
@@ -588,7 +585,7 @@ def test_a_frame_of_the_real_hubert_needs_400_samples(write_vlm: Callable, token
     audio.mkdir()
     write_json(audio / "config.json", HUBERT_BASE)
     write_json(audio / "preprocessor_config.json", HUBERT_PREPROCESSOR)
-    assert ViPolyQwenProcessor.from_backbones(vlm, audio).min_audio_samples == 400
+    assert build_processor(vlm, audio).min_audio_samples == 400
 
 
 def test_the_flat_configuration_equals_the_nested_one(vlm_json: dict[str, Any]) -> None:
@@ -596,6 +593,6 @@ def test_the_flat_configuration_equals_the_nested_one(vlm_json: dict[str, Any]) 
     nested = Qwen2VLConfig.from_dict(flat.to_dict())
     assert nested.text_config.to_dict() == flat.text_config.to_dict()
     for config in (flat, nested):
-        model_config = ViPolyQwenModel.from_backbones(config).config
+        model_config = build_model(config).config
         assert model_config.text_config.num_key_value_heads == 2
         assert model_config.vision_config.embed_dim == 32

@@ -27,9 +27,9 @@ from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.train_vipolyqwen import build_loss
 from vipolyqwen.training import trainer as trainer_vipolyqwen
 from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.build import build_loss
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 EVERYTHING = [

@@ -9,9 +9,9 @@ import torch
 from test_cached_gradients import assert_same_gradients, build, gradients_of, step
 from torch import Tensor
 
-from vipolyqwen.data.collator import first_images, members, take_rows
+from vipolyqwen.data.collator import members
 from vipolyqwen.training.arguments import read_arguments
-from vipolyqwen.training.microbatches import CallLimit, RowSize, length_buckets, plan_calls
+from vipolyqwen.training.microbatches import CallLimit, RowSize, first_images, length_buckets, plan_calls, take_rows
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 

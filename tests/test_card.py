@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from test_publish import go_online
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.publishing.card import model_card
+from vipolyqwen.training.build import build_model
 
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
 TRAINING = {
@@ -113,7 +113,7 @@ def test_a_model_from_a_configuration_claims_no_backbones(tiny: tuple, tmp_path:
 
 def test_a_bimodal_model_s_card_speaks_of_no_sound(tiny: tuple, tmp_path: Path) -> None:
     processor = tiny[1]
-    model = ViPolyQwenModel.from_backbones(tiny_vlm_config(processor.tokenizer, 64, 2, 32))
+    model = build_model(tiny_vlm_config(processor.tokenizer, 64, 2, 32))
     card = model_card("someone/tiny", model, processor, tmp_path)
     assert "audio" not in card.data.tags
     assert not re.search(r"sound|voice|hubert", card.text)

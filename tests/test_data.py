@@ -13,10 +13,11 @@ from conftest import random_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vipolyqwen.data.collator import MixedBatchCollator, row_lengths, take_rows
+from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import DATA_TYPES, DataType, RowError, declare_data_types
 from vipolyqwen.data.sources import PairDataset, SourceConfig, content_key, load_pairs
+from vipolyqwen.training.microbatches import row_lengths, take_rows
 
 CAPTION = {"image_caption": {"prefix": "<image_caption>", "loss": {"nce": 1, "cosine": 1}, "needs_image": True}}
 TEXT_PAIR = {"id": "p1", "data_type": "text_pair", "a": "Hai ngôi sao đỏ.", "b": "Two red stars.", "score": 0.9}

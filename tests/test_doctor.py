@@ -18,7 +18,8 @@ from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.doctor import diagnose, main
 from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Finding, mark, read_fingerprint, verdict, write_fingerprint
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
+from vipolyqwen.training.build import build_model
 
 VECTORS = {"text", "image", "audio", "mix", "prefix", "sentence-transformers"}
 
@@ -216,7 +217,7 @@ def test_what_does_not_load_whole_gets_no_fingerprint(repository: Path) -> None:
 
 def test_a_bimodal_repository_is_measured_without_sound(tiny: tuple, tmp_path: Path) -> None:
     model, processor = tiny
-    save_repository(type(model).from_backbones(tiny_vlm_config(processor.tokenizer, 64, 2, 32)), processor, tmp_path)
+    save_repository(build_model(tiny_vlm_config(processor.tokenizer, 64, 2, 32)), processor, tmp_path)
     write_fingerprint(tmp_path)
     findings = diagnose(tmp_path)
     assert failures(findings) == (set(), {})

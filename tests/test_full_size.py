@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, Qwen2VLConfig
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.training.build import build_model
 
 pytest.importorskip("peft")  # in requirements-dev.txt
 
@@ -42,7 +43,7 @@ def tiny_configs(layers: int | None = None) -> tuple[Qwen2VLConfig, HubertConfig
 def test_it_builds_the_real_sizes(full_size: ModuleType) -> None:
     with torch.device("meta"):
         vlm, audio = full_size.full_size_configs()
-        model = ViPolyQwenModel._from_config(ViPolyQwenModel.from_backbones(vlm, audio).config)
+        model = ViPolyQwenModel._from_config(build_model(vlm, audio).config)
     count = sum(p.numel() for part in (model.vlm, model.audio_tower) for p in part.parameters())
     assert count == QWEN2_VL_2B_PARAMETERS + HUBERT_BASE_PARAMETERS
 
@@ -56,7 +57,7 @@ TEXT, IMAGE, SOUND = {"length": 40}, {"length": 8, "image_side": 112}, {"audio_s
 )
 def test_it_counts_the_operations_that_torch_counts(full_size: ModuleType, kind: dict, mode: str) -> None:
     point = full_size.Point(4, **kind)
-    model = ViPolyQwenModel.from_backbones(*tiny_configs(), attn_implementation="eager")
+    model = build_model(*tiny_configs(), attn_implementation="eager")
     take = full_size.stepper(model, mode, checkpointing=False)
     batch = full_size.make_batch(point, model, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
@@ -66,7 +67,7 @@ def test_it_counts_the_operations_that_torch_counts(full_size: ModuleType, kind:
 
 def test_a_step_with_adapters_counts_neither_them_nor_gradients_of_frozen_weights(full_size: ModuleType) -> None:
     point = full_size.Point(4, **IMAGE)
-    model = ViPolyQwenModel.from_backbones(*tiny_configs(), attn_implementation="eager")
+    model = build_model(*tiny_configs(), attn_implementation="eager")
     batch = full_size.make_batch(point, model, torch.device("cpu"), torch.float32)
     before = full_size.forward_flops(model, point)
     take = full_size.stepper(model, "lora", checkpointing=False)

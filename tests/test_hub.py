@@ -17,9 +17,11 @@ from transformers.dynamic_module_utils import get_imports
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
-from vipolyqwen.publish_vipolyqwen import REQUIREMENTS, save_repository
+from vipolyqwen.publishing.repository import REQUIREMENTS, save_repository
+from vipolyqwen.training.build import build_model
 
 SHIPPED = {
+    "audio_vipolyqwen.py",
     "configuration_vipolyqwen.py",
     "fingerprint_vipolyqwen.py",
     "media_vipolyqwen.py",
@@ -256,8 +258,7 @@ def test_a_shipped_file_imports_only_what_its_readers_have(name: str, repository
 
 def test_a_bimodal_repository_offers_no_audio(tiny: tuple, tmp_path: Path, rng: np.random.Generator) -> None:
     _, processor = tiny
-    model_class = type(tiny[0])
-    model = model_class.from_backbones(tiny_vlm_config(processor.tokenizer, 64, 2, 32)).eval()
+    model = build_model(tiny_vlm_config(processor.tokenizer, 64, 2, 32)).eval()
     save_repository(model, processor, tmp_path)
     encoder = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
     assert np.abs(encoder.encode("Huế") - embed_here(model, processor, [{"text": "Huế"}], None)[0]).max() <= 1e-6

@@ -22,7 +22,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel, AutoProcessor
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 
 @pytest.fixture(scope="module")

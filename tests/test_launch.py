@@ -24,7 +24,7 @@ from transformers import Qwen2VLConfig
 from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
-from vipolyqwen.publishing.repository import refuse_checkpoint
+from vipolyqwen.publishing.checks import refuse_checkpoint
 from vipolyqwen.train_vipolyqwen import main as train_main
 from vipolyqwen.training.checkpoints import find_faults
 from vipolyqwen.training.trainer import ViPolyQwenTrainer

@@ -20,17 +20,18 @@ from torch import Tensor, multiprocessing
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from vipolyqwen.data.schema import canonical_data_type
+from vipolyqwen.training.distributed import gather_with_grad
 from vipolyqwen.training.losses import (
     LOSS_TABLES,
     TaskLoss,
-    canonical_data_type,
     cosine_distance,
     hardest_triplet,
     info_nce,
     pairwise_rank,
     score_mse,
 )
-from vipolyqwen.training.mixed_loss import MixedLoss, MixedLossOutput, gather_with_grad
+from vipolyqwen.training.mixed_loss import MixedLoss, MixedLossOutput
 from vipolyqwen.training.weighting import TableWeighting
 
 NAN = math.nan

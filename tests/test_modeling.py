@@ -24,6 +24,7 @@ from vipolyqwen.pooling_vipolyqwen import (
     MLPProjection,
 )
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.training.build import build_model
 
 NAN = float("nan")
 TOLERANCE = 1e-5  # largest absolute difference in float32
@@ -34,7 +35,7 @@ def build(processor: ViPolyQwenProcessor, audio_config: Any = None, *, attn: str
     """A tiny model whose weights are far from their initial values, so that nothing is nearly uniform by accident."""
     torch.manual_seed(0)
     vlm_config = tiny_vlm_config(processor.tokenizer, 64, 2, 32)
-    model = ViPolyQwenModel.from_backbones(vlm_config, audio_config, attn_implementation=attn, **fields)
+    model = build_model(vlm_config, audio_config, attn_implementation=attn, **fields)
     return shake(model).eval()
 
 
@@ -399,7 +400,7 @@ def test_a_configuration_survives_its_file(model: Any, tmp_path: Path) -> None:
 def test_speech_encoders_of_pretraining_lose_their_own_randomness(processor: Any) -> None:
     vlm_config = tiny_vlm_config(processor.tokenizer, 64, 2, 32)
     audio_config = speech_config(apply_spec_augment=True, layerdrop=0.5)
-    model = ViPolyQwenModel.from_backbones(vlm_config, audio_config)
+    model = build_model(vlm_config, audio_config)
     assert (model.config.audio_config.apply_spec_augment, model.config.audio_config.layerdrop) == (False, 0.0)
     assert (audio_config.apply_spec_augment, audio_config.layerdrop) == (True, 0.5)  # the caller's own is not touched
 
@@ -449,7 +450,7 @@ def test_a_model_built_on_the_meta_device_has_the_same_parameters(
     assert real <= {"audio_tower.masked_spec_embed"}  # stock code builds this one wherever it is
     assert describe(meta) == describe(scratch)
     backbones = tiny_vlm_config(processor.tokenizer, 64, 2, 32), kind and speech_config(kind)
-    assert describe(ViPolyQwenModel.from_backbones(*backbones, projection=projection)) == describe(scratch)
+    assert describe(build_model(*backbones, projection=projection)) == describe(scratch)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

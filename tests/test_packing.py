@@ -18,6 +18,7 @@ from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import TORCH_VARLEN, choose_attn_implementation, takes_lengths
 from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.build import build_model
 
 TOLERANCE = 1e-5  # largest absolute difference in float32
 
@@ -46,9 +47,7 @@ def batches(tiny: tuple) -> dict[str, dict[str, Tensor]]:
 def built(tiny: tuple, **fields: Any) -> ViPolyQwenModel:
     """A tiny model whose weights are far from their initial values, so that nothing is nearly uniform."""
     torch.manual_seed(0)
-    model = ViPolyQwenModel.from_backbones(
-        tiny_vlm_config(tiny[1].tokenizer, 64, 2, 32), tiny_audio_config(32, 2), **fields
-    )
+    model = build_model(tiny_vlm_config(tiny[1].tokenizer, 64, 2, 32), tiny_audio_config(32, 2), **fields)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()

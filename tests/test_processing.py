@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vipolyqwen.media_vipolyqwen import load_audio
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 NAN, INF = float("nan"), float("inf")
 START, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"

@@ -18,9 +18,10 @@ from hub_server import Blob, HubServer, running_hub
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
-from vipolyqwen.publish_vipolyqwen import build_repository, check_that_it_loads, main, save_repository
-from vipolyqwen.publishing.hub import PublishError, upload
-from vipolyqwen.publishing.repository import PUBLISHED, check_files, refuse_checkpoint
+from vipolyqwen.publish_vipolyqwen import build_repository, main
+from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
+from vipolyqwen.publishing.hub import upload
+from vipolyqwen.publishing.repository import PublishError, save_repository
 from vipolyqwen.publishing.verify import wrong_vectors
 
 REPO = "someone/tiny-viPolyQwen.v1"  # a name as repositories have, no Python name

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_publish import go_online
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.publish_vipolyqwen import build_repository, main, save_repository
-from vipolyqwen.publishing.hub import PublishError, upload
-from vipolyqwen.publishing.repository import PUBLISHED, check_files
+from vipolyqwen.publish_vipolyqwen import build_repository, main
+from vipolyqwen.publishing.checks import PUBLISHED, check_files
+from vipolyqwen.publishing.hub import upload
+from vipolyqwen.publishing.repository import PublishError, save_repository
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 

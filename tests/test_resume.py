@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler, permute
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.train_vipolyqwen import freeze_towers
 from vipolyqwen.training.arguments import TOWERS, ModelArguments
+from vipolyqwen.training.build import freeze_towers
 from vipolyqwen.training.checkpoints import (
     MANIFEST,
     UNFINISHED,

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.training import liger as liger_vipolyqwen
-from vipolyqwen.training.liger import use_liger_kernels
+from vipolyqwen.training import speedups
+from vipolyqwen.training.speedups import use_liger_kernels
 
 SHORT = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "4", "--save_steps", "2"]
 
@@ -106,10 +106,10 @@ def test_compiled_layers_may_be_checkpointed(corpus: Path, plain: dict[str, Tens
 
 
 def test_liger_kernels_need_liger_and_cuda(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger_vipolyqwen, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(speedups, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="`use_liger_kernel` is true, but liger-kernel is not installed"):
         build(corpus, "--use_liger_kernel", "true")
-    monkeypatch.setattr(liger_vipolyqwen, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(speedups, "is_liger_kernel_available", lambda: True)
     with pytest.raises(ValueError, match="training runs on cpu; its kernels need CUDA"):
         build(corpus, "--use_liger_kernel", "true")
 
@@ -149,7 +149,7 @@ def test_liger_s_layers_take_over_the_weights(
     module.liger_rotary_pos_emb = lambda *states: rotations.append(0) or rotary(*states)
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
-    monkeypatch.setattr(liger_vipolyqwen, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(speedups, "is_liger_kernel_available", lambda: True)
     monkeypatch.setattr(modeling_qwen2_vl, "apply_rotary_pos_emb", rotary)  # put back afterwards
     model = ViPolyQwenModel.from_pretrained(corpus / "base")
     before = list(model.state_dict())

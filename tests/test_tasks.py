@@ -9,7 +9,7 @@ from conftest import random_image, random_sound
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.tasks_vipolyqwen import infer_task
 
 DIALOGUE = "User: What is this?\nAssistant: A boat.\nUser: Which colour?"

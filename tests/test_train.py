@@ -13,12 +13,13 @@ from conftest import TEXTS, train_run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.data.collator import MixedBatchCollator, take_rows
+from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_data_types
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.train_vipolyqwen import build_loss
 from vipolyqwen.training.arguments import read_arguments, read_recipe
+from vipolyqwen.training.build import build_loss
+from vipolyqwen.training.microbatches import take_rows
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 

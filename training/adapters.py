@@ -18,8 +18,7 @@ from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..processing_vipolyqwen import ViPolyQwenProcessor
-from ..publish_vipolyqwen import save_reading_files, save_repository
-from ..publishing.repository import load_adapter
+from ..publishing.repository import load_adapter, save_reading_files, save_repository
 from .arguments import TOWERS, ModelArguments, ViPolyQwenTrainingArguments
 from .checkpoints import UNFINISHED, publish_checkpoint
 

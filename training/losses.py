@@ -19,12 +19,6 @@ from torch import Tensor
 
 COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet")
 SCORE_COMPONENTS = ("mse", "rank")  # of the score; the others pull a pair together, whatever its score
-DATA_TYPE_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
-
-
-def canonical_data_type(name: str) -> str:
-    """Name of a data type as this repository writes it; the STW paper's names (§3.1.1) are aliases."""
-    return DATA_TYPE_ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)

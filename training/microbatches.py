@@ -1,9 +1,13 @@
 """Which rows of a batch go through the model together: like lengths, shared images, at most so many rows or tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data.collator import members
 
 CALL_COST = 64  # tokens: what a call of the model costs beside its tokens; benchmarks/length_buckets.py compares
 MOST_CLASSES = 256  # lengths that are told apart when rows are grouped
@@ -156,3 +160,46 @@ def length_buckets(
         buckets.insert(0, [item for items in classes[starts[end] : end] for item in items])
         end = starts[end]
     return [*buckets[:-1], (buckets[-1] if buckets else []) + without] if order else []
+
+
+def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The model inputs of some rows of a collated batch, without the padding that none of them needs.
+
+    Args:
+        batch: what `MixedBatchCollator` returns.
+        rows: (rows,) long, numbers in [0, 2B) in the order wanted, on the batch's device.
+    """
+    inputs = {}
+    mask = batch["attention_mask"][rows]  # (rows, tokens)
+    used = mask.any(dim=0)
+    if used.any():
+        inputs["input_ids"] = batch["input_ids"][rows][:, used]
+        inputs["attention_mask"] = mask[:, used]
+    if batch["images_per_row"][rows].any():
+        slots = members(batch["images_per_row"], rows)
+        images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
+        patches = members(batch["image_grid_thw"].prod(dim=-1), images)
+        inputs["pixel_values"] = batch["pixel_values"][patches]
+        inputs["image_grid_thw"] = batch["image_grid_thw"][images]
+    if "has_audio" in batch and batch["has_audio"][rows].any():
+        clips = members(batch["has_audio"].long(), rows)
+        mask = batch["audio_attention_mask"][clips]  # (clips, samples)
+        used = mask.any(dim=0)
+        inputs["audio_features"] = batch["audio_features"][clips][:, used]
+        inputs["audio_attention_mask"] = mask[:, used]
+        inputs["has_audio"] = batch["has_audio"][rows]
+    return inputs
+
+
+def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of tokens of each row of a collated batch, (2B,) long; 0 for a sound alone."""
+    return batch["attention_mask"].sum(dim=1)
+
+
+def first_images(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of the first image of each row of a collated batch, (2B,) long; −1 for a row without images."""
+    counts = batch["images_per_row"]
+    first = torch.full_like(counts, -1)
+    if "image_indices" in batch:
+        first[counts > 0] = batch["image_indices"][(counts.cumsum(0) - counts)[counts > 0]]
+    return first

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data.schema import MODALITY_PAIRS
 from .losses import (
     COMPONENTS,
     SCORE_COMPONENTS,
@@ -21,7 +21,6 @@ from .losses import (
 )
 from .weighting import TaskWeighting, UniformWeighting
 
-MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; a sound beside other parts counts
 LOWEST_TEMPERATURE = 0.01  # of a learned one, as in CLIP: below it one pair takes all of the gradient
 
 
@@ -347,44 +346,3 @@ def _checked_dims(dims: Sequence[int] | None) -> list[int] | None:
     if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
         raise ValueError(f"matryoshka_dims is {dims!r}; give whole numbers >= 1, such as [1024, 512, 256].")
     return sorted(set(dims), reverse=True)
-
-
-def gather_with_grad(x: Tensor) -> Tensor:
-    """All rows of all processes in rank order, with gradient; x itself where there is one process.
-
-    Every process then computes the loss of the whole joined batch. Why that gives the gradient of one process with the
-    whole batch: the backward pass sums over the W processes what their (equal) losses L say about this process's rows,
-    so it hands W ∂L/∂x_r to rank r's own model pass; DDP and FSDP average the parameter gradients,
-    1/W Σ_r W ∂L/∂x_r ∂x_r/∂θ = dL/dθ. So the loss must be neither divided by nor multiplied with W.
-
-    Args:
-        x: (rows of this process, …) any dtype; the row count may differ between processes and be 0.
-
-    Returns:
-        (rows of all processes, …).
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    own = torch.tensor([x.shape[0]], device=x.device)
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, own)
-    return _GatherRows.apply(x, torch.cat(counts).tolist())
-
-
-class _GatherRows(torch.autograd.Function):
-    """Concatenation over ranks; the backward sums the gradient of this rank's rows over all ranks."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[: x.shape[0]] = x
-        blocks = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(blocks, padded)
-        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.split(ctx.counts)[dist.get_rank()], None

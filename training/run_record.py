@@ -11,7 +11,7 @@ import torch
 from transformers.utils import cached_file
 
 from ..data.sources import PairDataset
-from ..publishing.card import TRAINING_FILE
+from ..publishing.repository import TRAINING_FILE
 from .arguments import Arguments, ModelArguments
 
 SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")

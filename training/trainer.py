@@ -15,26 +15,25 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..data.collator import MixedBatchCollator, first_images, row_lengths, take_rows
+from ..data.collator import MixedBatchCollator
 from ..data.sampler import MixtureSampler
 from ..data.sources import PairDataset
 from ..evaluation.metrics import pair_retrieval, spearman
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
 from ..processing_vipolyqwen import ViPolyQwenProcessor
-from ..publish_vipolyqwen import save_repository
+from ..publishing.repository import save_repository
 from .adapters import ADAPTER, check_adapter, is_adapted, plain_name, save_adapter, save_merged
 from .arguments import ViPolyQwenTrainingArguments
 from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
-from .distributed import loading_whole, own_class
-from .liger import use_liger_kernels
+from .distributed import gather_with_grad, loading_whole, own_class
 from .loss_optimizer import LossOptimizer
-from .microbatches import CallLimit, RowSize, plan_calls
-from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput, gather_with_grad
+from .microbatches import CallLimit, RowSize, first_images, plan_calls, row_lengths, take_rows
+from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput
 from .resuming import ResumingTrainer
-from .speedups import compile_layers
+from .speedups import compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
 

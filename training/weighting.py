@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .losses import canonical_data_type, check_weight
+from ..data.schema import canonical_data_type
+from .losses import check_weight
 
 
 class TaskWeighting(nn.Module):

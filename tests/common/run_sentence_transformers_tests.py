@@ -27,7 +27,7 @@ from outcomes import report
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.publish_vipolyqwen import save_repository
+from vipolyqwen.publishing.repository import save_repository
 
 FILES = (
     "test_sentence_transformer.py",  # these three as the source distribution has them, the others as the checkout

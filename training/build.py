@@ -1,0 +1,247 @@
+"""The parts of a run from its arguments: model and processor on pretrained backbones, loss, pairs, collator."""
+
+import os
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLModel,
+    Wav2Vec2FeatureExtractor,
+)
+from transformers.utils import logging
+
+from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
+from ..configuration_vipolyqwen import ViPolyQwenConfig
+from ..data.collator import MixedBatchCollator
+from ..data.schema import DataType
+from ..data.sources import PairDataset, load_pairs
+from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
+from ..packing_vipolyqwen import choose_attn_implementation
+from ..processing_vipolyqwen import ViPolyQwenProcessor
+from .adapters import add_adapter, check_installed, continued, load_in_4bit, untrained_towers, write_base
+from .arguments import TOWERS, DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
+from .losses import LOSS_TABLES, TaskLoss
+from .mixed_loss import MixedLoss
+from .weighting import build_weighting
+
+logger = logging.get_logger(__name__)
+
+MAX_LENGTH = 8192  # tokens
+
+
+def build_model(
+    vlm: str | PathLike | PreTrainedConfig,
+    audio: str | PathLike | PreTrainedConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    **config_kwargs: Any,
+) -> ViPolyQwenModel:
+    """Builds a model from pretrained backbones, with new poolings and projections on top.
+
+    Args:
+        vlm: a Qwen2-VL checkpoint (Hub id or folder), or its configuration for random weights.
+        audio: a speech encoder's checkpoint or configuration; `None` gives the bimodal model.
+        dtype: dtype of all parameters.
+        attn_implementation: passed to every tower; `None` leaves the choice to transformers.
+        **config_kwargs: fields of `ViPolyQwenConfig` (`pooling`, `projection`, …).
+
+    Raises:
+        ValueError: a backbone's checkpoint lacks a weight, has one too many, or one of another shape.
+    """
+    vlm_config = vlm if isinstance(vlm, PreTrainedConfig) else AutoConfig.from_pretrained(vlm)
+    audio_config = audio
+    if audio is not None and not isinstance(audio, PreTrainedConfig):
+        audio_config = AutoConfig.from_pretrained(audio)
+    config = _joint_config(vlm_config, audio_config, **config_kwargs)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation  # of every tower
+
+    towers = {"vlm": _backbone(Qwen2VLModel, vlm, config, dtype)}
+    config = towers["vlm"].config  # `from_pretrained` fills in a copy
+    if config.audio_config is not None:
+        keep_supported_attention(config.audio_config)
+        towers["audio_tower"] = make_padding_invariant(_backbone(AutoModel, audio, config.audio_config, dtype))
+        config.audio_config = towers["audio_tower"].config
+    with torch.device("meta"):  # random backbones would only be thrown away
+        model = ViPolyQwenModel._from_config(config, dtype=dtype)
+    for name, module in model.named_children():
+        if name in towers:
+            setattr(model, name, towers[name])
+        else:
+            module.to_empty(device=towers["vlm"].device).apply(model._init_weights)
+    return model
+
+
+def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **config_kwargs: Any) -> ViPolyQwenConfig:
+    """One configuration from two.
+
+    SpecAugment and LayerDrop, which the speech encoder's own pretraining used, are off: they draw from another random
+    generator than torch's and leave parameters without a gradient, so that a step could be neither redone nor shared.
+    """
+    if not isinstance(vlm, Qwen2VLConfig):
+        raise ValueError(f"`vlm` is a {vlm.model_type} checkpoint; a Qwen2-VL one (qwen2_vl) is needed.")
+    fields = {key: value for key, value in vlm.to_dict().items() if key not in ("model_type", "architectures")}
+    if audio is not None:
+        audio = AutoConfig.for_model(**{**audio.to_dict(), "apply_spec_augment": False, "layerdrop": 0.0})
+    return ViPolyQwenConfig(**{**fields, "audio_config": audio, **config_kwargs})
+
+
+def _backbone(
+    auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A backbone from its checkpoint, whole or not at all, or with random weights from its configuration."""
+    if isinstance(source, PreTrainedConfig):
+        build = auto_class.from_config if auto_class is AutoModel else auto_class._from_config
+        return build(config, dtype=dtype)
+    model, report = auto_class.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below, with the other faults
+    )
+    problems = loading_problems(report)
+    if problems:
+        raise ValueError(
+            f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {problems}. "
+            "Nothing was re-initialised: use a whole checkpoint of this architecture."
+        )
+    return model
+
+
+def build_processor(
+    vlm: str | os.PathLike, audio: str | os.PathLike | None = None, **kwargs: Any
+) -> ViPolyQwenProcessor:
+    """Builds the processor of `build_model(vlm, audio)`."""
+    tokenizer = AutoTokenizer.from_pretrained(vlm)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
+    feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    if audio is not None:
+        feature_extractor = AutoFeatureExtractor.from_pretrained(audio)
+        kwargs.setdefault("min_audio_samples", receptive_field(AutoConfig.from_pretrained(audio)))
+    return ViPolyQwenProcessor(Qwen2VLImageProcessorPil.from_pretrained(vlm), tokenizer, feature_extractor, **kwargs)
+
+
+def load_model(
+    model_args: ModelArguments, args: ViPolyQwenTrainingArguments, data_types: dict[str, DataType]
+) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
+    """A model to go on from, or a new one on its backbones, that knows the prefix of every data type."""
+    check_installed(model_args, args.device)
+    attention = model_args.attn_implementation
+    if attention == "auto":
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        attention = choose_attn_implementation(dtype, args.device.type)
+    origin = model_args if model_args.lora_rank is None else continued(model_args, args)
+    names = ("pooling", "projection", "audio_fusion")
+    options = {name: value for name in names if (value := getattr(origin, name)) is not None}
+    if origin.model is not None:
+        model = ViPolyQwenModel.from_pretrained(origin.model, attn_implementation=attention, **options)
+        processor = ViPolyQwenProcessor.from_pretrained(origin.model, config=model.config)
+    else:
+        backbones = (origin.vlm, origin.audio)
+        model = build_model(*backbones, attn_implementation=attention, **options)
+        processor = build_processor(*backbones)
+    _bound_inputs(processor, model_args)
+    for data_type in data_types.values():
+        processor.add_task(data_type.name, data_type.prefix)
+    grows = len(processor.tokenizer) > model.get_input_embeddings().num_embeddings
+    if grows:
+        model.resize_token_embeddings(len(processor.tokenizer))
+    if model_args.lora_rank is None:
+        freeze_towers(model, model_args.freeze)
+    else:
+        is_published = origin.model is not None and not options and not grows
+        base = origin.model if is_published else write_base(model, processor, args)
+        if model_args.load_in_4bit:
+            model = load_in_4bit(base, attention, args)
+        freeze_towers(model, untrained_towers(model, model_args))
+        model = add_adapter(model, processor, model_args, base, mixed_precision=args.bf16 or args.fp16)
+    trained = model.num_parameters(only_trainable=True)
+    logger.info(f"{model.num_parameters():,} parameters, {trained:,} of them trained, attention: {attention}")
+    return model, processor
+
+
+def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) -> None:
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, model_args.max_length)
+    if model_args.min_pixels is not None:
+        processor.image_processor.size["shortest_edge"] = model_args.min_pixels
+    if model_args.max_pixels is not None:
+        processor.image_processor.size["longest_edge"] = model_args.max_pixels
+    if model_args.max_audio_seconds is not None:
+        processor.max_audio_seconds = model_args.max_audio_seconds
+
+
+def freeze_towers(model: ViPolyQwenModel, names: list[str]) -> None:
+    """Keeps the weights of towers as they are; those behind which nothing is trained build no graph."""
+    for name in names:
+        if name == "audio" and model.config.audio_config is None:
+            raise ValueError("`freeze` names 'audio', but this model has no speech encoder; drop it.")
+        tower = model.get_submodule(TOWERS[name])
+        tower.requires_grad_(False)
+        if name != "language" or "vision" in names:  # else the images' part of the graph passes through
+            # Frozen weights are not enough: gradient checkpointing makes the first layer's output require a gradient.
+            tower.forward = torch.no_grad()(tower.forward)
+
+
+def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], tasks: list[str]) -> MixedLoss:
+    """The loss of each task: the table's rows and those that the recipe declares, in the order of the task ids."""
+    if loss_args.loss_table not in LOSS_TABLES:
+        raise ValueError(f"`loss_table` is {loss_args.loss_table!r}; it must be one of {', '.join(LOSS_TABLES)}.")
+    losses = dict(LOSS_TABLES[loss_args.loss_table])
+    for task, fields in declared.items():
+        if "loss" not in fields:
+            raise ValueError(f"data_types.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
+        losses[task] = TaskLoss.from_dict(fields["loss"])
+    return MixedLoss(
+        {task: losses[task] for task in tasks},
+        temperature=loss_args.temperature,
+        learnable_temperature=loss_args.learnable_temperature,
+        weighting=build_weighting(loss_args.task_weighting, tasks, loss_args.task_weighting_options),
+        mask_duplicates=loss_args.mask_duplicates,
+        mask_groups=loss_args.mask_groups,
+        nce_min_score=loss_args.nce_min_score,
+        false_negative_margin=loss_args.false_negative_margin,
+        matryoshka_dims=loss_args.matryoshka_dims,
+    )
+
+
+def read_pairs(
+    sources: list[dict[str, Any]] | None,
+    data_types: dict[str, DataType],
+    processor: ViPolyQwenProcessor,
+    check_media: bool,
+    without_tasks: list[str] | None = None,
+) -> PairDataset | None:
+    """All rows of all sources, checked, but those of `without_tasks`; `None` if no source is given."""
+    if sources is None:
+        return None
+    return load_pairs(sources, data_types, processor.min_audio_samples, check_media, without_tasks or ())
+
+
+def build_collator(
+    processor: ViPolyQwenProcessor,
+    data_types: dict[str, DataType],
+    data_args: DataArguments,
+    args: ViPolyQwenTrainingArguments,
+    training: bool,
+) -> MixedBatchCollator:
+    """Rows to a joint batch of both sides; prefix dropout and hard negatives are for training."""
+    return MixedBatchCollator(
+        processor,
+        data_types,
+        prefix_sides=data_args.prefix_sides,
+        prefix_dropout=data_args.prefix_dropout if training else 0.0,
+        tasks_without_prefix=data_args.tasks_without_prefix or (),
+        with_negatives=training,
+        seed=args.seed,
+    )
