@@ -29,7 +29,7 @@ from vipolyqwen.train_vipolyqwen import main as train_main
 from vipolyqwen.training.checkpoints import find_faults
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
-CONFIGS = Path(__file__).parent.parent / "recipes" / "launch"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "launch"
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 NO_INDEXED_CPU = pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"),

@@ -23,7 +23,7 @@ from vipolyqwen.training.microbatches import take_rows
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

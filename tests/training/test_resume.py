@@ -33,7 +33,7 @@ from vipolyqwen.training.checkpoints import (
 )
 from vipolyqwen.training.resuming import SAMPLER_STATE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLAIN = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("peft")  # in requirements-dev.txt
 @pytest.fixture
 def full_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The benchmark as a module, which writes elsewhere."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import full_size
     import result_files
 

@@ -26,7 +26,7 @@ from vipolyqwen.training.balance import (
 from vipolyqwen.training.callbacks import balance
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", "caption")
 BRIEF = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
 LOSSES = [3, 1, 2, 2, 2, 1, 1, 1]  # of the entries that `history` makes

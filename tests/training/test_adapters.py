@@ -38,7 +38,7 @@ from vipolyqwen.training.build import load_model
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVERYWHERE = ["--lora_rank", "4", "--lora_targets", "language,vision,audio"]
 SOUND = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
 PREFIX_ROWS = "vlm.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"

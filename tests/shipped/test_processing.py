@@ -572,7 +572,7 @@ NOISE = random_image(np.random.default_rng(0))
         (Path("no/such/file.png"), r"no/such/file\.png.*cannot be read"),
         ("https://example.org/a.png", r"https://example\.org/a\.png.*URL; download it"),
         (Path(__file__), "test_processing.*cannot be read"),
-        (Path(__file__).parent, "tests.*cannot be read"),
+        (Path(__file__).parent, "shipped.*cannot be read"),
         (5, "5.*cannot be read"),
         (np.zeros(7), r"shape \(7,\)|cannot be read"),
     ],
