@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import write_world
+from helpers import write_world
 from killing import kills, same_weights, train_uninterrupted
 from result_files import claim, write_result
 

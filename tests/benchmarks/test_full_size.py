@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_backbones import HUBERT_BASE_PARAMETERS, QWEN2_VL_2B_PARAMETERS
+from helpers import HUBERT_BASE_PARAMETERS, QWEN2_VL_2B_PARAMETERS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, Qwen2VLConfig
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_base
 import torch
 import yaml
-from conftest import TEXTS
+from helpers import TEXTS
 from pair_vectors import cells, load_grouped, search
 from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import random_image
+from helpers import random_image
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_model
+from helpers import save_tiny_model
 
 from vipolyqwen.demo import world as demo_world
 from vipolyqwen.demo.report import STAGES, judge, loss_curves, side_a

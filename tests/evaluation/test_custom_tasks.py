@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import random_image, random_sound
+from helpers import random_image, random_sound
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import TEXTS, random_image, random_sound
+from helpers import TEXTS, random_image, random_sound
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import StaticEmbedding

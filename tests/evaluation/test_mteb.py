@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS  # noqa: F401  # sets HF_HUB_OFFLINE before mteb reads it
+from helpers import TEXTS  # noqa: F401  # sets HF_HUB_OFFLINE before mteb reads it
 
 mteb = pytest.importorskip("mteb")
 

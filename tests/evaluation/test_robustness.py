@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import random_image, random_sound, save_tiny_model
+from helpers import random_image, random_sound, save_tiny_model
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.evaluate_vipolyqwen import main

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from hub_server import running_hub
+from hub_server import go_online, running_hub
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from test_publish import go_online
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.publishing.card import model_card

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_image, random_sound
+from helpers import random_image, random_sound
 from sentence_transformers import SentenceTransformer
 from transformers.dynamic_module_utils import get_imports
 

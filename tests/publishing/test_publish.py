@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import random_image, random_sound
-from hub_server import Blob, HubServer, running_hub
+from helpers import random_image, random_sound
+from hub_server import Blob, HubServer, go_online, running_hub
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
@@ -82,15 +82,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with running_hub() as server:
         go_online(monkeypatch, server)
         yield server
-
-
-def go_online(monkeypatch: pytest.MonkeyPatch, server: HubServer) -> None:
-    """This process, which the tests keep offline, may talk to the server; retries do not wait."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_sound
-from hub_server import running_hub
+from helpers import random_sound
+from hub_server import go_online, running_hub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
-from test_publish import go_online
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.publish_vipolyqwen import build_repository, main

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, random_image, random_sound
+from helpers import HUBERT_BASE_PARAMETERS, QWEN2_VL_2B_PARAMETERS, TEXTS, random_image, random_sound
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLConfig
@@ -104,9 +104,6 @@ HUBERT_BASE: dict[str, Any] = {
     "transformers_version": "4.10.0.dev0",
     "vocab_size": 32,
 }
-
-QWEN2_VL_2B_PARAMETERS = 2_208_985_600  # half of `total_size` in the Hub's model.safetensors.index.json
-HUBERT_BASE_PARAMETERS = 94_371_712
 
 
 def qwen2_vl_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

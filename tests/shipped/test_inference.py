@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import random_image, random_sound
 from datasets import Dataset
+from helpers import random_image, random_sound
 from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss

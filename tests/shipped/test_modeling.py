@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_image, random_sound, speech_config
+from helpers import random_image, random_sound, speech_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
 from vipolyqwen import modeling_vipolyqwen as modeling
+from vipolyqwen.audio_vipolyqwen import PaddedAudio, PaddingInvariantFeatureEncoder
 from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
-from vipolyqwen.modeling_vipolyqwen import PaddedAudio, PaddingInvariantFeatureEncoder, ViPolyQwenModel
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.pooling_vipolyqwen import (
     AttentionPooling,
     LastPooling,

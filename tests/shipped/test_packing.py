@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
-from conftest import random_image, random_sound
-from test_cached_gradients import assert_same_gradients, build, gradients_of, step
+from helpers import assert_same_gradients, build_trainer, gradients_of, random_image, random_sound, training_step
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -295,19 +294,19 @@ def flat(world: Path, folder: Path) -> Path:
 def test_a_step_with_packed_rows_has_the_gradients_of_padded_rows(world: Path, tmp_path: Path) -> None:
     folder, gradients = flat(world, tmp_path), {}
     for packed in ("false", "true"):
-        trainer, pairs = build(folder, "--packing", packed)
+        trainer, pairs = build_trainer(folder, "--packing", packed)
         rows = []
         trainer.model.vlm.language_model.register_forward_pre_hook(
             lambda _, __, inputs, rows=rows: rows.append(len(inputs["inputs_embeds"])), with_kwargs=True
         )
-        step(trainer, list(pairs))
+        training_step(trainer, list(pairs))
         assert (rows == [1]) == (packed == "true")
         gradients[packed] = gradients_of(trainer)
     assert_same_gradients(gradients["true"], gradients["false"])
 
 
 def test_packing_is_left_out_where_it_does_not_pay(world: Path, tmp_path: Path) -> None:
-    assert not build(flat(world, tmp_path))[0].packing
+    assert not build_trainer(flat(world, tmp_path))[0].packing
 
 
 @pytest.mark.parametrize(("given", "found"), [(["--packing", "true"], "true"), ([], "auto")])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import random_image, random_sound
+from helpers import random_image, random_sound
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_image, random_sound
+from helpers import random_image, random_sound
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES

@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXTS, speech_config, train_run
+from helpers import (
+    EVERYTHING,
+    PLAIN,
+    TEXTS,
+    assert_same_gradients,
+    build_trainer,
+    gradients_of,
+    speech_config,
+    train_run,
+    training_step,
+)
 from killing import same_weights
 from safetensors.torch import load_file
-from test_cached_gradients import EVERYTHING, assert_same_gradients, build, gradients_of, step
-from test_resume import PLAIN
 from torch import Tensor
 from transformers import AutoTokenizer, HubertModel, Qwen2VLImageProcessorPil, Qwen2VLModel, Wav2Vec2FeatureExtractor
 
@@ -93,9 +101,9 @@ def test_adapters_new_parts_and_prefixes_are_trained_and_nothing_else(world: Pat
     expected += len(processor.task_prefixes) * model.config.text_config.hidden_size
     assert sum(value.numel() for value in model.parameters() if value.requires_grad) == expected
 
-    trainer, pairs = build(corpus, *flags, model=model)
+    trainer, pairs = build_trainer(corpus, *flags, model=model)
     optimizer = trainer.create_optimizer()
-    step(trainer, list(pairs))
+    training_step(trainer, list(pairs))
     rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
     for name, value in model.named_parameters():
         assert (value.grad is not None) == value.requires_grad == (id(value) in rates), name
@@ -169,10 +177,10 @@ def test_chunks_and_gradient_checkpointing_give_the_gradients_of_the_whole_batch
             for name, value in model.named_parameters():
                 if "lora_B" in name:  # is 0 at first, and so would be the gradient of A
                     value.normal_(std=0.05)
-        trainer, pairs = build(corpus, *EVERYTHING, *flags, model=model)
+        trainer, pairs = build_trainer(corpus, *EVERYTHING, *flags, model=model)
         if trainer.args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        step(trainer, list(pairs))
+        training_step(trainer, list(pairs))
         return gradients_of(trainer)
 
     plain = run()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_run
+from helpers import train_run
 from safetensors.torch import load_file
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel

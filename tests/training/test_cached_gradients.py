@@ -11,33 +11,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import train_run
+from helpers import EVERYTHING, KEY_BIAS, assert_same_gradients, build_trainer, gradients_of, train_run, training_step
 from safetensors.torch import load_file
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
-from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_data_types
-from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.data.sources import PairDataset
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 from vipolyqwen.training import trainer as trainer_vipolyqwen
 from vipolyqwen.training.arguments import read_arguments
-from vipolyqwen.training.build import build_loss
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
-EVERYTHING = [
-    *("--loss_table", "dle", "--matryoshka_dims", "1024", "256", "64", "--learnable_temperature", "true"),
-    *("--task_weighting", "gradnorm", "--task_weighting_options", '{"learning_rate": 0.2}', "--monitor_steps", "1"),
-]
 TEXT_ONLY = ("text_pair", "instr")
-KEY_BIAS = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # softmax ignores it: gradient 0, but for rounding
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +44,6 @@ def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(folder: Path, *flags: str, model: ViPolyQwenModel | None = None) -> tuple[ViPolyQwenTrainer, PairDataset]:
-    """A trainer of the corpus's base, or of `model`, and the pairs."""
-    base = str(folder / "base")
-    given = ["--model", base, "--output_dir", str(folder / "out"), "--use_cpu", "true", "--report_to", "none", *flags]
-    _, _, loss_args, args = read_arguments(given)
-    model = ViPolyQwenModel.from_pretrained(base) if model is None else model
-    processor = ViPolyQwenProcessor.from_pretrained(base, config=model.config)
-    data_types = declare_data_types(None)
-    source = {"path": str(folder / "pairs.jsonl"), "media_root": str(folder / "media")}
-    pairs = load_pairs([source], data_types, processor.min_audio_samples, check_media=False)
-    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0)
-    loss = build_loss(loss_args, {}, list(data_types))
-    trainer = ViPolyQwenTrainer(model, args, processor, loss, pairs, None, collator, collator)
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer, pairs
-
-
-def step(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn.Module | None = None) -> dict[str, Any]:
-    """The stock training step, without the update; what it logs."""
-    loss = trainer.training_step(trainer.model if model is None else model, trainer.data_collator(rows))
-    return {"loss": loss.item(), **{name: values[-1] for name, values in trainer._logged.items()}}
-
-
-def gradients_of(trainer: ViPolyQwenTrainer) -> dict[str, Tensor]:
-    """The gradient of every parameter, those of the loss among them."""
-    gradients = {f"loss.{name}": value.grad for name, value in trainer.mixed_loss.named_parameters()}
-    for name, value in trainer.model.named_parameters():
-        if value.requires_grad:
-            gradients[name] = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
-    return gradients
-
-
-def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Every parameter's gradient, relative to its own norm."""
-    assert found.keys() == wanted.keys()
-    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    assert whole > 1
-    for name, gradient in wanted.items():
-        if name == KEY_BIAS:
-            assert max(gradient.norm(), found[name].norm()) < 1e-8 * whole
-        else:
-            assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
-
-
 def without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same chunks with all of their activations kept: ordinary gradients."""
     keep_all = lambda embed, chunks, *_, **__: torch.cat([embed(chunk) for chunk in chunks])  # noqa: E731
@@ -110,16 +56,16 @@ def without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=[[], EVERYTHING], ids=["plain", "everything"])
 def whole_batch(corpus: Path, request: pytest.FixtureRequest) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
     """Flags, and gradients and log of a step of all rows without chunks."""
-    trainer, pairs = build(corpus, *request.param)
-    log = step(trainer, list(pairs))
+    trainer, pairs = build_trainer(corpus, *request.param)
+    log = training_step(trainer, list(pairs))
     return request.param, gradients_of(trainer), log
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_chunks_give_the_gradients_and_the_log_of_the_whole_batch(corpus: Path, whole_batch: Any, size: int) -> None:
     flags, gradients, log = whole_batch
-    trainer, pairs = build(corpus, *flags, "--embed_chunk", str(size))
-    found_log = step(trainer, list(pairs))
+    trainer, pairs = build_trainer(corpus, *flags, "--embed_chunk", str(size))
+    found_log = training_step(trainer, list(pairs))
     assert_same_gradients(gradients_of(trainer), gradients)
     assert found_log == pytest.approx(log, rel=1e-4, abs=1e-6)
     assert any(name.startswith("gradient_cosine/") for name in log)
@@ -127,7 +73,7 @@ def test_chunks_give_the_gradients_and_the_log_of_the_whole_batch(corpus: Path, 
 
 
 def test_rows_pass_in_small_chunks_first_all_without_gradient_then_all_with_it(corpus: Path) -> None:
-    trainer, pairs = build(corpus, "--embed_chunk", "3")
+    trainer, pairs = build_trainer(corpus, "--embed_chunk", "3")
     calls = []
     trainer.model.register_forward_pre_hook(
         lambda _, __, inputs: calls.append((torch.is_grad_enabled(), len(inputs["input_ids"]))), with_kwargs=True
@@ -150,7 +96,7 @@ def test_both_passes_drop_the_same_activations(corpus: Path, monkeypatch: pytest
 
     def run(seed: int) -> tuple[dict[str, Tensor], Tensor]:
         model = ViPolyQwenModel.from_pretrained(corpus / "base", config=config)
-        trainer, pairs = build(corpus, "--embed_chunk", "3", model=model)
+        trainer, pairs = build_trainer(corpus, "--embed_chunk", "3", model=model)
         batch = trainer.data_collator(list(pairs))
         torch.manual_seed(seed)
         loss = trainer.compute_loss(trainer.model.train(), batch)
@@ -173,7 +119,7 @@ def test_both_passes_have_the_same_autocast(
     corpus: Path, backward_inside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(dtype: torch.dtype, cache: bool = False) -> dict[str, Tensor]:
-        trainer, pairs = build(corpus, "--embed_chunk", "3")
+        trainer, pairs = build_trainer(corpus, "--embed_chunk", "3")
         batch = trainer.data_collator(list(pairs))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=cache):
             loss = trainer.compute_loss(trainer.model, batch)
@@ -230,7 +176,7 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_updates_cannot_be_left_out_with_deepspeed(corpus: Path, deepspeed: None) -> None:
     with pytest.raises(ValueError, match="`on_nan` is skip, but DeepSpeed"):
-        build(corpus, "--on_nan", "skip")
+        build_trainer(corpus, "--on_nan", "skip")
 
 
 # --- several processes: rank 0 has text only, rank 1 images and sounds, and more rows
@@ -276,10 +222,10 @@ def accumulate(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn
     trainer.accelerator.gradient_state._set_sync_gradients(False)
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
-            step(trainer, rows, model)
+            training_step(trainer, rows, model)
     else:
         model.set_requires_gradient_sync(False)
-        step(trainer, rows, model)
+        training_step(trainer, rows, model)
         model.set_requires_gradient_sync(True)
     trainer.accelerator.gradient_state._set_sync_gradients(True)
 
@@ -300,12 +246,12 @@ def take_steps(rank: int, folder: Path) -> None:
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for name, chunk, batches in CASES:
-        trainer, pairs = build(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
+        trainer, pairs = build_trainer(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
         model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
         for _ in range(batches - 1):
             accumulate(trainer, rows, model)
         with CountReductions() as reductions:
-            log = step(trainer, rows, model)
+            log = training_step(trainer, rows, model)
         gradients = gradients_of(trainer)
         if rank == 0:
             torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
@@ -318,10 +264,10 @@ def take_steps(rank: int, folder: Path) -> None:
 def one_process(corpus: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Gradients and log of joined batches, by their number, after two processes have left theirs in the folder."""
     multiprocessing.spawn(take_steps, args=(corpus,), nprocs=2)
-    trainer, pairs = build(corpus, *EVERYTHING)
+    trainer, pairs = build_trainer(corpus, *EVERYTHING)
     found = {}
     for batches in (1, 2):
-        log = step(trainer, [*rows_of(pairs, 0), *rows_of(pairs, 1)])
+        log = training_step(trainer, [*rows_of(pairs, 0), *rows_of(pairs, 1)])
         found[batches] = {name: value.clone() for name, value in gradients_of(trainer).items()}, log
     return found
 

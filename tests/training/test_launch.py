@@ -13,11 +13,10 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import train_run
+from helpers import assert_same_gradients, train_run
 from killing import same_weights
 from packaging import version
 from safetensors.torch import load_file, save_file
-from test_cached_gradients import assert_same_gradients
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Qwen2VLConfig
 

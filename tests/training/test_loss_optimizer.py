@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import train_run
+from helpers import train_run
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, get_scheduler

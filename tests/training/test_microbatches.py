@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cached_gradients import assert_same_gradients, build, gradients_of, step
+from helpers import assert_same_gradients, build_trainer, gradients_of, training_step
 from torch import Tensor
 
 from vipolyqwen.data.collator import members
@@ -30,8 +30,8 @@ def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole_batch(corpus: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gradients and log of a step of all rows, without limits."""
-    trainer, pairs = build(corpus)
-    log = step(trainer, list(pairs))
+    trainer, pairs = build_trainer(corpus)
+    log = training_step(trainer, list(pairs))
     return gradients_of(trainer), log
 
 
@@ -131,9 +131,9 @@ def test_a_token_budget_bounds_each_call_and_keeps_the_gradients(
     corpus: Path, whole_batch: tuple[dict, dict], budget: int, rows: int | None
 ) -> None:
     flags = [] if rows is None else ["--embed_chunk", str(rows)]
-    trainer, pairs = build(corpus, "--embed_chunk_tokens", str(budget), *flags)
+    trainer, pairs = build_trainer(corpus, "--embed_chunk_tokens", str(budget), *flags)
     calls, _ = watch(trainer)
-    log = step(trainer, list(pairs))
+    log = training_step(trainer, list(pairs))
     assert_same_gradients(gradients_of(trainer), whole_batch[0])
     assert log == pytest.approx(whole_batch[1], rel=1e-4, abs=1e-6)
     assert [with_gradient for with_gradient, *_ in calls] == [False] * (len(calls) // 2) + [True] * (len(calls) // 2)
@@ -161,7 +161,7 @@ def unshared(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_batch_holds_each_different_image_once(corpus: Path) -> None:
-    trainer, pairs = build(corpus)
+    trainer, pairs = build_trainer(corpus)
     batch = trainer.data_collator(list(pairs))
     assert len(batch["image_grid_thw"]) == 4
     assert batch["image_indices"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -175,7 +175,7 @@ def test_a_batch_holds_each_different_image_once(corpus: Path) -> None:
     [([], [(True, 4)]), (["--embed_chunk", "3"], [(False, 1)] * 4 + [(True, 1)] * 4), (["--packing", "true"], None)],
 )
 def test_a_shared_image_is_encoded_once_a_step(corpus: Path, flags: list[str], passes: list | None) -> None:
-    trainer, pairs = build(corpus, *flags)
+    trainer, pairs = build_trainer(corpus, *flags)
     _, seen = watch(trainer)
     trainer.training_step(trainer.model, trainer.data_collator(list(pairs)))
     assert seen == (passes or [(True, 4)])
@@ -183,7 +183,7 @@ def test_a_shared_image_is_encoded_once_a_step(corpus: Path, flags: list[str], p
 
 @pytest.mark.parametrize("flags", [[], ["--embed_chunk", "2"], ["--packing", "true"]])
 def test_sharing_changes_neither_vectors_nor_gradients(corpus: Path, flags: list[str]) -> None:
-    trainer, pairs = build(corpus, *flags)
+    trainer, pairs = build_trainer(corpus, *flags)
     batch = trainer.data_collator(list(pairs))
     vectors = {}
     gradients = {}
@@ -200,7 +200,7 @@ def test_sharing_changes_neither_vectors_nor_gradients(corpus: Path, flags: list
 
 @torch.no_grad()
 def test_a_shared_image_gives_each_row_the_vector_it_has_alone(corpus: Path) -> None:
-    trainer, pairs = build(corpus)
+    trainer, pairs = build_trainer(corpus)
     model = trainer.model.eval()
     batch = trainer.data_collator(list(pairs))
     together = trainer.embed(model, batch)

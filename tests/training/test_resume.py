@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import train_run
+from helpers import PLAIN, train_run
 from killing import kills, same_weights, train_uninterrupted
 from packaging import version
 from safetensors.torch import load_file
@@ -34,7 +34,6 @@ from vipolyqwen.training.checkpoints import (
 from vipolyqwen.training.resuming import SAMPLER_STATE
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
 
 
 # The order of rows

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import train_run
+from helpers import assert_same_gradients, build_trainer, gradients_of, train_run, training_step
 from safetensors.torch import load_file
-from test_cached_gradients import assert_same_gradients, build, gradients_of, step
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -33,14 +32,14 @@ def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(corpus: Path) -> dict[str, Tensor]:
     """Gradients of a step without anything."""
-    trainer, pairs = build(corpus)
-    step(trainer, list(pairs))
+    trainer, pairs = build_trainer(corpus)
+    training_step(trainer, list(pairs))
     return gradients_of(trainer)
 
 
 @pytest.mark.parametrize("flags", [[], ["--embed_chunk", "3"], ["--embed_chunk_tokens", "90", "--packing", "true"]])
 def test_gradient_checkpointing_keeps_the_gradients(corpus: Path, plain: dict[str, Tensor], flags: list[str]) -> None:
-    trainer, pairs = build(corpus, *flags)
+    trainer, pairs = build_trainer(corpus, *flags)
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     vlm, calls = trainer.model.vlm, {}
     parts = {"text": vlm.language_model, "text layer": vlm.language_model.layers[0].mlp}
@@ -48,7 +47,7 @@ def test_gradient_checkpointing_keeps_the_gradients(corpus: Path, plain: dict[st
     for name, part in parts.items():
         calls[name] = []
         part.register_forward_pre_hook(lambda *_, name=name: calls[name].append(torch.is_grad_enabled()))
-    step(trainer, list(pairs))
+    training_step(trainer, list(pairs))
     assert_same_gradients(gradients_of(trainer), plain)
     for tower in ("text", "vision"):  # once, and again in the backward
         assert calls[f"{tower} layer"].count(True) == 2 * calls[tower].count(True) > 0
@@ -95,9 +94,11 @@ def test_compiled_layers_learn_the_same_in_one_graph_and_resume(world: Path, tmp
 def test_compiled_layers_may_be_checkpointed(corpus: Path, plain: dict[str, Tensor]) -> None:
     torch._dynamo.reset()
     counters.clear()
-    trainer, pairs = build(corpus, "--torch_compile", "true", "--torch_compile_backend", "eager", "--packing", "true")
+    trainer, pairs = build_trainer(
+        corpus, "--torch_compile", "true", "--torch_compile_backend", "eager", "--packing", "true"
+    )
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    step(trainer, list(pairs))
+    training_step(trainer, list(pairs))
     assert counters["stats"]["unique_graphs"] > 0
     assert_same_gradients(gradients_of(trainer), plain)
 
@@ -108,10 +109,10 @@ def test_compiled_layers_may_be_checkpointed(corpus: Path, plain: dict[str, Tens
 def test_liger_kernels_need_liger_and_cuda(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speedups, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="`use_liger_kernel` is true, but liger-kernel is not installed"):
-        build(corpus, "--use_liger_kernel", "true")
+        build_trainer(corpus, "--use_liger_kernel", "true")
     monkeypatch.setattr(speedups, "is_liger_kernel_available", lambda: True)
     with pytest.raises(ValueError, match="training runs on cpu; its kernels need CUDA"):
-        build(corpus, "--use_liger_kernel", "true")
+        build_trainer(corpus, "--use_liger_kernel", "true")
 
 
 class LigerRMSNorm(nn.Module):
@@ -158,7 +159,7 @@ def test_liger_s_layers_take_over_the_weights(
     kinds = [type(part) for part in model.vlm.language_model.modules()]
     layers = len(model.vlm.language_model.layers)
     assert (kinds.count(LigerRMSNorm), kinds.count(LigerSwiGLUMLP)) == (2 * layers + 1, layers)
-    trainer, pairs = build(corpus, model=model)
-    step(trainer, list(pairs))
+    trainer, pairs = build_trainer(corpus, model=model)
+    training_step(trainer, list(pairs))
     assert rotations
     assert_same_gradients(gradients_of(trainer), plain)

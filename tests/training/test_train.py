@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, train_run
+from helpers import TEXTS, train_run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 

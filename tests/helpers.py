@@ -1,0 +1,193 @@
+"""What several tests share: tiny inputs, a tiny base, a world of pairs, runs and gradients.
+
+The training stack is imported where a test needs it, so that tests of the shipped files start fast.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from vipolyqwen.data.sources import PairDataset
+    from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+    from vipolyqwen.training.trainer import ViPolyQwenTrainer
+
+TEXTS = [
+    "Hai ngôi sao đỏ lớn trên bãi cỏ.",
+    "Three small blue circles in the sea.",
+    "沙滩上有四个绿色的小方块。",
+    "Trên biển ghi gì? Hà Nội, Đà Nẵng, Huế.",
+    "What colour are the big stars on the grass?",
+]
+EVERYTHING = [
+    *("--loss_table", "dle", "--matryoshka_dims", "1024", "256", "64", "--learnable_temperature", "true"),
+    *("--task_weighting", "gradnorm", "--task_weighting_options", '{"learning_rate": 0.2}', "--monitor_steps", "1"),
+]
+KEY_BIAS = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # softmax ignores it: gradient 0, but for rounding
+PLAIN = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
+QWEN2_VL_2B_PARAMETERS = 2_208_985_600  # half of `total_size` in the Hub's model.safetensors.index.json
+HUBERT_BASE_PARAMETERS = 94_371_712
+
+
+def random_image(rng: np.random.Generator, width: int = 60, height: int = 48) -> Image.Image:
+    """An image of noise."""
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def random_sound(rng: np.random.Generator, seconds: float = 0.5, sampling_rate: int = 16_000) -> dict:
+    """A sound of noise, as `{"array", "sampling_rate"}`."""
+    samples = rng.uniform(-0.5, 0.5, int(seconds * sampling_rate)).astype(np.float32)
+    return {"array": samples, "sampling_rate": sampling_rate}
+
+
+def speech_config(kind: str = "hubert", norm: str = "group", **fields: Any) -> PreTrainedConfig:
+    """A tiny speech encoder, `hubert`, `wav2vec2`, `wavlm`, …, of the base ("group") or the large ("layer") design."""
+    from vipolyqwen.demo.tiny_base import tiny_audio_config
+
+    tiny = tiny_audio_config(32, 2).to_diff_dict()
+    if norm == "layer":
+        tiny.update(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+    return AutoConfig.for_model(**{**tiny, **fields, "model_type": kind})
+
+
+def save_tiny_model(folder: Path, image_side: int = 56) -> None:
+    """Writes the repository of an untrained model of one layer."""
+    from vipolyqwen.demo.tiny_base import build_tiny_base
+    from vipolyqwen.publishing.repository import save_repository
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "layers": 1, "vision_size": 32, "audio_size": 32, "vocab_size": 400}
+    save_repository(*build_tiny_base(TEXTS * 4, image_side=image_side, **sizes), folder)
+
+
+def write_world(folder: Path) -> Path:
+    """Writes that; returns the recipe."""
+    save_tiny_model(folder / "base")
+    write_pairs(folder)
+    recipe = {
+        "model": str(folder / "base"),
+        "train_data": [
+            {"path": str(folder / "pairs.jsonl")},
+            {
+                "path": str(folder / "captions.jsonl"),
+                "data_type": "caption",
+                "columns": {"images": "picture", "b": "said"},
+            },
+        ],
+        "eval_data": [{"path": str(folder / "pairs.jsonl")}],
+        "data_types": {"caption": {"prefix": "<caption>", "loss": {"nce": 1.0, "cosine": 0.5}, "needs_image": True}},
+        "loss_table": "dle",
+        "task_weighting": "table",
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1.0e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "recall@1",
+        "greater_is_better": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def write_pairs(folder: Path) -> None:
+    """Four rows of each task and eight captions."""
+    rng = np.random.default_rng(0)
+    rows, captions = [], []
+    for number in range(4):
+        random_image(rng).save(folder / f"{number}.png")
+        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.1 * number)["array"], 16_000)
+        picture = {"images": [f"{number}.png"]}
+        rows += [
+            {"data_type": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},
+            {"data_type": "instr", "a": f"Nói lại: {TEXTS[number]}", "b": f"{number} {TEXTS[number]}"},
+            {"data_type": "ocr", "a": "Biển ghi gì?", "b": f"số {number}", **picture},
+            {"data_type": "vqa_single", "a": "What is it?", "b": f"noise {number}", **picture},
+            {"data_type": "vqa_multi", "a": "User: A?\nAssistant: B.\nUser: C?", "b": f"D {number}", **picture},
+            {"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"},
+        ]
+        captions += [{"picture": f"{number}.png", "said": f"{word} {number}"} for word in ("một hình", "a picture")]
+    for name, content in (("pairs", rows), ("captions", captions)):
+        lines = [json.dumps({"id": f"{name}-{i}", **row}, ensure_ascii=False) for i, row in enumerate(content)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def train_run(world: Path, output: Path, *flags: str) -> list[dict]:
+    """Trains in this process and returns the log."""
+    from vipolyqwen.train_vipolyqwen import main as train_main
+
+    train_main([str(world / "recipe.yaml"), "--output_dir", str(output), *flags])
+    return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def build_trainer(
+    folder: Path, *flags: str, model: "ViPolyQwenModel | None" = None
+) -> "tuple[ViPolyQwenTrainer, PairDataset]":
+    """A trainer of the corpus's base, or of `model`, and the pairs."""
+    from vipolyqwen.data.collator import MixedBatchCollator
+    from vipolyqwen.data.schema import declare_data_types
+    from vipolyqwen.data.sources import load_pairs
+    from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+    from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+    from vipolyqwen.training.arguments import read_arguments
+    from vipolyqwen.training.build import build_loss
+    from vipolyqwen.training.trainer import ViPolyQwenTrainer
+
+    base = str(folder / "base")
+    given = ["--model", base, "--output_dir", str(folder / "out"), "--use_cpu", "true", "--report_to", "none", *flags]
+    _, _, loss_args, args = read_arguments(given)
+    model = ViPolyQwenModel.from_pretrained(base) if model is None else model
+    processor = ViPolyQwenProcessor.from_pretrained(base, config=model.config)
+    data_types = declare_data_types(None)
+    source = {"path": str(folder / "pairs.jsonl"), "media_root": str(folder / "media")}
+    pairs = load_pairs([source], data_types, processor.min_audio_samples, check_media=False)
+    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0)
+    loss = build_loss(loss_args, {}, list(data_types))
+    trainer = ViPolyQwenTrainer(model, args, processor, loss, pairs, None, collator, collator)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, pairs
+
+
+def training_step(
+    trainer: "ViPolyQwenTrainer", rows: list[dict[str, Any]], model: nn.Module | None = None
+) -> dict[str, Any]:
+    """The stock training step, without the update; what it logs."""
+    loss = trainer.training_step(trainer.model if model is None else model, trainer.data_collator(rows))
+    return {"loss": loss.item(), **{name: values[-1] for name, values in trainer._logged.items()}}
+
+
+def gradients_of(trainer: "ViPolyQwenTrainer") -> dict[str, Tensor]:
+    """The gradient of every parameter, those of the loss among them."""
+    gradients = {f"loss.{name}": value.grad for name, value in trainer.mixed_loss.named_parameters()}
+    for name, value in trainer.model.named_parameters():
+        if value.requires_grad:
+            gradients[name] = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
+    return gradients
+
+
+def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Every parameter's gradient, relative to its own norm."""
+    assert found.keys() == wanted.keys()
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert whole > 1
+    for name, gradient in wanted.items():
+        if name == KEY_BIAS:
+            assert max(gradient.norm(), found[name].norm()) < 1e-8 * whole
+        else:
+            assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
