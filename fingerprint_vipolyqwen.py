@@ -93,7 +93,7 @@ def golden_image() -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def golden_sound(sampling_rate: int) -> dict[str, Any]:
+def golden_audio(sampling_rate: int) -> dict[str, Any]:
     """One second that rises from 200 to 2000 Hz over a hum of 110 Hz, at the encoder's own rate."""
     t = np.arange(sampling_rate) / sampling_rate
     samples = 0.5 * np.sin(2 * np.pi * (200 * t + 900 * t**2)) + 0.1 * np.sin(2 * np.pi * 110 * t)
@@ -102,7 +102,7 @@ def golden_sound(sampling_rate: int) -> dict[str, Any]:
 
 def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
     """Name -> arguments of the processor, one input each; a name begins with the kind of input."""
-    image, sound = [[golden_image()]], [golden_sound(processor.feature_extractor.sampling_rate)]
+    image, sound = [[golden_image()]], [golden_audio(processor.feature_extractor.sampling_rate)]
     inputs: dict[str, dict[str, Any]] = {f"text: {language}": {"text": [text]} for language, text in TEXTS.items()}
     inputs["image: drawing"] = {"images": image}
     inputs["mix: image + text"] = {"text": [TEXTS["vi"]], "images": image}

@@ -189,14 +189,14 @@ def _decode_audio_file(source: str | os.PathLike | bytes) -> tuple[np.ndarray, i
     name = f"<{len(source)} bytes>" if is_bytes else repr(os.fspath(source))
     try:
         with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
-            check_wav_is_whole(file)
+            check_wav_is_complete(file)
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (OSError, ValueError, soundfile.SoundFileError) as error:
         raise ValueError(f"The sound {name} cannot be read: {error}.") from error
     return samples.mean(axis=1), rate  # (samples, channels) -> (samples,)
 
 
-def check_wav_is_whole(file: Any) -> None:
+def check_wav_is_complete(file: Any) -> None:
     """Refuses a truncated WAV file, of which libsndfile would read what is left without a word."""
     header = file.read(8)
     size = file.seek(0, os.SEEK_END)

@@ -11,7 +11,7 @@ from typing import Any
 import soundfile
 from PIL import Image
 
-from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_whole, load_audio
+from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_complete, load_audio
 from ..processing_vipolyqwen import TASK_PREFIXES
 
 COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group", "negatives")
@@ -317,7 +317,7 @@ def _sound_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[i
         return len(source["array"]), source["sampling_rate"]
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            check_wav_is_whole(file)
+            check_wav_is_complete(file)
             info = soundfile.info(file)
     except (OSError, ValueError, soundfile.SoundFileError) as error:
         raise place.error("audio", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error

@@ -23,7 +23,7 @@ from .metrics import query_ranks
 from .pooling_weights import Attention, look_inside
 from .search import Search, Side, embed, read_pairs, read_sides, searches
 
-SOUND_ENDINGS = (".mp3", ".wav", ".ogg", ".flac", ".aac")
+AUDIO_ENDINGS = (".mp3", ".wav", ".ogg", ".flac", ".aac")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 KEYS = ("text", "image", "audio", "task")
 NEIGHBOURS = 4  # of each kind
@@ -49,14 +49,14 @@ def read_input(given: str) -> Input:
         return _read_json(given)
     check_is_text(given)  # the path of no file, or of one that is no picture or sound by its ending, is an error
     ending = os.path.splitext(given)[1].lower()
-    if os.path.isfile(given) and ending in SOUND_ENDINGS:
+    if os.path.isfile(given) and ending in AUDIO_ENDINGS:
         return Input(Side(audio=given))
     if os.path.isfile(given) and ending in PICTURE_ENDINGS:
         return Input(Side(images=(given,)))
     if not given.strip() or os.path.isfile(given):
         raise ValueError(
             f"{given!r} is neither a text nor a picture or a sound; pass a text, a path that ends in "
-            f'{", ".join((*PICTURE_ENDINGS, *SOUND_ENDINGS))}, or JSON such as \'{{"image": "PATH"}}\'.'
+            f'{", ".join((*PICTURE_ENDINGS, *AUDIO_ENDINGS))}, or JSON such as \'{{"image": "PATH"}}\'.'
         )
     return Input(Side(given))
 

@@ -43,8 +43,8 @@ def random_image(rng: np.random.Generator, width: int = 60, height: int = 48) ->
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def random_sound(rng: np.random.Generator, seconds: float = 0.5, sampling_rate: int = 16_000) -> dict:
-    """A sound of noise, as `{"array", "sampling_rate"}`."""
+def random_audio(rng: np.random.Generator, seconds: float = 0.5, sampling_rate: int = 16_000) -> dict:
+    """A clip of noise, as `{"array", "sampling_rate"}`."""
     samples = rng.uniform(-0.5, 0.5, int(seconds * sampling_rate)).astype(np.float32)
     return {"array": samples, "sampling_rate": sampling_rate}
 
@@ -112,7 +112,7 @@ def write_pairs(folder: Path) -> None:
     rows, captions = [], []
     for number in range(4):
         random_image(rng).save(folder / f"{number}.png")
-        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.1 * number)["array"], 16_000)
+        soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2 + 0.1 * number)["array"], 16_000)
         picture = {"images": [f"{number}.png"]}
         rows += [
             {"data_type": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},

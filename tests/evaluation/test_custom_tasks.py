@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -123,7 +123,7 @@ def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, 
     rng = np.random.default_rng(0)
     for number in range(2):
         random_image(rng).save(tmp_path / f"{number}.png")
-    soundfile.write(tmp_path / "a.wav", random_sound(rng, 0.3, 8_000)["array"], 8_000)  # another rate than the model's
+    soundfile.write(tmp_path / "a.wav", random_audio(rng, 0.3, 8_000)["array"], 8_000)  # another rate than the model's
     pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
     dialogue = {"data_type": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": pictures}
     single = {"data_type": "vqa_single", "a": "Gì?", "b": "hình", "images": pictures[:1]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from helpers import TEXTS, random_image, random_sound
+from helpers import TEXTS, random_audio, random_image
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import StaticEmbedding
@@ -32,7 +32,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(ROWS):
         random_image(rng).save(folder / f"{number}.png")
         rate = (16_000, 22_050)[number % 2]  # one batch holds sounds of both
-        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2 + 0.02 * number, rate)["array"], rate)
+        soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2 + 0.02 * number, rate)["array"], rate)
     words = [f"{TEXTS[number % 5]} {number}" for number in range(ROWS)]
     media = [{"image": f"{number}.png", "audio": f"{number}.wav"} for number in range(ROWS)]
     write_rows(folder / "scenes.jsonl", [{"text": text, **row} for text, row in zip(words, media, strict=True)])

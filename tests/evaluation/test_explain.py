@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import random_image, random_sound, save_tiny_model
+from helpers import random_audio, random_image, save_tiny_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     random_image(rng, 120, 60).save(folder / "wide.png")
     random_image(rng, 56, 112).save(folder / "tall.png")
-    soundfile.write(folder / "speech.wav", random_sound(rng, 0.5)["array"], 16_000)
+    soundfile.write(folder / "speech.wav", random_audio(rng, 0.5)["array"], 16_000)
     rows = [{"data_type": "instr", "a": f"{SCRIPT} {i}", "b": f"answer {i} {SCRIPT}"} for i in range(6)]
     rows.append({"data_type": "ocr", "a": "Gì?", "b": "một", "images": ["wide.png"]})
     rows.append({"data_type": "audio", "a": "", "b": "hai", "audio": "speech.wav"})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import random_image, random_sound, save_tiny_model
+from helpers import random_audio, random_image, save_tiny_model
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.evaluate_vipolyqwen import main
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({"data_type": "text_pair", "a": QUERIES[0], "b": "wrong", "score": 0.2})
     for number in range(2):
         random_image(rng).save(folder / f"{number}.png")
-        soundfile.write(folder / f"{number}.wav", random_sound(rng, 0.2)["array"], 16_000)
+        soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2)["array"], 16_000)
         rows.append({"data_type": "ocr", "a": "<image>Biển ghi gì?", "b": f"số {number}", "images": [f"{number}.png"]})
         rows.append({"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"})
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]

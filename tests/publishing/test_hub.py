@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from sentence_transformers import SentenceTransformer
 from transformers.dynamic_module_utils import get_imports
 
@@ -115,7 +115,7 @@ def row_of(kinds: str, rng: np.random.Generator, folder: Path, name: str) -> dic
         row["text"] = f"Trên biển ghi gì? <ocr> {name} " * int(rng.integers(1, 4))
     if "audio" in kinds:
         rate = 22_050  # sentence-transformers takes one rate a batch
-        array = random_sound(rng, float(rng.uniform(0.1, 0.3)), rate)["array"]
+        array = random_audio(rng, float(rng.uniform(0.1, 0.3)), rate)["array"]
         np.save(folder / f"{name}.npy", array)
         row["audio"] = {"array": str(folder / f"{name}.npy"), "sampling_rate": rate}
     return row
@@ -263,4 +263,4 @@ def test_a_bimodal_repository_offers_no_audio(tiny: tuple, tmp_path: Path, rng: 
     encoder = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
     assert np.abs(encoder.encode("Huế") - embed_here(model, processor, [{"text": "Huế"}], None)[0]).max() <= 1e-6
     with pytest.raises(ValueError, match="audio"):
-        encoder.encode([random_sound(rng)])
+        encoder.encode([random_audio(rng)])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from hub_server import Blob, HubServer, go_online, running_hub
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
@@ -151,7 +151,7 @@ def read_back(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def write_inputs(folder: Path) -> dict[str, Any]:
     """A picture and a sound for the reader and for the card's examples; returns them as the processor takes them."""
     rng = np.random.default_rng(0)
-    image, sound = random_image(rng), random_sound(rng)
+    image, sound = random_image(rng), random_audio(rng)
     image.save(folder / "picture.png")
     np.save(folder / "sound.npy", sound["array"])
     soundfile.write(folder / "voice.wav", sound["array"], sound["sampling_rate"])

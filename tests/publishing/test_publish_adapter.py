@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_sound
+from helpers import random_audio
 from hub_server import go_online, running_hub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,7 @@ from vipolyqwen.publishing.repository import PublishError, save_repository
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 
 BASE, ADAPTER = "someone/base", "someone/base-adapter"
-INPUTS = {"text": ["hello", ""], "audio": [None, random_sound(np.random.default_rng(0))]}
+INPUTS = {"text": ["hello", ""], "audio": [None, random_audio(np.random.default_rng(0))]}
 
 READER = """
 import sys

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import HUBERT_BASE_PARAMETERS, QWEN2_VL_2B_PARAMETERS, TEXTS, random_image, random_sound
+from helpers import HUBERT_BASE_PARAMETERS, QWEN2_VL_2B_PARAMETERS, TEXTS, random_audio, random_image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLConfig
@@ -561,7 +561,7 @@ def test_the_processor_of_the_backbones_feeds_their_model(
     assert ids == list(range(len(tokenizer), len(tokenizer) + 6))
     assert max(ids) < model.get_input_embeddings().num_embeddings  # the padded table has room for them
 
-    image, sound = random_image(rng, 400, 300), random_sound(rng, 0.2)
+    image, sound = random_image(rng, 400, 300), random_audio(rng, 0.2)
     rows = [{"text": "Huế"}, {"text": "biển", "images": [image]}, {"text": "", "audio": sound}]
     batch = processor(
         text=[row["text"] for row in rows],

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -45,14 +45,14 @@ def encoder(repository: Path) -> SentenceTransformer:
 @pytest.fixture
 def rows(rng: np.random.Generator) -> list[Any]:
     """Inputs of every kind, of different lengths."""
-    image, sound = random_image(rng), random_sound(rng)
+    image, sound = random_image(rng), random_audio(rng)
     return [
         "Huế",
         image,
         sound,
         {"image": image, "text": "Trên biển ghi gì? " * 4},
         "What colour are the big stars on the grass? " * 3,
-        {"audio": random_sound(rng, 0.2), "text": "沙滩上有四个绿色的小方块。"},
+        {"audio": random_audio(rng, 0.2), "text": "沙滩上有四个绿色的小方块。"},
         {"image": random_image(rng, 90, 40), "audio": sound},
     ]
 
@@ -215,7 +215,7 @@ def sound_forms(sound: dict[str, Any], folder: Path) -> list[Any]:
 def test_a_sound_may_come_in_any_form(
     rate: int, encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    sound = random_sound(rng, 0.3, rate)
+    sound = random_audio(rng, 0.3, rate)
     expected = encoder.encode(sound)
     for given in sound_forms(sound, tmp_path):
         assert distance(encoder.encode([given])[0], expected) <= 1e-6
@@ -224,7 +224,7 @@ def test_a_sound_may_come_in_any_form(
 
 def test_a_sound_may_come_as_a_decoder(encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path) -> None:
     decoders = pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
-    sound = random_sound(rng, 0.3)
+    sound = random_audio(rng, 0.3)
     path, *_ = sound_forms(sound, tmp_path)
     for given in (decoders.AudioDecoder(path), {"audio": decoders.AudioDecoder(path)}):
         assert distance(encoder.encode([given])[0], encoder.encode(sound)) <= 1e-5
@@ -274,7 +274,7 @@ def test_what_cannot_be_embedded_stops_the_batch(given: Any, encoder: SentenceTr
 
 def test_sounds_of_two_rates_in_one_batch_are_an_error(encoder: SentenceTransformer, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="different sampling rates"):
-        encoder.encode([random_sound(rng, 0.2, 16_000), random_sound(rng, 0.2, 22_050)])
+        encoder.encode([random_audio(rng, 0.2, 16_000), random_audio(rng, 0.2, 22_050)])
 
 
 # --- URLs --------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_urls_are_fetched_if_that_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    image, sound = random_image(rng), random_sound(rng)
+    image, sound = random_image(rng), random_audio(rng)
     image.save(tmp_path / "a.png")
     soundfile.write(tmp_path / "a.wav", sound["array"], 16_000, subtype="FLOAT")
     urls = [f"{website}/a.png", f"{website}/a.wav"]

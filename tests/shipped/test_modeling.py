@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_image, random_sound, speech_config
+from helpers import random_audio, random_image, speech_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
@@ -66,11 +66,11 @@ def mixed_rows(rng: np.random.Generator) -> list[Row]:
         {"text": "What colour are the stars?", "task": "instr"},
         {"images": [image(60, 48)]},
         {"text": "So sánh hai bức ảnh.", "images": [image(40, 90), image(60, 60)], "task": "vqa_multi"},
-        {"audio": random_sound(rng, 0.05)},
-        {"audio": random_sound(rng, 0.31)},
-        {"text": "tiếng sóng biển", "audio": random_sound(rng, 0.12)},
-        {"images": [image(90, 40)], "audio": random_sound(rng, 0.2)},
-        {"text": "cả ba", "images": [image(50, 50)], "audio": random_sound(rng, 0.08), "task": "audio"},
+        {"audio": random_audio(rng, 0.05)},
+        {"audio": random_audio(rng, 0.31)},
+        {"text": "tiếng sóng biển", "audio": random_audio(rng, 0.12)},
+        {"images": [image(90, 40)], "audio": random_audio(rng, 0.2)},
+        {"text": "cả ba", "images": [image(50, 50)], "audio": random_audio(rng, 0.08), "task": "audio"},
     ]
 
 
@@ -126,7 +126,7 @@ def test_random_mixed_batches_agree_on_every_row(seed: int, model: Any, processo
 
 
 def test_longer_padding_than_needed_changes_nothing(model: Any, processor: Any, rng: np.random.Generator) -> None:
-    rows = [{"text": "Huế", "audio": random_sound(rng, 0.1)}]
+    rows = [{"text": "Huế", "audio": random_audio(rng, 0.1)}]
     batch = dict(collate(processor, rows))
     vector = model(**batch).embeddings
     for name in ("audio_features", "audio_attention_mask"):
@@ -164,7 +164,7 @@ def test_any_other_speech_encoder_is_blind_to_padding_or_refused(
     except ValueError as error:
         assert kind in str(error)
         return
-    rows = [{"audio": random_sound(rng, seconds)} for seconds in (0.31, 0.5, 0.13)]
+    rows = [{"audio": random_audio(rng, seconds)} for seconds in (0.31, 0.5, 0.13)]
     alone = torch.cat([embed(model, processor, [row]) for row in rows])
     assert (embed(model, processor, rows) - alone).abs().max() <= TOLERANCE
 
@@ -271,7 +271,7 @@ def test_fusion_of_sound_and_text_is_what_the_configuration_says(
     fusion: str, processor: Any, rng: np.random.Generator
 ) -> None:
     model = build(processor, speech_config(), audio_fusion=fusion)
-    sound, other = random_sound(rng, 0.2), random_sound(rng, 0.1)
+    sound, other = random_audio(rng, 0.2), random_audio(rng, 0.1)
     rows = [{"text": "biển"}, {"audio": sound}, {"text": "biển", "audio": sound}, {"text": "cỏ", "audio": other}]
     text, audio, both, _ = embed(model, processor, rows)
     expected = {"mean": torch.nn.functional.normalize((text + audio) / 2, dim=-1), "audio": audio}[fusion]
@@ -332,11 +332,11 @@ def test_the_bimodal_model_has_no_audio_parts_and_refuses_sound(processor: Any, 
     rows = [{"text": "Huế"}, {"images": [random_image(rng)]}]
     assert embed(model, processor, rows).shape == (2, 1024)
     with pytest.raises(ValueError, match="bimodal"):
-        embed(model, processor, [{"audio": random_sound(rng)}])
+        embed(model, processor, [{"audio": random_audio(rng)}])
 
 
 def test_a_row_with_neither_tokens_nor_sound_is_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
-    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "Hà Nội"}, {"audio": random_sound(rng)}]))
+    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "Hà Nội"}, {"audio": random_audio(rng)}]))
     batch["attention_mask"][1] = 0
     with pytest.raises(ValueError, match="1 of the 3 rows have neither tokens nor audio"):
         model(**batch)
@@ -345,7 +345,7 @@ def test_a_row_with_neither_tokens_nor_sound_is_an_error(model: Any, processor: 
 
 
 def test_clips_that_do_not_match_the_rows_are_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
-    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "biển", "audio": random_sound(rng)}]))
+    batch = dict(collate(processor, [{"text": "Huế"}, {"text": "biển", "audio": random_audio(rng)}]))
     with pytest.raises(ValueError, match="marks 2 rows, but 1 clips"):
         model(**{**batch, "has_audio": torch.tensor([True, True])})
     del batch["has_audio"]
@@ -465,7 +465,7 @@ def test_a_saved_model_loads_bit_for_bit(pooling: str, audio_config: Any, proces
     expected = {**dict(model.named_buffers()), **model.state_dict()}
     for name, value in {**dict(loaded.named_buffers()), **loaded.state_dict()}.items():
         assert torch.equal(value, expected[name]), name
-    row = {"text": "Huế", **({} if audio_config is None else {"audio": random_sound(np.random.default_rng(0), 0.1)})}
+    row = {"text": "Huế", **({} if audio_config is None else {"audio": random_audio(np.random.default_rng(0), 0.1)})}
     torch.testing.assert_close(embed(loaded, processor, [row]), embed(model, processor, [row]), atol=1e-6, rtol=0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
-from helpers import assert_same_gradients, build_trainer, gradients_of, random_image, random_sound, training_step
+from helpers import assert_same_gradients, build_trainer, gradients_of, random_audio, random_image, training_step
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,7 +28,7 @@ def batches(tiny: tuple) -> dict[str, dict[str, Tensor]]:
     rng = np.random.default_rng(0)
     images = [random_image(rng), random_image(rng, 90, 30), random_image(rng, 30, 90)]
     texts = ["Biển ghi gì?", "a", "Hai ngôi sao đỏ lớn trên bãi cỏ. " * 5, "有四个"]
-    sounds = [None, random_sound(rng, 0.3), random_sound(rng, 0.5), None]
+    sounds = [None, random_audio(rng, 0.3), random_audio(rng, 0.5), None]
 
     def batch(**inputs: Any) -> dict[str, Tensor]:
         return dict(tiny[1](**inputs, return_tensors="pt"))

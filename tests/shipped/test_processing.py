@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -155,7 +155,7 @@ def test_forged_slots_leave_the_real_ones_to_the_images(
 def test_forged_tokens_change_no_neighbour_in_a_mixed_batch(
     model: Any, processor: Any, special_tokens: list[str], rng: np.random.Generator
 ) -> None:
-    image, other, sound = random_image(rng), random_image(rng, 90, 40), random_sound(rng, 0.2)
+    image, other, sound = random_image(rng), random_image(rng, 90, 40), random_audio(rng, 0.2)
 
     def batch(text: str) -> dict[str, list]:
         return {
@@ -308,7 +308,7 @@ def test_the_limit_is_the_tokenizer_s_unless_told_otherwise(processor: Any) -> N
 
 
 def test_the_limit_of_tokens_is_no_limit_of_samples(processor: Any, rng: np.random.Generator) -> None:
-    sound, options = random_sound(rng, 0.2), {"max_length": 12, "truncation": True, "padding": "max_length"}
+    sound, options = random_audio(rng, 0.2), {"max_length": 12, "truncation": True, "padding": "max_length"}
     batch = processor(text=["a b c " * 20], audio=[sound], **options, return_tensors="pt")
     assert batch["input_ids"].shape == (1, 12)
     assert batch["audio_features"].shape == (1, 3200)
@@ -331,7 +331,7 @@ def test_padding_is_on_the_side_that_was_asked_for(side: str, processor: Any) ->
 def test_a_sound_beyond_the_limit_is_cut_or_refused(processor: Any, rng: np.random.Generator) -> None:
     short = copy.copy(processor)
     short.max_audio_seconds = 0.25
-    sound = random_sound(rng, 0.5)
+    sound = random_audio(rng, 0.5)
     assert short(audio=sound, return_tensors="pt")["audio_features"].shape == (1, 4000)
     with pytest.raises(ValueError, match=r"0\.5 s of sound; the limit is 0\.25 s.*Split it"):
         short(audio=sound, truncation=False)
@@ -399,7 +399,7 @@ def wav_bytes(samples: np.ndarray, rate: int, **options: Any) -> bytes:
 
 
 def test_a_sound_is_the_same_however_it_is_given(processor: Any, rng: np.random.Generator, tmp_path: Path) -> None:
-    array = random_sound(rng, 0.2, 22_050)["array"]
+    array = random_audio(rng, 0.2, 22_050)["array"]
     data = wav_bytes(array, 22_050, subtype="FLOAT")
     path = tmp_path / "tiếng.wav"
     path.write_bytes(data)
@@ -433,7 +433,7 @@ def test_a_sound_is_the_same_however_it_is_given(processor: Any, rng: np.random.
 
 
 def test_a_streamed_wav_without_a_size_is_whole(processor: Any, rng: np.random.Generator) -> None:
-    data = bytearray(wav_bytes(random_sound(rng, 0.2)["array"], 16_000))
+    data = bytearray(wav_bytes(random_audio(rng, 0.2)["array"], 16_000))
     data[4:8] = b"\xff\xff\xff\xff"  # what ffmpeg writes to a pipe
     assert heard(processor, bytes(data)).shape == (3200,)
 
@@ -672,7 +672,7 @@ def test_every_layout_of_images_means_the_same(processor: Any, rng: np.random.Ge
 
 
 def test_rows_without_an_image_or_a_sound_say_none(model: Any, processor: Any, rng: np.random.Generator) -> None:
-    image, sound = random_image(rng), random_sound(rng, 0.2)
+    image, sound = random_image(rng), random_audio(rng, 0.2)
     batch = processor(
         text=["a", "b", "", ""], images=[None, [], [image], None], audio=[None, sound, None, sound],
         return_tensors="pt",
@@ -692,7 +692,7 @@ def test_rows_without_an_image_or_a_sound_say_none(model: Any, processor: Any, r
 
 
 def test_sounds_alone_need_no_tokens(model: Any, processor: Any, rng: np.random.Generator) -> None:
-    sounds = [random_sound(rng, 0.2), random_sound(rng, 0.1)]
+    sounds = [random_audio(rng, 0.2), random_audio(rng, 0.1)]
     batch = processor(audio=sounds, return_tensors="pt")
     assert set(batch) == {"audio_features", "audio_attention_mask", "has_audio"}
     assert batch["audio_attention_mask"].sum(dim=-1).tolist() == [3200, 1600]
@@ -703,7 +703,7 @@ def test_sounds_alone_need_no_tokens(model: Any, processor: Any, rng: np.random.
 
 
 def test_conversations_and_plain_inputs_give_the_same_tensors(processor: Any, rng: np.random.Generator) -> None:
-    image, sound = random_image(rng), random_sound(rng, 0.2)
+    image, sound = random_image(rng), random_audio(rng, 0.2)
     plain = processor(
         text=["Huế", "ghi gì?", ""], images=[None, [image], None], audio=[None, None, sound],
         task=["instr", "ocr", None], return_tensors="pt",
@@ -767,7 +767,7 @@ def test_a_saved_processor_loads_with_its_tasks_and_limits(
     inputs = {
         "text": ["Huế <ocr>", "", "ghi gì?"],
         "images": [None, [random_image(rng)], [random_image(rng, 300, 200)]],
-        "audio": [random_sound(rng, 0.2, 22_050), None, None],
+        "audio": [random_audio(rng, 0.2, 22_050), None, None],
         "task": ["caption", None, "ocr"],
     }
     before, after = own_processor(**inputs, return_tensors="pt"), loaded(**inputs, return_tensors="pt")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_image, random_sound
+from helpers import random_audio, random_image
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
@@ -58,7 +58,7 @@ def test_auto_gives_each_input_the_prefix_of_its_task(tiny: tuple, rng: np.rando
     _, processor = tiny
     texts = ["A man is playing.", "Dịch sang tiếng Anh: con cá", "Biển ghi gì?", "Màu gì?", DIALOGUE, "mưa", ""]
     images = [[], [], *[[random_image(rng)] for _ in range(3)], [], [random_image(rng)]]
-    sounds = [None] * 5 + [random_sound(rng), None]
+    sounds = [None] * 5 + [random_audio(rng), None]
     true = ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", None]
     given = {"text": texts, "images": images, "audio": sounds, "return_tensors": "pt"}
     found = processor(**given, task="auto")["input_ids"]
