@@ -22,10 +22,9 @@ from vipolyqwen.publishing.repository import (
     MAX_SHARD_SIZE,
     TRAINING_FILE,
     PublishError,
+    copy_adapter,
     load_adapter,
     load_whole,
-    save_adapter_for,
-    save_reading_files,
     save_repository,
     write_json,
 )
@@ -112,8 +111,8 @@ def build_repository(
     if adapter_base is None:
         save_repository(model, processor, folder, max_shard_size=max_shard_size)
     else:
-        save_adapter_for(checkpoint, adapter_base, folder)
-        save_reading_files(processor, folder, has_audio=model.config.audio_config is not None)
+        has_audio = model.config.audio_config is not None
+        copy_adapter(checkpoint, adapter_base, processor, folder, has_audio)
     floors = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     packages = [line for line in floors if line.split(">=")[0] in READER_PACKAGES]
     packages += ["peft"] if adapter_base is not None else []

@@ -35,6 +35,7 @@ from vipolyqwen.evaluation.memory import peak_memory, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 from vipolyqwen.training.build import build_model
+from vipolyqwen.training.parts import NEW_PARTS
 
 # Dense bfloat16 (float16 before Ampere), FLOPs a second, from NVIDIA's datasheets; the first name that fits counts.
 PEAKS = {
@@ -59,7 +60,6 @@ FORWARDS = {  # that a step counts as: a backward takes one for the gradients of
     "lora": dict.fromkeys(PARTS, 1) | {"language": 2, "new": 3},
 }
 TEXT_BESIDE_AN_IMAGE = 32  # tokens
-NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection")
 TEMPERATURE = 0.07
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +14,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 TRAINING_FILE = "training.json"  # written by train_vipolyqwen.py, published, read here
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_SHARD_SIZE = "5GB"
 # The lowest versions that were tried; sentence-transformers checks them before it loads anything.
 REQUIREMENTS = {"sentence-transformers": ">=6.0.1", "transformers": ">=5.17"}
@@ -52,9 +57,36 @@ def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool)
         write_json(folder / name, content)
 
 
-def save_adapter_for(checkpoint: Path, base: str, folder: Path) -> None:
-    """Writes an adapter for the repository `base`; the base is looked up by that name."""
-    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+def save_adapter(
+    model: "PeftModel", processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Writes an adapter and what reads its inputs; the base stays where `base_model_name_or_path` says.
+
+    Args:
+        model: the model with its adapter.
+        processor: its processor.
+        folder: where to; created if it does not exist.
+        state_dict: weights to write in place of those of `model`, as a sharded trainer gathers them.
+    """
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # an empty card; publish_vipolyqwen.py writes one
+    save_reading_files(processor, folder, has_audio=model.config.audio_config is not None)
+
+
+def copy_adapter(checkpoint: Path, base: str, processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:
+    """Copies an adapter, byte by byte, for readers that find its base as `base`, and writes what reads its inputs.
+
+    Args:
+        checkpoint: folder that `save_adapter` wrote.
+        base: Hub repository of the base.
+        processor: processor of the adapter.
+        folder: where to; it must exist.
+        has_audio: whether the base has a speech encoder.
+
+    Raises:
+        PublishError: the adapter replaces modules, which transformers 5.17 does not load.
+    """
+    config = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("modules_to_save"):
         raise PublishError(
             f"The adapter replaces whole modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
@@ -63,8 +95,9 @@ def save_adapter_for(checkpoint: Path, base: str, folder: Path) -> None:
         )
     # `auto_mapping` names this package, which readers do not have
     config |= {"base_model_name_or_path": base, "auto_mapping": None, "task_type": "FEATURE_EXTRACTION"}
-    write_json(folder / "adapter_config.json", config)
-    shutil.copy(checkpoint / "adapter_model.safetensors", folder)
+    write_json(folder / ADAPTER_CONFIG, config)
+    shutil.copy(checkpoint / ADAPTER_WEIGHTS, folder)
+    save_reading_files(processor, folder, has_audio)
 
 
 def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> dict[str, Any]:
@@ -121,7 +154,7 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The base model of a PEFT adapter with the adapter merged into it, and its processor."""
     from peft import PeftModel, get_peft_model_state_dict  # only adapters need it
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise PublishError(f"{folder / 'adapter_config.json'} does not say what `base_model_name_or_path` is.")
@@ -135,7 +168,7 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
         base = str(moved)
     model, processor = load_whole(base, config.get("revision"))
     adapted = PeftModel.from_pretrained(model, folder)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
     wanted = set(get_peft_model_state_dict(adapted))
     if stored != wanted:

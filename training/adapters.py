@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..processing_vipolyqwen import ViPolyQwenProcessor
-from ..publishing.repository import load_adapter, save_reading_files, save_repository
-from .arguments import TOWERS, ModelArguments, ViPolyQwenTrainingArguments
+from ..publishing.repository import ADAPTER_CONFIG, save_repository
+from .arguments import ModelArguments, ViPolyQwenTrainingArguments
 from .checkpoints import UNFINISHED, publish_checkpoint
+from .parts import NEW_PARTS, TOWERS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 BASE = "base"  # in the output folder: what the adapter belongs to, if that is no repository yet
 ADAPTER = "adapter"  # in the output folder: the adapter that was merged into what lies there
-ADAPTER_CONFIG = "adapter_config.json"
-NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection")  # start from random numbers
 
 # The linear layers of attention and MLP, below a tower's path in TOWERS.
 TOWER_LAYERS = {
@@ -216,20 +215,6 @@ def load_in_4bit(base: str, attention: str, args: ViPolyQwenTrainingArguments) -
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer switches that on
 
 
-def save_adapter(
-    model: "PeftModel", processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Writes an adapter with its processor; `state_dict` as in `save_repository`."""
-    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # an empty card; publish_vipolyqwen.py writes one
-    save_reading_files(processor, folder, has_audio=model.config.audio_config is not None)
-
-
-def save_merged(adapter: Path, folder: Path) -> None:
-    """Writes base and adapter as one whole repository; the base is read again, as it was before any quantisation."""
-    save_repository(*load_adapter(adapter), folder)
-
-
 def check_adapter(model: nn.Module, checkpoint: Path) -> None:
     """Raises ValueError unless a checkpoint's adapter fits the model's, or neither has one."""
     stored, own = (checkpoint / ADAPTER_CONFIG).is_file(), is_adapted(model)
@@ -250,11 +235,6 @@ def check_adapter(model: nn.Module, checkpoint: Path) -> None:
                 f"The adapter in {checkpoint} has {name} {before!r}, and this run {now!r}. Resume it with the "
                 "settings that it was begun with, or begin a new run."
             )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what peft puts before it: `base_model.model.vlm.…` is `vlm.…`."""
-    return name.removeprefix("base_model.model.")
 
 
 def is_adapted(model: nn.Module) -> bool:

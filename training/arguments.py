@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-# Name in `freeze` -> part of the model.
-TOWERS = {"vision": "vlm.visual", "language": "vlm.language_model", "audio": "audio_tower"}
+from .parts import TOWERS
 
 
 @dataclass

@@ -18,8 +18,8 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.charts import line_chart
-from .adapters import NEW_PARTS, plain_name
 from .distributed import whole
+from .parts import new_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class BalanceMonitor(TrainerCallback):
     ) -> None:
         """Remembers where the new parts started, unless a resumed run has brought it."""
         if not self.start and model is not None:
-            self.start = {name: value.cpu() for name, value in whole(_new_parameters(model)).items()}
+            self.start = {name: value.cpu() for name, value in whole(new_parameters(model)).items()}
 
     def record(self, loss: float) -> None:
         """Adds the loss of one batch."""
@@ -72,7 +72,7 @@ class BalanceMonitor(TrainerCallback):
         if gradient_norm is not None and math.isfinite(gradient_norm):
             self.gradient_norms.append(float(gradient_norm))
         squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for name, value in whole(_new_parameters(model)).items():
+        for name, value in whole(new_parameters(model)).items():
             if name in self.start:
                 start = self.start[name].to(value.device)
                 part = squares[f"drift/{name.split('.')[0]}"]
@@ -107,11 +107,6 @@ class BalanceMonitor(TrainerCallback):
         """Writes balance.html into the output folder."""
         if state.is_world_process_zero:
             write_page(state.log_history, state.max_steps, Path(args.output_dir) / "balance.html")
-
-
-def _new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    named = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
-    return {name: value for name, value in named.items() if name.split(".")[0] in NEW_PARTS}
 
 
 def _step_before(state: TrainerState) -> int:
@@ -246,19 +241,16 @@ def write_page(history: list[Log], max_steps: int, path: Path) -> None:
         "Drift of the new parts": _series(entries, "drift"),
         "Volatility": _series(entries, "volatility"),
     }
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            verdict=verdict(last),
-            rows=rows,
-            cosines=_cosine_table(last, tasks),
-            tasks=tasks,
-            charts={title: line_chart(series) for title, series in charts.items() if series},
-            checkpoints=paper_checkpoints(history, max_steps),
-            phase=phase(entries[-1]["step"], max_steps) if entries else PHASES[0],
-            steps=entries[-1]["step"] if entries else 0,
-        )
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = templates.get_template("balance.html.jinja").render(
+        verdict=verdict(last),
+        rows=rows,
+        cosines=_cosine_table(last, tasks),
+        tasks=tasks,
+        charts={title: line_chart(series) for title, series in charts.items() if series},
+        checkpoints=paper_checkpoints(history, max_steps),
+        phase=phase(entries[-1]["step"], max_steps) if entries else PHASES[0],
+        steps=entries[-1]["step"] if entries else 0,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -283,41 +275,3 @@ def _cosine_table(entries: list[Log], tasks: list[str]) -> dict[str, dict[str, f
             if not math.isnan(cosine):
                 table[one][other] = table[other][one] = round(cosine, 2) + 0.0  # + 0.0: no "-0.00"
     return dict(table)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Task balance</title>
-<style>
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1.5em}
-.bar{background:#d9480f;height:.7em}.verdict{font-size:1.35em;font-weight:600}small{color:#666}
-</style>
-<h1>Task balance</h1>
-<p class="verdict">{{ verdict }}</p>
-<p>{{ steps }} steps, phase: {{ phase }}. The table is the last quarter of the run. A task's gradient share is the
-norm of its weighted loss's gradient by the embeddings, over the sum of these norms.</p>
-<table><tr><th>task<th>loss at first<th>loss<th>λ<th>share of loss<th>gradient share<th></tr>
-{% for r in rows %}<tr><td>{{ r.task }}
-{% for value in (r.first, r.loss, r.weight, r.share, r.gradient_share) %}
-<td>{{ "–" if value is none else "%.3f" % value }}{% endfor %}
-<td style="width:220px"><div class="bar" style="width:{{ (210 * (r.gradient_share or 0)) | int }}px"></div></tr>
-{% endfor %}</table>
-<div class="charts">{% for title, chart in charts.items() %}<div><h3>{{ title }}</h3>{{ chart | safe }}</div>
-{% endfor %}</div>
-{% if cosines %}<h2>Do tasks pull together?</h2>
-<p>Cosine of the tasks' gradients: below 0 they work against each other.</p>
-<table><tr><th>{% for task in tasks %}<th>{{ task }}{% endfor %}</tr>
-{% for one in tasks %}<tr><td>{{ one }}{% for other in tasks %}
-{% set value = cosines.get(one, {}).get(other) %}
-<td{% if value is not none and value < 0 %} style="background:#ffe3e3"{% endif %}>
-{{ "" if value is none else "%.2f" % value }}{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% if checkpoints %}<h2>The paper's checkpoints</h2>
-<table><tr><th>expected<th>step<th>seen<th>measured</tr>
-{% for c in checkpoints %}<tr><td>{{ c.expected }}<td>{{ c.step }}
-<td>{{ {true: "yes", false: "no", none: "not measured"}[c.seen] }}<td>{{ c.figure }}</tr>{% endfor %}</table>
-<p><small>In a run shorter than 12,500 steps they stand as far along as in one of that length. The paper gives no
-thresholds: the trend is against the first quarter, the improvement 10 % since the checkpoint before, balance a largest
-share below three times the smallest, stability a volatility below that of the first quarter.</small></p>{% endif %}
-</html>
-"""

@@ -28,9 +28,10 @@ from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 from .adapters import add_adapter, check_installed, continued, load_in_4bit, untrained_towers, write_base
-from .arguments import TOWERS, DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
+from .arguments import DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
 from .losses import LOSS_TABLES, TaskLoss
 from .mixed_loss import MixedLoss
+from .parts import freeze_towers
 from .weighting import build_weighting
 
 logger = logging.get_logger(__name__)
@@ -179,18 +180,6 @@ def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) ->
         processor.image_processor.size["longest_edge"] = model_args.max_pixels
     if model_args.max_audio_seconds is not None:
         processor.max_audio_seconds = model_args.max_audio_seconds
-
-
-def freeze_towers(model: ViPolyQwenModel, names: list[str]) -> None:
-    """Keeps the weights of towers as they are; those behind which nothing is trained build no graph."""
-    for name in names:
-        if name == "audio" and model.config.audio_config is None:
-            raise ValueError("`freeze` names 'audio', but this model has no speech encoder; drop it.")
-        tower = model.get_submodule(TOWERS[name])
-        tower.requires_grad_(False)
-        if name != "language" or "vision" in names:  # else the images' part of the graph passes through
-            # Frozen weights are not enough: gradient checkpointing makes the first layer's output require a gradient.
-            tower.forward = torch.no_grad()(tower.forward)
 
 
 def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], tasks: list[str]) -> MixedLoss:

@@ -22,8 +22,8 @@ from ..evaluation.metrics import pair_retrieval, spearman
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
 from ..processing_vipolyqwen import ViPolyQwenProcessor
-from ..publishing.repository import save_repository
-from .adapters import ADAPTER, check_adapter, is_adapted, plain_name, save_adapter, save_merged
+from ..publishing.repository import load_adapter, save_adapter, save_repository
+from .adapters import ADAPTER, check_adapter, is_adapted
 from .arguments import ViPolyQwenTrainingArguments
 from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
@@ -32,6 +32,7 @@ from .distributed import gather_with_grad, loading_whole, own_class
 from .loss_optimizer import LossOptimizer
 from .microbatches import CallLimit, RowSize, first_images, plan_calls, row_lengths, take_rows
 from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput
+from .parts import plain_name
 from .resuming import ResumingTrainer
 from .speedups import compile_layers, use_liger_kernels
 
@@ -383,7 +384,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         else:
             save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
             with loading_whole(self.args):  # this process alone reads the base
-                save_merged(folder / ADAPTER, folder)
+                save_repository(*load_adapter(folder / ADAPTER), folder)  # base as before any quantisation
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The stock loading, which would fill an adapter of another shape in part, without an error."""

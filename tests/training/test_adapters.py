@@ -29,20 +29,19 @@ from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 from vipolyqwen.publish_vipolyqwen import build_repository
 from vipolyqwen.publishing.checks import check_files
-from vipolyqwen.publishing.repository import PublishError, load_adapter
-from vipolyqwen.training import adapters as adapters_vipolyqwen
+from vipolyqwen.publishing.repository import PublishError, load_adapter, save_adapter
+from vipolyqwen.training import adapters
 from vipolyqwen.training.adapters import (
     ADAPTER,
     BASE,
     check_installed,
     find_targets,
     new_modules,
-    plain_name,
-    save_adapter,
     untrained_towers,
 )
-from vipolyqwen.training.arguments import TOWERS, ModelArguments, read_arguments
+from vipolyqwen.training.arguments import ModelArguments, read_arguments
 from vipolyqwen.training.build import load_model
+from vipolyqwen.training.parts import NEW_PARTS, TOWERS, plain_name
 
 peft = pytest.importorskip("peft")  # in requirements-dev.txt
 
@@ -97,7 +96,7 @@ def test_adapters_new_parts_and_prefixes_are_trained_and_nothing_else(world: Pat
     sizes = [base[name].shape for name in layers]
     assert len(layers) == 7 + 4 + 6  # of one layer of each tower
     expected = sum(4 * (rows + columns) + (rows if dora else 0) for rows, columns in sizes)
-    expected += sum(base[name].numel() for name in base if name.split(".")[0] in adapters_vipolyqwen.NEW_PARTS)
+    expected += sum(base[name].numel() for name in base if name.split(".")[0] in NEW_PARTS)
     expected += len(processor.task_prefixes) * model.config.text_config.hidden_size
     assert sum(value.numel() for value in model.parameters() if value.requires_grad) == expected
 
@@ -108,7 +107,7 @@ def test_adapters_new_parts_and_prefixes_are_trained_and_nothing_else(world: Pat
     for name, value in model.named_parameters():
         assert (value.grad is not None) == value.requires_grad == (id(value) in rates), name
         if value.requires_grad:
-            is_head = plain_name(name).split(".")[0] in adapters_vipolyqwen.NEW_PARTS
+            is_head = plain_name(name).split(".")[0] in NEW_PARTS
             assert rates[id(value)] == (5e-4 if is_head else 2e-6 if ".visual." in name else 5e-5), name
     optimizer.step()
     optimizer.step()  # LoRA's A moves once B has left 0
@@ -253,10 +252,10 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.Monk
     four_bits = ModelArguments(model="x", lora_rank=4, load_in_4bit=True)
     with pytest.raises(ValueError, match="`load_in_4bit` needs a CUDA device, and this run is on cpu. Leave it out"):
         check_installed(four_bits, torch.device("cpu"))
-    monkeypatch.setattr(adapters_vipolyqwen, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(adapters, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="needs bitsandbytes.*pip install -U bitsandbytes"):
         check_installed(four_bits, torch.device("cuda"))
-    monkeypatch.setattr(adapters_vipolyqwen, "is_peft_available", lambda: False)
+    monkeypatch.setattr(adapters, "is_peft_available", lambda: False)
     with pytest.raises(ImportError, match="`lora_rank` is 4, and adapters need peft.*pip install peft"):
         check_installed(ModelArguments(model="x", lora_rank=4), torch.device("cpu"))
 
@@ -290,7 +289,7 @@ def test_a_checkpoint_holds_the_adapter_and_a_run_leaves_the_whole_model(
         vectors_of(ViPolyQwenModel.from_pretrained(folder)) - vectors_of(adapted(world / "base", best))
     ).abs().max() <= 1e-5
     last = [entry for entry in log if "loss" in entry][-1]
-    assert all(last[f"drift/{part}"] > 1e-4 for part in adapters_vipolyqwen.NEW_PARTS)
+    assert all(last[f"drift/{part}"] > 1e-4 for part in NEW_PARTS)
     settings = json.loads((folder / "training.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["lora_rank"], settings["lora_targets"]) == (4, ["language", "vision", "audio"])
 
@@ -301,7 +300,7 @@ def test_only_what_has_an_adapter_and_the_prefixes_rows_differ_in_the_merged_mod
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "base", run[0]))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     embedding = "vlm.language_model.embed_tokens.weight"
-    heads = {name for name in before if name.split(".")[0] in adapters_vipolyqwen.NEW_PARTS}
+    heads = {name for name in before if name.split(".")[0] in NEW_PARTS}
     assert moved == {embedding, *heads, *filter(_is_adapted_weight, before)}
     processor = ViPolyQwenProcessor.from_pretrained(run[0])
     rows = (before[embedding] != after[embedding]).any(dim=1).nonzero().flatten().tolist()
@@ -319,10 +318,10 @@ def test_a_resumed_run_ends_with_the_same_adapter_and_model(
         straight, first, last = tmp_path / "straight", "checkpoint-1", "checkpoint-2"
         train_run(world, straight, *RUN, *flags)
     train_run(world, tmp_path / "resumed", *RUN, *flags, "--resume_from_checkpoint", str(straight / first))
-    adapters = [load_file(folder / last / "adapter_model.safetensors") for folder in (straight, tmp_path / "resumed")]
-    assert any("lora_magnitude_vector" in name for name in adapters[0]) == bool(flags)
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    weights = [load_file(folder / last / "adapter_model.safetensors") for folder in (straight, tmp_path / "resumed")]
+    assert any("lora_magnitude_vector" in name for name in weights[0]) == bool(flags)
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert same_weights(straight, tmp_path / "resumed")
     merged = ViPolyQwenModel.from_pretrained(straight)
     assert (vectors_of(merged) - vectors_of(adapted(world / "base", straight / ADAPTER))).abs().max() <= 1e-5

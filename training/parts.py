@@ -1,0 +1,44 @@
+"""The parts of the model as training names them: towers, new parts, names of parameters."""
+
+import torch
+from torch import nn
+
+from ..modeling_vipolyqwen import ViPolyQwenModel
+
+TOWERS = {  # name in `freeze` and `lora_targets` -> submodule of the model
+    "vision": "vlm.visual",
+    "language": "vlm.language_model",
+    "audio": "audio_tower",
+}
+NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection")  # in no backbone: initialised at random
+
+
+def plain_name(name: str) -> str:
+    """Returns a parameter's name without peft's prefix: `base_model.model.vlm.…` becomes `vlm.…`."""
+    return name.removeprefix("base_model.model.")
+
+
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trained parameters of the new parts by name, also under an adapter."""
+    named = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in named.items() if name.split(".")[0] in NEW_PARTS}
+
+
+def freeze_towers(model: ViPolyQwenModel, names: list[str]) -> None:
+    """Freezes towers in place; a tower with nothing to train before it builds no autograd graph.
+
+    Args:
+        model: the model.
+        names: keys of `TOWERS`.
+
+    Raises:
+        ValueError: `names` has "audio", but the model has no speech encoder.
+    """
+    for name in names:
+        if name == "audio" and model.config.audio_config is None:
+            raise ValueError("`freeze` names 'audio', but this model has no speech encoder; drop it.")
+        tower = model.get_submodule(TOWERS[name])
+        tower.requires_grad_(False)
+        if name != "language" or "vision" in names:  # else images' gradients pass through it
+            # Frozen weights are not enough: gradient checkpointing makes the first layer's output require a gradient.
+            tower.forward = torch.no_grad()(tower.forward)
