@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ..evaluation.figures import STYLE, show, views
 from ..evaluation.metrics import pair_retrieval, six_directions
-from ..evaluation.pooling_weights import look_inside
+from ..evaluation.pooling_weights import inspect_pooling
 from ..evaluation.search import Side
 
 MODALITIES = ("text", "image", "audio")
@@ -71,7 +71,7 @@ def judge(folder: Path) -> None:
             curves=loss_curves([folder / stage / "trainer_state.json" for stage in STAGES]),
             searches=example_searches(scenes, vectors, corpus),
             style=STYLE,
-            attention=attention_views(model, processor, scenes[0], corpus),
+            attention=pooling_views(model, processor, scenes[0], corpus),
         )
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -187,11 +187,11 @@ def show_scene(scene: dict[str, Any], modality: str, corpus: Path) -> Markup:
     return show(side, width=84) + Markup("<small>{}</small>").format(scene["scene"])
 
 
-def attention_views(model: Any, processor: Any, scene: dict[str, Any], corpus: Path) -> list[tuple[str, Markup]]:
+def pooling_views(model: Any, processor: Any, scene: dict[str, Any], corpus: Path) -> list[tuple[str, Markup]]:
     """What the pooling attends to in one scene's text, picture and sound, as captions and figures."""
     picture, speech = str(corpus / scene["image"]), str(corpus / scene["audio"])
     sides = [Side(scene["text"]), Side(images=(picture,)), Side(audio=speech)]
-    return [view for side in sides for view in views(look_inside(model, processor, side), side)]
+    return [view for side in sides for view in views(inspect_pooling(model, processor, side), side)]
 
 
 PAGE = """<!doctype html>

@@ -36,7 +36,7 @@ MEDIA = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.V
 LANGUAGES = ("mul-Latn",)  # what mteb calls "multiple languages"
 
 
-class LocalRetrieval(AbsTaskRetrieval):
+class CustomRetrieval(AbsTaskRetrieval):
     """Retrieval over what was read from local pairs; `split` and `metadata` are set by `retrieval_task`."""
 
     split: RetrievalSplitData
@@ -77,7 +77,7 @@ class LocalRetrieval(AbsTaskRetrieval):
         return exact
 
 
-class LocalSTS(AbsTaskSTS):
+class CustomSTS(AbsTaskSTS):
     """Similarity of scored pairs of texts; `pairs` and `metadata` are set by `sts_task`."""
 
     pairs: datasets.Dataset
@@ -95,7 +95,7 @@ def _best_rank(found: Mapping[str, float], relevant: Mapping[str, int]) -> int:
     return 1 + next(rank for rank, document in enumerate(ordered) if document in relevant)
 
 
-def local_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -> list[AbsTask]:
+def custom_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -> list[AbsTask]:
     """The tasks of one entry of a suite.
 
     Args:
@@ -198,7 +198,7 @@ def sts_tasks(name: str, rows: list[Row], placeholder: str, languages: Iterable[
     )
     revision = _revision(repr([(row.a, row.b, row.score) for row in rows]))
     metadata = _metadata(name, "STS", "t2t", ["text"], "cosine_spearman", revision, languages)
-    return [type("LocalSTS", (LocalSTS,), {"metadata": metadata, "pairs": pairs})()]
+    return [type("CustomSTS", (CustomSTS,), {"metadata": metadata, "pairs": pairs})()]
 
 
 KINDS: dict[str, Callable[..., list[AbsTask]]] = {
@@ -257,7 +257,7 @@ def retrieval_task(
         name, task_type or _task_type(asked, shown), category, union, "hit_rate_at_1", revision, languages
     )
     fields = {"metadata": metadata, "split": split, "relevant": matches, "prompt_names": prompt_names}
-    return type("LocalRetrieval", (LocalRetrieval,), fields)()
+    return type("CustomRetrieval", (CustomRetrieval,), fields)()
 
 
 def _side_a(row: Row, placeholder: str) -> Side:

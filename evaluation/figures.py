@@ -1,6 +1,6 @@
-"""Pictures, sounds and pooling weights as HTML that needs nothing else: for pages of one file.
+"""Draws images, audio and pooling weights as self-contained HTML.
 
-In every figure a position is the stronger coloured the larger its α, against the largest one there.
+In every figure colour strength is proportional to α, relative to the largest α of that figure.
 """
 
 import base64
@@ -13,42 +13,24 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..media_vipolyqwen import load_image
-from .pooling_weights import Attention, Piece, Sound
+from .pooling_weights import FrameWeights, PoolingWeights, TokenSpan
 from .search import Side
+from .templates import TEMPLATES
 
 HEAT = (232, 89, 12)
-STRONGEST = 0.8  # opacity over the strongest patch: what is under it stays visible
-PICTURE_SIDE = 448  # pixels; larger pictures are scaled down, and as JPEG
+STRONGEST = 0.8  # opacity over the strongest patch, so that the image stays visible below
+MAX_IMAGE_SIDE = 448  # pixels; larger images are scaled down and stored as JPEG
 
-STYLE = Markup("""
-:root{color-scheme:light dark;--ground:#fff;--ink:#222;--soft:#666;--line:#d5d5d5;--heat:232 89 12;--most:.75;
---good:#2b8a3e;--wave:#343a40}
-@media (prefers-color-scheme:dark){:root{--ground:#15171a;--ink:#e8e8e8;--soft:#a5a8ad;--line:#43474d;
---heat:255 122 46;--most:.6;--good:#51cf66;--wave:#ced4da}}
-body{background:var(--ground);color:var(--ink)}
-.tokens{white-space:pre-wrap;line-height:2;overflow-wrap:anywhere}
-.tokens span{background:rgb(var(--heat)/calc(var(--a)*var(--most)));padding:.15em 0;border-radius:2px}
-.tokens .special,.tokens .slot{border:1px dashed var(--soft);padding:.05em .3em;margin:0 .15em;
-font-size:.82em;white-space:nowrap}
-.tokens .slot{border-style:solid}
-.heat{display:flex;gap:.6em;flex-wrap:wrap;align-items:flex-start}
-.heat div{position:relative;line-height:0}.heat div img:first-child{filter:grayscale(1)}
-.heat .veil{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated}
-.wave{max-width:100%;height:auto;display:block}.wave .frame{fill:rgb(var(--heat))}
-.wave path{stroke:var(--wave)}.wave text{fill:var(--soft);font-size:11px}.wave line{stroke:var(--soft)}
-.side audio{height:32px;width:220px;max-width:100%;display:block;margin:.2em 0}
-.side img{max-width:100%;height:auto;border-radius:3px;margin:.1em .2em .1em 0}
-.side .said{display:block;white-space:pre-wrap;overflow-wrap:anywhere}
-""")
+STYLE = Markup("\n" + (TEMPLATES / "figures.css").read_text(encoding="utf-8"))
 
 
 def data_uri(content: bytes, media_type: str) -> str:
-    """The content of a file as an address."""
+    """Returns the content of a file as a `data:` URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
-    """An image as PNG; one that is larger than `side` pixels scaled down to that, as JPEG."""
+def image_uri(image: Image.Image, side: int = MAX_IMAGE_SIDE) -> str:
+    """Returns an image as a PNG `data:` URI; one larger than `side` pixels is scaled down and stored as JPEG."""
     buffer = BytesIO()
     if max(image.size) <= side:
         image.save(buffer, "PNG")
@@ -59,67 +41,73 @@ def picture_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def player(sound: dict[str, Any]) -> Markup:
-    """A sound that can be played."""
+def audio_player(audio: dict[str, Any]) -> Markup:
+    """Returns an HTML player of `{"array", "sampling_rate"}`."""
     buffer = BytesIO()
-    soundfile.write(buffer, sound["array"], sound["sampling_rate"], format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, audio["array"], audio["sampling_rate"], format="FLAC", subtype="PCM_16")
     return Markup('<audio controls src="{}"></audio>').format(data_uri(buffer.getvalue(), "audio/flac"))
 
 
 def show(side: Side, width: int = 120) -> Markup:
-    """One side of a pair: its pictures, its sound, its text."""
+    """Renders one side of a pair: its images, audio and text."""
     parts = [
-        Markup('<img width="{}" alt="picture {}" src="{}"> ').format(width, number, picture_uri(load_image(image)))
+        Markup('<img width="{}" alt="image {}" src="{}"> ').format(width, number, image_uri(load_image(image)))
         for number, image in enumerate(side.images, start=1)
     ]
     if side.audio is not None:
-        parts.append(player(side.sound()))
+        parts.append(audio_player(side.read_audio()))
     if side.text.strip():
         parts.append(Markup('<span class="said">{}</span>').format(side.text.strip()))
     return Markup('<div class="side">{}</div>').format(Markup("").join(parts))
 
 
-def shaded_tokens(pieces: list[Piece]) -> Markup:
-    """The text route from first to last position; an image is a slot with the sum of its patches."""
-    largest = max((piece.weight for piece in pieces if piece.kind != "image"), default=0.0) or 1.0
+def shaded_tokens(spans: list[TokenSpan]) -> Markup:
+    """Renders the text route from first to last position; an image is a slot with the sum of its patches."""
+    largest = max((span.weight for span in spans if span.kind != "image"), default=0.0) or 1.0
     shown = []
-    for piece in pieces:
-        if piece.kind == "image":
+    for span in spans:
+        if span.kind == "image":
             slot = Markup('<span class="slot" style="--a:0">image {}: {:.3f}</span>')
-            shown.append(slot.format(piece.text, piece.weight))
+            shown.append(slot.format(span.text, span.weight))
             continue
-        name = Markup(' class="special"') if piece.kind == "special" else ""
-        text = piece.text.replace("\n", "↵\n")
-        span = Markup('<span{} style="--a:{:.3f}" title="α = {:.4f}">{}</span>')
-        shown.append(span.format(name, piece.weight / largest, piece.weight, text))
+        name = Markup(' class="special"') if span.kind == "special" else ""
+        text = span.text.replace("\n", "↵\n")
+        element = Markup('<span{} style="--a:{:.3f}" title="α = {:.4f}">{}</span>')
+        shown.append(element.format(name, span.weight / largest, span.weight, text))
     return Markup('<div class="tokens">{}</div>').format(Markup("").join(shown))
 
 
 def heat_map(image: Image.Image, weights: np.ndarray, width: int = 300) -> Markup:
-    """The image, and in grey under a veil with one pixel for each merged patch: (rows, columns) `weights`."""
-    veil = np.zeros((*weights.shape, 4), dtype=np.uint8)
-    veil[..., :3] = HEAT
-    veil[..., 3] = np.round(255 * STRONGEST * weights / (weights.max() or 1))
+    """Renders the image, and a grey copy under an overlay with one pixel per merged patch.
+
+    Args:
+        image: of any size.
+        weights: (rows, columns) float32, α of the merged patches.
+        width: of each copy, in pixels.
+    """
+    overlay = np.zeros((*weights.shape, 4), dtype=np.uint8)
+    overlay[..., :3] = HEAT
+    overlay[..., 3] = np.round(255 * STRONGEST * weights / (weights.max() or 1))
     template = (
         '<div class="heat"><img width="{w}" alt="as given" src="{u}"><div><img width="{w}" alt="in grey" src="{u}">'
-        '<img class="veil" alt="α of {r} × {c} patches" src="{v}"></div></div>'
+        '<img class="overlay" alt="α of {r} × {c} patches" src="{v}"></div></div>'
     )
     rows, columns = weights.shape
-    uris = {"u": picture_uri(image), "v": picture_uri(Image.fromarray(veil), side=max(rows, columns))}
+    uris = {"u": image_uri(image), "v": image_uri(Image.fromarray(overlay), side=max(rows, columns))}
     return Markup(template).format(w=width, r=rows, c=columns, **uris)
 
 
-def shaded_waveform(sound: Sound, width: int = 720, height: int = 90) -> Markup:
-    """The waveform over its seconds, on a ground as strong as the α of each frame."""
-    seconds = len(sound.samples) / sound.rate
-    largest = sound.weights.max() or 1.0
+def shaded_waveform(audio: FrameWeights, width: int = 720, height: int = 90) -> Markup:
+    """Renders the waveform over seconds; the background of each frame is as strong as its α."""
+    seconds = len(audio.samples) / audio.rate
+    largest = audio.weights.max() or 1.0
     frames = "".join(
-        f'<rect class="frame" x="{width * start / seconds:.2f}" width="{width * sound.seconds / seconds:.2f}" '
+        f'<rect class="frame" x="{width * start / seconds:.2f}" width="{width * audio.seconds / seconds:.2f}" '
         f'height="{height}" fill-opacity="{STRONGEST * weight / largest:.3f}"><title>{start:.2f} s: α = {weight:.4f}'
         "</title></rect>"
-        for start, weight in zip(sound.starts, sound.weights, strict=True)
+        for start, weight in zip(audio.starts, audio.weights, strict=True)
     )
-    peaks = [np.abs(part).max() for part in np.array_split(sound.samples, min(width, len(sound.samples)))]
+    peaks = [np.abs(part).max() for part in np.array_split(audio.samples, min(width, len(audio.samples)))]
     scale = height / 2 / (max(peaks) or 1)
     step = width / len(peaks)
     bars = "".join(
@@ -143,30 +131,30 @@ def _anchor(x: float, width: int) -> str:
     return ' text-anchor="end"' if x > width * 0.98 else ' text-anchor="middle"'
 
 
-def views(attention: Attention, side: Side) -> list[tuple[str, Markup]]:
-    """Every figure of one input with its caption: tokens, each image, the waveform.
+def views(pooled: PoolingWeights, side: Side) -> list[tuple[str, Markup]]:
+    """Returns every figure of one input with its caption: tokens, each image, the waveform.
 
     Args:
-        attention: of `look_inside`.
-        side: the input.
+        pooled: of `inspect_pooling`.
+        side: the input that was inspected.
     """
     found = []
-    if attention.pieces:
-        total = sum(piece.weight for piece in attention.pieces)
-        caption = f"Text route: {attention.positions} positions, Σα = {total:.3f}; even weights would be "
-        found.append((caption + f"{1 / attention.positions:.4f} each", shaded_tokens(attention.pieces)))
-    for number, (weights, image) in enumerate(zip(attention.images, side.images, strict=True), start=1):
+    if pooled.spans:
+        total = sum(span.weight for span in pooled.spans)
+        caption = f"Text route: {pooled.positions} positions, Σα = {total:.3f}; uniform weights would be "
+        found.append((caption + f"{1 / pooled.positions:.4f} each", shaded_tokens(pooled.spans)))
+    for number, (weights, image) in enumerate(zip(pooled.images, side.images, strict=True), start=1):
         row, column = np.unravel_index(weights.argmax(), weights.shape)
         caption = (
             f"Image {number}: {weights.shape[0]} × {weights.shape[1]} patches, Σα = {weights.sum():.3f}, the largest "
             f"{weights.max():.4f} in row {row + 1}, column {column + 1}"
         )
         found.append((caption, heat_map(load_image(image), weights)))
-    if attention.sound is not None:
-        weights, strongest = attention.sound.weights, attention.sound.weights.argmax()
+    if pooled.audio is not None:
+        weights, strongest = pooled.audio.weights, pooled.audio.weights.argmax()
         caption = (
-            f"Audio route: {len(weights)} frames of {1000 * attention.sound.seconds:.0f} ms, Σα = {weights.sum():.3f}"
-            f", the largest {weights[strongest]:.4f} at {attention.sound.starts[strongest]:.2f} s"
+            f"Audio route: {len(weights)} frames of {1000 * pooled.audio.seconds:.0f} ms, Σα = {weights.sum():.3f}"
+            f", the largest {weights[strongest]:.4f} at {pooled.audio.starts[strongest]:.2f} s"
         )
-        found.append((caption, shaded_waveform(attention.sound)))
+        found.append((caption, shaded_waveform(pooled.audio)))
     return found

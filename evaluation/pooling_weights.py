@@ -1,4 +1,4 @@
-"""What the pooling attends to in one input: its weights α put back on characters, patches and seconds."""
+"""Maps the pooling weights α of one input back to its characters, image patches and seconds."""
 
 import codecs
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..audio_vipolyqwen import receptive_field
 from .search import Side
 
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level BPE writes a byte
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE's symbol -> byte
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Neighbouring positions of the text route that are shown as one.
+class TokenSpan:
+    """Consecutive positions of the text route that are displayed as one unit.
 
     Attributes:
         kind: `text`, `special` (a token that text cannot contain: prefix, end, borders of an image) or `image`.
-        text: whole characters, the name of the special token, or the image's number.
+        text: complete characters, the name of the special token, or the image's number.
         weight: sum of α over its positions.
     """
 
@@ -31,15 +31,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Sound:
+class FrameWeights:
     """α over the frames of the audio route.
 
     Attributes:
-        samples: (samples,) float32, what the speech encoder heard: zero mean, unit variance.
-        rate: of the samples, in Hz.
+        samples: (samples,) float32, the speech encoder's input: zero mean, unit variance.
+        rate: sampling rate in Hz.
         weights: (frames,) float32, sums to 1.
-        starts: (frames,) float64, second at which the stretch of each frame begins.
-        seconds: length of that stretch.
+        starts: (frames,) float64, second at which each frame begins.
+        seconds: length of a frame.
     """
 
     samples: np.ndarray
@@ -50,42 +50,42 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One input's vector and α.
+class PoolingWeights:
+    """The vector of one input and its pooling weights α.
 
     Attributes:
         vector: (D,) float32 unit vector.
-        pieces: the text route from first to last position, their weights sum to 1; empty for a sound alone.
-        positions: of the text route; a piece may have several.
+        spans: the text route from first to last position, weights sum to 1; empty for audio alone.
+        positions: number of positions of the text route; a span may cover several.
         images: per image (rows, columns) float32, α of its merged patches.
-        sound: the audio route, if there is one.
+        audio: the audio route, if the input has audio.
     """
 
     vector: torch.Tensor
-    pieces: list[Piece] = field(default_factory=list)
+    spans: list[TokenSpan] = field(default_factory=list)
     positions: int = 0
     images: list[np.ndarray] = field(default_factory=list)
-    sound: Sound | None = None
+    audio: FrameWeights | None = None
 
     def shares(self) -> dict[str, float]:
-        """{`text`, `image 1`, …, `special tokens`: its part of the text route's α}."""
+        """Returns {`text`, `image 1`, …, `special tokens`: its part of the text route's α}."""
         names = {"text": "text", "special": "special tokens"}
         found: dict[str, float] = {}
-        for piece in self.pieces:
-            name = names.get(piece.kind, f"image {piece.text}")
-            found[name] = found.get(name, 0.0) + piece.weight
+        for span in self.spans:
+            name = names.get(span.kind, f"image {span.text}")
+            found[name] = found.get(name, 0.0) + span.weight
         return found
 
 
 @torch.no_grad()
-def look_inside(model: Any, processor: Any, side: Side, task: str | None = None) -> Attention:
-    """Embeds one input and asks where its pooling looked.
+def inspect_pooling(model: Any, processor: Any, side: Side, task: str | None = None) -> PoolingWeights:
+    """Embeds one input and returns its vector with the pooling weights.
 
     Args:
         model: a `ViPolyQwenModel` in evaluation mode.
         processor: its processor.
         side: the input.
-        task: name of the task whose prefix stands before it.
+        task: name of the task whose prefix precedes it.
     """
     given = side.as_input()
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -93,7 +93,7 @@ def look_inside(model: Any, processor: Any, side: Side, task: str | None = None)
         [messages], tokenize=True, return_dict=True, return_tensors="pt", task=task, plain_text=True
     ).to(model.device)
     output = model(**batch, output_pooling_weights=True)
-    pieces, positions, images, sound = [], 0, [], None
+    spans, positions, images, audio = [], 0, [], None
     if output.pooling_weights is not None:
         grids = batch["image_grid_thw"] if "image_grid_thw" in batch else torch.empty(0, 3, dtype=torch.long)
         merged = grids[:, 1:].cpu() // processor.image_processor.merge_size
@@ -103,14 +103,14 @@ def look_inside(model: Any, processor: Any, side: Side, task: str | None = None)
         images = [part.reshape(*grid).numpy() for part, grid in zip(parts, merged.tolist(), strict=True)]
         positions = len(weights)
         sizes = [image.size for image in images]
-        pieces = list(_pieces(batch["input_ids"][0].tolist(), weights.tolist(), sizes, processor))
+        spans = list(_token_spans(batch["input_ids"][0].tolist(), weights.tolist(), sizes, processor))
     if output.audio_pooling_weights is not None:
-        sound = _sound(model, processor, batch, output.audio_pooling_weights[0].cpu().numpy())
-    return Attention(output.embeddings[0].cpu(), pieces, positions, images, sound)
+        audio = _frame_weights(model, processor, batch, output.audio_pooling_weights[0].cpu().numpy())
+    return PoolingWeights(output.embeddings[0].cpu(), spans, positions, images, audio)
 
 
-def _pieces(ids: list[int], weights: list[float], image_sizes: list[int], processor: Any) -> Iterator[Piece]:
-    """Ids and their α as pieces; tokens that share a character (a Vietnamese letter has up to 3 bytes) are one."""
+def _token_spans(ids: list[int], weights: list[float], image_sizes: list[int], processor: Any) -> Iterator[TokenSpan]:
+    """Yields ids and their α as spans; merges tokens that share a character (up to 3 bytes in Vietnamese)."""
     tokenizer = processor.tokenizer
     added = tokenizer.added_tokens_decoder
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -119,25 +119,25 @@ def _pieces(ids: list[int], weights: list[float], image_sizes: list[int], proces
         if ids[place] == processor.image_token_id:
             size = image_sizes[number]
             number += 1
-            yield Piece("image", str(number), sum(weights[place : place + size]))
+            yield TokenSpan("image", str(number), sum(weights[place : place + size]))
             place += size
             continue
         if ids[place] in added:
-            yield Piece("special", added[ids[place]].content, weights[place])
+            yield TokenSpan("special", added[ids[place]].content, weights[place])
         else:
             content = bytes(BYTE_OF[character] for character in tokenizer.convert_ids_to_tokens(ids[place]))
             ends_here = place + 1 == len(ids) or ids[place + 1] in added
             text, weight = text + decoder.decode(content, final=ends_here), weight + weights[place]
             if not decoder.getstate()[0]:
-                yield Piece("text", text, weight)
+                yield TokenSpan("text", text, weight)
                 text, weight = "", 0.0
         place += 1
 
 
-def _sound(model: Any, processor: Any, batch: Any, weights: np.ndarray) -> Sound:
+def _frame_weights(model: Any, processor: Any, batch: Any, weights: np.ndarray) -> FrameWeights:
     rate = processor.feature_extractor.sampling_rate
     config = model.config.audio_config
     stride = int(np.prod(config.conv_stride))
-    lead = (receptive_field(config) - stride) / 2  # a frame sees a little more than its stretch, on both sides
+    lead = (receptive_field(config) - stride) / 2  # the receptive field extends past the stride on both sides
     starts = (np.arange(len(weights)) * stride + lead) / rate
-    return Sound(batch["audio_features"][0].float().cpu().numpy(), rate, weights, starts, stride / rate)
+    return FrameWeights(batch["audio_features"][0].float().cpu().numpy(), rate, weights, starts, stride / rate)

@@ -56,7 +56,7 @@ class Side:
             media.append(self.audio if isinstance(self.audio, bytes) else Path(self.audio).read_bytes())
         return content_key(self.text, media)
 
-    def sound(self) -> dict[str, Any]:
+    def read_audio(self) -> dict[str, Any]:
         """The decoded sound."""
         samples, rate = load_audio(self.audio)
         return {"array": samples, "sampling_rate": rate}
@@ -67,7 +67,7 @@ class Side:
             return self.text
         parts = list(interleave(self.text, [load_image(image) for image in self.images], self.placeholder))
         if self.audio is not None:
-            parts.append({"type": "audio", "audio": self.sound()})
+            parts.append({"type": "audio", "audio": self.read_audio()})
         return [{"role": "user", "content": parts}]
 
 

@@ -7,7 +7,7 @@ data_types: {image_caption: {prefix: <image_caption>}}       # as in a training 
 tasks:
 - STSBenchmark-VN
 - {task: XM3600T2IRetrieval, languages: [vie]}
-- {task: retrieval, name: Signs, path: dev.jsonl}          # see local_tasks_vipolyqwen.py
+- {task: retrieval, name: Signs, path: dev.jsonl}          # see evaluation/custom_tasks.py
 """
 
 import difflib
@@ -24,7 +24,7 @@ from mteb.get_tasks import TASK_LIST
 from mteb.types import PromptType
 
 from ..data.schema import DataType, declare_data_types
-from .custom_tasks import ENTRY_KEYS, KINDS, local_tasks
+from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
 
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
 TASKS = {task.metadata.name for task in TASK_LIST}
@@ -43,7 +43,7 @@ class Suite:
     Attributes:
         name: of the file.
         entries: `{"task": …, …}`, in the file's order.
-        prompts: see `encoders_vipolyqwen.prompt_keys`.
+        prompts: see `encoder.prompt_keys`.
         languages: of tasks in many languages only these; None: all.
         baselines: names of models.
         data_types: of the rows of local pairs.
@@ -64,7 +64,7 @@ class Suite:
             ValueError: local pairs or their settings are wrong, or a task has none of the languages.
         """
         if entry["task"] in KINDS:
-            return local_tasks(entry, self.data_types)
+            return custom_tasks(entry, self.data_types)
         return [mteb.get_task(entry["task"], languages=entry.get("languages", self.languages))]
 
     def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | None]:

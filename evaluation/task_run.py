@@ -11,7 +11,7 @@ import numpy as np
 from mteb.abstasks import AbsTask
 from mteb.results import TaskResult
 
-from .custom_tasks import LocalRetrieval, LocalSTS
+from .custom_tasks import CustomRetrieval, CustomSTS
 from .encoder import MeasuredEncoder
 from .suite import Suite
 
@@ -58,7 +58,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     known = {key: row[key] for key in ("revision", "subsets", "prompts")} | {"dtype": encoder.home()["dtype"]}
     is_same = before is not None and all(before[key] == value for key, value in known.items())
-    is_own = isinstance(task, LocalRetrieval | LocalSTS)
+    is_own = isinstance(task, CustomRetrieval | CustomSTS)
     cache = mteb.ResultCache(out / "own" if is_own else out)  # what is submitted holds mteb's tasks alone
     if is_same and before["status"] == "run" and not save_vectors:
         result = cache.load_task_result(row["task"], meta)
@@ -158,8 +158,8 @@ def write_vectors(encoder: MeasuredEncoder, task: AbsTask, folder: Path) -> None
                 arrays |= {f"inputs{number}": part for number, part in enumerate(parts)}
             else:
                 arrays[side] = np.concatenate(parts)
-        if isinstance(task, LocalRetrieval):
+        if isinstance(task, CustomRetrieval):
             arrays["relevant"] = np.array(task.relevant)
-        elif isinstance(task, LocalSTS):
+        elif isinstance(task, CustomSTS):
             arrays["score"] = np.array(task.pairs["score"])
         np.savez(folder / f"{subset}-{split}.npz", **arrays)

@@ -16,9 +16,9 @@ from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.evaluation.explain import explain, read_input, worst
-from vipolyqwen.evaluation.figures import heat_map, picture_uri, shaded_tokens, views
+from vipolyqwen.evaluation.figures import heat_map, image_uri, shaded_tokens, views
 from vipolyqwen.evaluation.metrics import query_ranks
-from vipolyqwen.evaluation.pooling_weights import Attention, Piece, look_inside
+from vipolyqwen.evaluation.pooling_weights import PoolingWeights, TokenSpan, inspect_pooling
 from vipolyqwen.evaluation.search import Side, read_pairs, searches
 
 SCRIPT = "<script>alert('ở')</script> & <image>"
@@ -26,7 +26,7 @@ SCRIPT = "<script>alert('ở')</script> & <image>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in `model/`, a wide and a tall picture, a sound, and pairs.jsonl."""
+    """A tiny model in `model/`, a wide and a tall image, audio, and pairs.jsonl."""
     folder = tmp_path_factory.mktemp("explain")
     save_tiny_model(folder / "model", image_side=112)
     rng = np.random.default_rng(0)
@@ -46,62 +46,62 @@ def embedder(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(str(folder / "model"), trust_remote_code=True)
 
 
-def inside(embedder: SentenceTransformer, given: str) -> Attention:
+def inside(embedder: SentenceTransformer, given: str) -> PoolingWeights:
     item = read_input(given)
-    return look_inside(embedder[0].auto_model, embedder[0].processor, item.side, item.task)
+    return inspect_pooling(embedder[0].auto_model, embedder[0].processor, item.side, item.task)
 
 
-def total(attention: Attention) -> float:
-    return sum(piece.weight for piece in attention.pieces)
+def total(pooled: PoolingWeights) -> float:
+    return sum(span.weight for span in pooled.spans)
 
 
 def test_text_is_shown_whole_and_its_weights_sum_to_one(embedder: SentenceTransformer) -> None:
     text = "Nguyễn Ưỡn ẫm 草地 🙂 \ufffd\n<ocr> end"
-    attention = inside(embedder, text)
-    assert total(attention) == pytest.approx(1, abs=1e-6)
-    assert "".join(piece.text for piece in attention.pieces if piece.kind == "text") == text
-    # letters that the tiny tokenizer has no token for are several tokens, but one piece
-    assert attention.positions > len(attention.pieces)
-    assert [piece.text for piece in attention.pieces if piece.kind == "special"] == ["<|im_end|>"]
+    pooled = inside(embedder, text)
+    assert total(pooled) == pytest.approx(1, abs=1e-6)
+    assert "".join(span.text for span in pooled.spans if span.kind == "text") == text
+    # letters that the tiny tokenizer has no token for are several tokens, but one span
+    assert pooled.positions > len(pooled.spans)
+    assert [span.text for span in pooled.spans if span.kind == "special"] == ["<|im_end|>"]
 
 
-def test_pieces_hold_the_weights_that_the_model_returns(embedder: SentenceTransformer) -> None:
+def test_spans_hold_the_weights_that_the_model_returns(embedder: SentenceTransformer) -> None:
     batch = embedder[0].processor(text="Hai ngôi sao", return_tensors="pt")
     weights = embedder[0].auto_model(**batch, output_pooling_weights=True).pooling_weights[0].detach()
-    attention = inside(embedder, "Hai ngôi sao")
-    assert attention.pieces[-1].weight == pytest.approx(weights[-1].item())
-    assert attention.pieces[0].weight == pytest.approx(weights[0].item())
-    assert attention.positions == len(weights)
+    pooled = inside(embedder, "Hai ngôi sao")
+    assert pooled.spans[-1].weight == pytest.approx(weights[-1].item())
+    assert pooled.spans[0].weight == pytest.approx(weights[0].item())
+    assert pooled.positions == len(weights)
 
 
 def test_a_task_is_a_special_token_at_the_front(embedder: SentenceTransformer) -> None:
-    attention = inside(embedder, '{"text": "Gì?", "task": "ocr"}')
-    assert (attention.pieces[0].kind, attention.pieces[0].text) == ("special", "<ocr>")
-    assert torch.equal(attention.vector, torch.from_numpy(embedder.encode("Gì?", prompt_name="ocr")))
+    pooled = inside(embedder, '{"text": "Gì?", "task": "ocr"}')
+    assert (pooled.spans[0].kind, pooled.spans[0].text) == ("special", "<ocr>")
+    assert torch.equal(pooled.vector, torch.from_numpy(embedder.encode("Gì?", prompt_name="ocr")))
 
 
-def test_a_picture_has_the_grid_of_its_merged_patches(embedder: SentenceTransformer, folder: Path) -> None:
-    attention = inside(embedder, str(folder / "wide.png"))
+def test_an_image_has_the_grid_of_its_merged_patches(embedder: SentenceTransformer, folder: Path) -> None:
+    pooled = inside(embedder, str(folder / "wide.png"))
     batch = embedder[0].processor(images=Image.open(folder / "wide.png"), return_tensors="pt")
     grid = batch["image_grid_thw"][0, 1:] // 2
-    (weights,) = attention.images
+    (weights,) = pooled.images
     assert weights.shape == tuple(grid.tolist())
     assert weights.shape[1] > weights.shape[0]
-    assert [piece.kind for piece in attention.pieces] == ["special", "image", "special", "special"]
-    assert attention.pieces[1].weight == pytest.approx(weights.sum())
-    assert total(attention) == pytest.approx(1, abs=1e-6)
-    assert sum(attention.shares().values()) == pytest.approx(1, abs=1e-6)
+    assert [span.kind for span in pooled.spans] == ["special", "image", "special", "special"]
+    assert pooled.spans[1].weight == pytest.approx(weights.sum())
+    assert total(pooled) == pytest.approx(1, abs=1e-6)
+    assert sum(pooled.shares().values()) == pytest.approx(1, abs=1e-6)
 
 
-def test_two_pictures_in_one_input_keep_their_own_patches(embedder: SentenceTransformer, folder: Path) -> None:
+def test_two_images_in_one_input_keep_their_own_patches(embedder: SentenceTransformer, folder: Path) -> None:
     paths = [str(folder / "wide.png"), str(folder / "tall.png")]
     given = {"image": paths, "text": "Hình nào?"}
-    attention = inside(embedder, json.dumps(given))
-    (wide, tall) = attention.images
+    pooled = inside(embedder, json.dumps(given))
+    (wide, tall) = pooled.images
     assert wide.shape[1] > wide.shape[0]
     assert tall.shape[0] > tall.shape[1]
-    assert total(attention) == pytest.approx(1, abs=1e-6)
-    assert list(attention.shares()) == ["special tokens", "image 1", "image 2", "text"]
+    assert total(pooled) == pytest.approx(1, abs=1e-6)
+    assert list(pooled.shares()) == ["special tokens", "image 1", "image 2", "text"]
     batch = embedder[0].processor(text=["Hình nào?"], images=[paths], return_tensors="pt")
     weights = embedder[0].auto_model(**batch, output_pooling_weights=True).pooling_weights[0].detach()
     slots = batch["input_ids"][0] == embedder[0].processor.image_token_id
@@ -116,48 +116,48 @@ def test_what_is_explained_is_what_is_embedded(
 ) -> None:
     values = {"image": str(folder / "tall.png"), "text": "a <image> b", "audio": str(folder / "speech.wav")}
     given = {key: values[key] for key in order}
-    attention = inside(embedder, json.dumps(given))
-    assert torch.allclose(attention.vector, torch.from_numpy(embedder.encode(given)), atol=1e-6)
+    pooled = inside(embedder, json.dumps(given))
+    assert torch.allclose(pooled.vector, torch.from_numpy(embedder.encode(given)), atol=1e-6)
 
 
-def test_sound_with_text_shows_both_routes(embedder: SentenceTransformer, folder: Path) -> None:
+def test_audio_with_text_shows_both_routes(embedder: SentenceTransformer, folder: Path) -> None:
     given = json.dumps({"audio": str(folder / "speech.wav"), "text": "Ai nói?"})
-    attention = inside(embedder, given)
-    assert total(attention) == pytest.approx(1, abs=1e-6)
-    assert attention.sound.weights.sum() == pytest.approx(1, abs=1e-6)
-    captions = [caption for caption, _ in views(attention, read_input(given).side)]
+    pooled = inside(embedder, given)
+    assert total(pooled) == pytest.approx(1, abs=1e-6)
+    assert pooled.audio.weights.sum() == pytest.approx(1, abs=1e-6)
+    captions = [caption for caption, _ in views(pooled, read_input(given).side)]
     assert [caption.split(":")[0] for caption in captions] == ["Text route", "Audio route"]
 
 
-def test_frames_lie_within_the_seconds_of_the_sound(embedder: SentenceTransformer, folder: Path) -> None:
-    attention = inside(embedder, str(folder / "speech.wav"))
-    sound = attention.sound
-    assert attention.pieces == []
-    assert len(sound.samples) == 8000
-    assert 0 < sound.starts[0] < sound.seconds
-    assert np.allclose(np.diff(sound.starts), sound.seconds)
-    assert 0.5 - 2 * sound.seconds < sound.starts[-1] + sound.seconds < 0.5
-    (_, figure) = views(attention, Side(audio=str(folder / "speech.wav")))[0]
-    assert figure.count("<rect") == len(sound.weights)
+def test_frames_lie_within_the_seconds_of_the_audio(embedder: SentenceTransformer, folder: Path) -> None:
+    pooled = inside(embedder, str(folder / "speech.wav"))
+    audio = pooled.audio
+    assert pooled.spans == []
+    assert len(audio.samples) == 8000
+    assert 0 < audio.starts[0] < audio.seconds
+    assert np.allclose(np.diff(audio.starts), audio.seconds)
+    assert 0.5 - 2 * audio.seconds < audio.starts[-1] + audio.seconds < 0.5
+    (_, figure) = views(pooled, Side(audio=str(folder / "speech.wav")))[0]
+    assert figure.count("<rect") == len(audio.weights)
     assert ">0.5 s</text>" in figure
 
 
-def test_the_veil_has_a_pixel_for_each_patch_and_is_strongest_where_the_weight_is() -> None:
+def test_the_overlay_has_a_pixel_for_each_patch_and_is_strongest_where_the_weight_is() -> None:
     html = heat_map(Image.new("RGB", (40, 20)), np.array([[0.1, 0.4, 0.0], [0.2, 0.0, 0.1]], dtype=np.float32))
-    encoded = re.search(r'class="veil"[^>]*base64,([^"]+)', html)[1]
-    veil = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))))
-    assert veil.shape == (2, 3, 4)
-    assert veil[..., 3].tolist() == [[51, 204, 0], [102, 0, 51]]  # 0.8 of 255 at the largest
+    encoded = re.search(r'class="overlay"[^>]*base64,([^"]+)', html)[1]
+    overlay = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))))
+    assert overlay.shape == (2, 3, 4)
+    assert overlay[..., 3].tolist() == [[51, 204, 0], [102, 0, 51]]  # 0.8 of 255 at the largest
 
 
-def test_a_large_picture_is_scaled_down() -> None:
-    uri = picture_uri(Image.new("RGB", (2000, 1000)), side=300)
+def test_a_large_image_is_scaled_down() -> None:
+    uri = image_uri(Image.new("RGB", (2000, 1000)), side=300)
     assert uri.startswith("data:image/jpeg")
     assert Image.open(BytesIO(base64.b64decode(uri.split(",")[1]))).size == (300, 150)
 
 
 def test_the_strongest_token_is_the_most_visible_and_text_is_escaped() -> None:
-    html = shaded_tokens([Piece("text", "a", 0.25), Piece("text", "<b>", 0.5), Piece("image", "1", 0.25)])
+    html = shaded_tokens([TokenSpan("text", "a", 0.25), TokenSpan("text", "<b>", 0.5), TokenSpan("image", "1", 0.25)])
     assert '--a:0.500" title="α = 0.2500">a</span>' in html
     assert '--a:1.000" title="α = 0.5000">&lt;b&gt;</span>' in html
     assert "image 1: 0.250" in html
@@ -205,7 +205,7 @@ def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder
     path = folder / "one.jsonl"
     path.write_text(json.dumps({"data_type": "instr", "a": "only", "b": "one"}))
     page = explain(embedder, "m", [], None, path)
-    assert "0 of 1 queries do not find their answer first" in page
+    assert "0 of 1 queries do not rank their answer first" in page
     assert "<table" not in page
 
 
@@ -213,18 +213,18 @@ def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder
     ("given", "message"),
     [
         ("missing.png", "there is no such file"),
-        ('{"image": "missing.png"}', "there is no file 'missing.png'"),
-        ('{"audio": "missing.wav", "text": "a"}', "there is no file 'missing.wav'"),
-        ("{'image': 'a.png'}", "begins as JSON but is none"),
+        ('{"image": "missing.png"}', "no file 'missing.png'"),
+        ('{"audio": "missing.wav", "text": "a"}', "no file 'missing.wav'"),
+        ("{'image': 'a.png'}", "begins like JSON but is invalid"),
         ('{"picture": "a.png"}', "has the keys picture"),
         ('{"task": "ocr"}', "has the keys task"),
         ('{"image": [1]}', "texts and paths are strings"),
         ('{"text": null}', "texts and paths are strings"),
-        (__file__, "neither a text nor a picture or a sound"),
-        (" ", "neither a text nor a picture or a sound"),
+        (__file__, "neither a text nor an image or audio file"),
+        (" ", "neither a text nor an image or audio file"),
     ],
 )
-def test_what_is_no_input_is_an_error(given: str, message: str) -> None:
+def test_an_unreadable_input_is_an_error(given: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_input(given)
 
