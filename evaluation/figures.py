@@ -15,13 +15,13 @@ from PIL import Image
 from ..media_vipolyqwen import load_image
 from .pooling_weights import FrameWeights, PoolingWeights, TokenSpan
 from .search import Side
-from .templates import TEMPLATES
+from .templates import ENVIRONMENT
 
 HEAT = (232, 89, 12)
 STRONGEST = 0.8  # opacity over the strongest patch, so that the image stays visible below
 MAX_IMAGE_SIDE = 448  # pixels; larger images are scaled down and stored as JPEG
 
-STYLE = Markup("\n" + (TEMPLATES / "figures.css").read_text(encoding="utf-8"))
+STYLE = Markup(ENVIRONMENT.get_template("figures.css.jinja").render())
 
 
 def data_uri(content: bytes, media_type: str) -> str:

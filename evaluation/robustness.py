@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from .memory import peak_memory
 from .metrics import query_ranks
 from .search import Search, read_pairs, searches
+from .templates import ENVIRONMENT
 from .vietnamese import RULES, is_vietnamese, switch_code, switched_share
 
 METRICS = ("recall@1", "recall@10", "mrr")
@@ -131,45 +132,20 @@ def write_result(result: dict[str, Any], folder: Path, command: str) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as tables, one for each search."""
-    lines = [
-        "# Retrieval by Vietnamese queries as people type them",
-        "",
-        f"`{result['command']}`: {result['rows_per_second']} rows/s, peak memory "
-        f"{result['peak_memory_bytes'] / 2**20:.0f} MiB, {result['device']}, "
-        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        + ".",
-        "",
-        "The queries with Vietnamese letters search all candidates, as they are written and under each spelling rule "
-        "of `data/vietnamese.py`; candidates are not respelled. A drop is the mean over the queries of what is lost, "
-        "with the 95 % interval of a paired bootstrap; an interval that spans 0 shows none, and a "
-        "rule that changes no query is not measured (–).",
+    """Renders the result as tables, one for each search."""
+    header = ["spelling", "queries changed", *(column for metric in METRICS for column in (metric, "drop"))]
+    tables = [
+        search | {"lines": [_line(name, values) for name, values in search["spellings"].items()]}
+        for search in result["searches"]
     ]
-    for search in result["searches"]:
-        lines += [
-            "",
-            f"## {search['task']}",
-            "",
-            f"{search['queries']} queries, {search['candidates']} candidates ({', '.join(search['searched'])}), "
-            f"chance {search['chance']:.4f}.",
-            "",
-            "| spelling | queries changed | " + " | ".join(f"{metric} | drop" for metric in METRICS) + " |",
-            "|---|---" + "|---|---" * len(METRICS) + "|",
-        ]
-        lines += [_line(name, values) for name, values in search["spellings"].items()]
-        share = search["spellings"]["code-switching"]["switched_words"]
-        lines += ["", f"Code-switching puts {share:.0%} of the syllables into English."]
-    return "\n".join(lines) + "\n"
+    template = ENVIRONMENT.get_template("robustness.md.jinja")
+    return template.render(result | {"searches": tables, "header": header})
 
 
-def _line(name: str, values: dict[str, Any]) -> str:
+def _line(name: str, values: dict[str, Any]) -> list[str]:
     cells = [name, f"{values['changed']:.0%}" if "changed" in values else "–"]
     for metric in METRICS:
         shown = values[metric]
-        cells.append(f"{shown['value']:.3f}")
-        cells.append(
-            f"{shown['drop']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]".replace("-0.000", "0.000")
-            if values.get("changed")
-            else "–"
-        )
-    return "| " + " | ".join(cells) + " |"
+        drop = "{drop:.3f} [{low:.3f}, {high:.3f}]".format(**shown) if values.get("changed") else "–"
+        cells += [f"{shown['value']:.3f}", drop.replace("-0.000", "0.000")]
+    return cells

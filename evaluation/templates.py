@@ -1,12 +1,11 @@
-"""Loads the page templates in `templates/`: HTML is escaped, Markdown is not."""
+"""Loads this folder's page templates (`*.jinja`): HTML is escaped, Markdown is not."""
 
 from pathlib import Path
 
 import jinja2
 
-TEMPLATES = Path(__file__).parent / "templates"
 ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=jinja2.select_autoescape(["html.jinja"]),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
