@@ -1,4 +1,4 @@
-"""The speech encoder made blind to padding, and its receptive field."""
+"""Makes a speech encoder independent of padding, and computes its receptive field."""
 
 from typing import Any, NamedTuple
 
@@ -6,23 +6,28 @@ import torch
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-# Speech encoders in which, but for the group norm below, no layer carries padding into a real frame.
+# Speech encoders in which only the group norm replaced below carries padding into a real frame.
 PADDING_BLIND = ("hubert", "wav2vec2", "wavlm", "unispeech", "unispeech-sat")
 
 
 class PaddedAudio(NamedTuple):
-    """Waveforms of different lengths in one tensor, with the lengths that the padding hides."""
+    """Right-padded waveforms and their lengths, passed together where the stock encoder takes a tensor.
 
-    values: torch.Tensor  # (clips, samples) float, right-padded
-    lengths: torch.Tensor  # (clips,) long
+    Attributes:
+        values: (clips, samples) float, scaled as the feature extractor does it, right-padded.
+        lengths: (clips,) long, real samples of each clip.
+    """
+
+    values: torch.Tensor
+    lengths: torch.Tensor
 
 
 class PaddingInvariantFeatureEncoder(nn.Module):
-    """The convolutional stack of a wav2vec2-like encoder, made blind to padding.
+    """Convolutional stack of a wav2vec2-like encoder whose real frames do not depend on padding.
 
-    The stock stack gets no mask, and the group norm over time of its first layer (HuBERT-base, wav2vec2-base,
-    wavlm-base) mixes padding into every frame. Here that norm counts real frames only; the strided convolutions after
-    it take no padding of their own, so real frames never see anything else. Parameter names stay the stock ones.
+    The stock stack takes no mask, and the group norm over time in its first layer (HuBERT-base, wav2vec2-base,
+    WavLM-base) mixes padding into every frame. Here the norm covers real frames only. The strided convolutions add no
+    padding, so a real frame sees real samples only. Parameter names stay the stock ones.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -30,7 +35,14 @@ class PaddingInvariantFeatureEncoder(nn.Module):
         self.conv_layers = stock.conv_layers
 
     def forward(self, audio: PaddedAudio) -> torch.Tensor:
-        """Turns (clips, samples) waveforms into (clips, channels, frames) features."""
+        """Computes the features of waveforms.
+
+        Args:
+            audio: (clips, samples) values and (clips,) lengths.
+
+        Returns:
+            (clips, channels, frames) in the dtype of the values; frames of padding hold arbitrary finite values.
+        """
         hidden = audio.values[:, None]  # (clips, 1, samples)
         lengths = audio.lengths
         for layer in self.conv_layers:
@@ -44,7 +56,7 @@ class PaddingInvariantFeatureEncoder(nn.Module):
 
 
 def _masked_group_norm(hidden: torch.Tensor, lengths: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group norm with one channel a group over the first `lengths` frames of (clips, channels, frames) `hidden`."""
+    """Normalises each channel over the first `lengths` (clips,) frames of `hidden` (clips, channels, frames)."""
     mask = (torch.arange(hidden.shape[-1], device=hidden.device) < lengths[:, None])[:, None]  # (clips, 1, frames)
     count = lengths[:, None, None]
     values = hidden.float().masked_fill(~mask, 0.0)
@@ -56,7 +68,13 @@ def _masked_group_norm(hidden: torch.Tensor, lengths: torch.Tensor, norm: nn.Gro
 
 
 def make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
-    """Swaps in `PaddingInvariantFeatureEncoder` and freezes the vector that only SpecAugment would train."""
+    """Replaces the convolutional stack of a speech encoder by `PaddingInvariantFeatureEncoder`, in place.
+
+    Also freezes `masked_spec_embed`, which receives a gradient from SpecAugment only.
+
+    Raises:
+        ValueError: the model takes no waveforms, or has another layer that mixes padding into real frames.
+    """
     if not hasattr(tower, "feature_extractor") or not hasattr(tower, "_get_feat_extract_output_lengths"):
         raise ValueError(
             f"{type(tower).__name__} does not map waveforms to frames through a convolutional feature extractor; "
@@ -65,8 +83,8 @@ def make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
     config = tower.config.to_dict()
     if config["model_type"] not in PADDING_BLIND or config.get("conv_pos_batch_norm") or config.get("add_adapter"):
         raise ValueError(
-            f"Padding would change what this {config['model_type']} encoder makes of a batch's shorter clips; use "
-            f"one of {', '.join(PADDING_BLIND)}, without `conv_pos_batch_norm` or `add_adapter`."
+            f"Padding would change the vectors that this {config['model_type']} encoder gives to the shorter clips of "
+            f"a batch; use one of {', '.join(PADDING_BLIND)}, without `conv_pos_batch_norm` or `add_adapter`."
         )
     tower.feature_extractor = PaddingInvariantFeatureEncoder(tower.feature_extractor)
     if hasattr(tower, "masked_spec_embed"):
@@ -75,13 +93,13 @@ def make_padding_invariant(tower: PreTrainedModel) -> PreTrainedModel:
 
 
 def keep_supported_attention(audio_config: PreTrainedConfig) -> None:
-    """Leaves a speech encoder that has only its own attention (WavLM) out of a switch for the whole model."""
+    """Pins an encoder without SDPA (WavLM) to `eager`, so that `attn_implementation` of the model leaves it alone."""
     if not MODEL_MAPPING[type(audio_config)]._supports_sdpa:
         audio_config._attn_implementation = "eager"
 
 
 def receptive_field(audio_config: Any) -> int:
-    """The fewest samples of which a wav2vec2-like convolutional stack makes one frame (400 for HuBERT-base)."""
+    """Returns the fewest samples that give one frame of a wav2vec2-like stack (400 for HuBERT-base, 25 ms)."""
     samples = 1
     for kernel, stride in zip(reversed(audio_config.conv_kernel), reversed(audio_config.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel

@@ -1,4 +1,4 @@
-"""What a viPolyQwen model is: the sizes of its backbones and the parts that stand on top of them."""
+"""Configuration of the model: its two backbones, the pooling, the projection and the fusion of their vectors."""
 
 from typing import Any, ClassVar
 
@@ -10,16 +10,20 @@ AUDIO_FUSIONS = ("mean", "audio")
 
 
 class ViPolyQwenConfig(Qwen2VLConfig):
-    """A Qwen2-VL configuration plus a speech encoder, a pooling and a projection.
+    """Extends Qwen2-VL's configuration by a speech encoder, a pooling and a projection.
 
     Attributes:
-        audio_config: configuration of the speech encoder (hubert, wav2vec2, wavlm, …); `None` gives the bimodal model.
-        projection_dim: width of the embedding; the name under which sentence-transformers looks it up.
-        pooling: `attention` (a learned query for each route), `mean` or `last`.
+        audio_config: configuration of the speech encoder (hubert, wav2vec2, wavlm, …), or a dict with its
+            `model_type`; `None` gives the bimodal model of text and images.
+        projection_dim: width of the embedding, at least 1; sentence-transformers looks it up under this name.
+        pooling: `attention` (one learned query for each backbone), `mean` or `last`.
         projection: `linear` (papers 001, 003, 004) or `mlp` (paper 000).
-        audio_fusion: what an input with both sound and text or images gives: `mean`, the normalised mean of the two
-            unit vectors, or `audio`, the vector of the sound alone.
-        initializer_range: standard deviation of the pooling queries and the projections when built from scratch.
+        audio_fusion: how to embed an input with audio and text or images: `mean`, the normalised mean of the two
+            unit vectors, or `audio`, the unit vector of the audio alone.
+        initializer_range: standard deviation of new pooling queries and projections (paper 000 §3.2.1).
+
+    Raises:
+        ValueError: a field has an unknown value.
     """
 
     model_type = "vipolyqwen"
@@ -36,7 +40,7 @@ class ViPolyQwenConfig(Qwen2VLConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Resolves the nested configurations and refuses values the model has no meaning for."""
+        """Resolves the nested configurations and refuses unknown values."""
         if isinstance(self.audio_config, dict):
             if "model_type" not in self.audio_config:
                 raise ValueError(

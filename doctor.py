@@ -1,9 +1,9 @@
-"""Says whether a repository gives the vectors that it was published with, and if not, what broke and why.
+"""Checks that a repository still gives the vectors that it was published with; if not, names the fault and its cause.
 
     python -m vipolyqwen.doctor REPO [--revision REVISION] [--device cpu] [--dtype DTYPE] [--attn_implementation NAME]
 
 REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`. The exit code is 0 if
-everything that matters is as published, else 1.
+no check fails, else 1.
 """
 
 import argparse
@@ -39,14 +39,21 @@ def diagnose(
     dtype: str | None = None,
     attn_implementation: str | None = None,
 ) -> list[Finding]:
-    """Loads a repository in both ways that its users do and compares it with its fingerprint.
+    """Loads a repository with transformers and sentence-transformers and compares it with its fingerprint.
 
     Args:
         repository: a folder or a repository on the Hub.
         revision: branch, tag or commit.
-        device: where to run it.
+        device: device to run it on.
         dtype: load in this dtype; `None`: as published.
-        attn_implementation: load with this attention; `None`: what transformers chooses.
+        attn_implementation: load with this attention; `None`: chosen by transformers.
+
+    Returns:
+        One finding a check.
+
+    Raises:
+        ValueError: the repository has no fingerprint.
+        OSError: the repository does not exist.
     """
     published = read_fingerprint(repository, revision=revision)
     floors = check_floors(repository, revision)
@@ -57,12 +64,12 @@ def diagnose(
             repository, revision=revision, trust_remote_code=True, output_loading_info=True, **model_kwargs
         )
         processor = AutoProcessor.from_pretrained(repository, revision=revision, trust_remote_code=True)
-    except Exception as error:  # whatever a library raises is the diagnosis
+    except Exception as error:  # an error of any library is a finding
         return [floors, Finding("loading", "fail", f"raises {type(error).__name__}: {str(error)[:500]}")]
     findings = [floors, *compare(published, model.to(device), processor, report, dtype is not None)]
     dtypes = [] if dtype is None else [str(model.dtype).removeprefix("torch.")]
     del model
-    gc.collect()  # two copies of a large model at once may not fit
+    gc.collect()  # memory may not hold two copies of a large model
     encoder_kwargs = {"revision": revision, "device": device, "model_kwargs": model_kwargs}
     return [
         *findings,
@@ -71,7 +78,7 @@ def diagnose(
 
 
 def check_floors(repository: str | Path, revision: str | None) -> Finding:
-    """Whether the installed libraries are as new as the repository says it needs."""
+    """Checks the installed libraries against the requirements of the repository."""
     path = cached_file(repository, "config_sentence_transformers.json", revision=revision)
     faults, found = [], []
     for library, floor in loads(Path(path).read_text(encoding="utf-8"))["requirements"].items():
@@ -89,7 +96,7 @@ def check_floors(repository: str | Path, revision: str | None) -> Finding:
 def check_sentence_transformers(
     repository: str | Path, published: Measured, limit: float, encoder_kwargs: dict[str, Any]
 ) -> Finding:
-    """Whether sentence-transformers, which feeds the model through code of its own, gives the same vectors."""
+    """Checks the vectors from sentence-transformers, which prepares inputs with different code."""
     check = "sentence-transformers"
     try:
         encoder = SentenceTransformer(str(repository), trust_remote_code=True, **encoder_kwargs)
@@ -109,7 +116,7 @@ def check_sentence_transformers(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints what was found; returns the exit code."""
+    """Prints the findings; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vipolyqwen.doctor",
         description=__doc__.splitlines()[0],
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("repository", help="a folder, or a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="device to run it on (default: cpu)")
     parser.add_argument("--dtype", help="load in this dtype (default: as published)")
     parser.add_argument("--attn_implementation", help="load with this attention (default: transformers' choice)")
     try:

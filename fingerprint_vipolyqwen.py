@@ -1,9 +1,10 @@
-"""What a repository's model gave when it was published, so that a silent change can be found and named later.
+"""Fingerprint of a published repository: records its vectors, weights and settings, and names later differences.
 
-Libraries move on, and what they change is rarely an error: a layer is initialised anew because its name changed, an
-image is resized by other code, a cast loses digits. `write_fingerprint` writes into `fingerprint.json` the vectors of
-a few inputs that a formula makes, a mark of every tensor, and the settings that they depend on. `compare` measures
-again and names what differs: `python -m vipolyqwen.doctor REPO` prints it, `from_pretrained(…, verify=True)` raises.
+A newer library rarely fails; it changes vectors silently: it initialises a renamed layer at random, resizes images
+with other code, casts weights. `write_fingerprint` writes to `fingerprint.json` the vectors of golden inputs (computed
+by formulas, so the same anywhere), a mark of every tensor, and the settings that they depend on. `compare` measures
+again and lists the differences: `python -m vipolyqwen.doctor REPO` prints them, `from_pretrained(…, verify=True)`
+raises an error.
 """
 
 import json
@@ -29,7 +30,7 @@ TEXTS = {
     "en": "Three large red balls on the grass; the sign says: iced milk coffee, 25,000 dong.",
     "zh": "草地上有三个红色的大球，牌子上写着：冰奶咖啡，两万五千盾。",  # noqa: RUF001
 }
-# The settings of the image processor and of the feature extractor on which tensors depend.
+# Settings of the image processor and of the feature extractor on which tensors depend.
 IMAGE_SETTINGS = (
     "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample "
     "rescale_factor size temporal_patch_size"
@@ -37,31 +38,31 @@ IMAGE_SETTINGS = (
 AUDIO_SETTINGS = "do_normalize feature_size padding_side padding_value return_attention_mask sampling_rate".split()
 
 # 1 - cosine that rounding alone may cause. Two vectors at distance d have 1 - cosine = d² / 2.
-# float32: the model promises 1e-5 for each of 1024 components over batches and attention implementations, which is
+# float32: the model guarantees 1e-5 for each of 1024 components over batches and attention implementations, hence
 # d = 3.2e-4 and 5e-8; 1e-6 leaves a factor of 4 in d to deeper models and other machines.
-# bfloat16 keeps 8 bits, float16 11 (half a unit: 2^-9, 2^-12): each of a backbone's 2 x 28 residual additions rounds
-# by that much, in no common direction, so d = 2^-9 · √56 = 0.015 and 1e-4 where everything else is exact; matrix
-# products and the norms in between add several times that, hence d = 0.1 and 5e-3; float16: d = 0.0125 and 8e-5.
+# bfloat16 keeps 8 bits, float16 11 (half a unit: 2^-9, 2^-12). Each of a backbone's 2 x 28 residual additions rounds
+# by that much, in random directions: d = 2^-9 · √56 = 0.015 and 1e-4 if all else is exact. Matrix products and norms
+# add several times that, hence d = 0.1 and 5e-3; float16: d = 0.0125 and 8e-5.
 TOLERANCES = {"float64": 1e-6, "float32": 1e-6, "float16": 8e-5, "bfloat16": 5e-3}
 
-# How far the marks of a tensor may move, relative to its norm. They are sums in float64; 1e-6 lets a table that is
+# Limit of the change of a tensor's marks, relative to its norm. They are sums in float64; 1e-6 lets a table that is
 # computed on loading (rotary frequencies) differ in the last bit of float32, 6e-8.
 SAME = 1e-6
-# A cast to bfloat16 rounds each value by 2^-9 of itself at most, and a mark by about as much of the norm; 2^-7 leaves
-# a factor of 4. The projections of two random tensors differ by about their norm: both by less than 2^-7 in one case
-# of 25,000.
+# A cast to bfloat16 rounds each value by at most 2^-9 of itself, and a mark by about that part of the norm; 2^-7
+# leaves a factor of 4. The projections of two random tensors differ by about their norm; both differ by less than
+# 2^-7 in one case of 25,000.
 ROUNDED = 2.0**-7
 MARK_PERIOD = 4093  # a prime, so that no row length of a matrix lines up with it
 
 
 @dataclass
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        check: what was looked at, such as `weights` or, for vectors, `image`.
-        level: `ok`, `note` (different, and harmless by itself) or `fail`.
-        text: what was found, and what to do about it.
+        check: name of the check, such as `weights` or, for vectors, `image`.
+        level: `ok`, `note` (a difference that is harmless by itself) or `fail`.
+        text: the finding and its remedy.
     """
 
     check: str
@@ -71,20 +72,20 @@ class Finding:
 
 @dataclass
 class Measured:
-    """What is compared: `fingerprint.json` as an object."""
+    """Content of `fingerprint.json`; published files have these keys, so they must not be renamed."""
 
-    versions: dict[str, str]
-    dtype: list[str]  # of all parameters, sorted
+    versions: dict[str, str]  # library -> version
+    dtype: list[str]  # dtypes of the parameters, sorted
     attention: dict[str, str]  # tower -> implementation
     settings: dict[str, Any]  # of the processor
     prefix_ids: dict[str, int]  # task -> id of its prefix token
     token_ids: dict[str, list[int]]  # golden text -> its ids
     marks: dict[str, list[float]]  # tensor -> norm and two projections
-    vectors: dict[str, list[float]]  # golden input -> its vector; what is before the colon is the kind of input
+    vectors: dict[str, list[float]]  # golden input, `kind: name` -> its unit vector
 
 
 def golden_image() -> Image.Image:
-    """A picture of 96 × 64 pixels with edges, gradients and a disc, computed in integers: the same anywhere."""
+    """Draws an RGB image of 96 × 64 pixels with edges, gradients and a disc, in integers: the same anywhere."""
     y, x = np.mgrid[:64, :96]
     red, green, blue = 255 * x // 95, 255 * y // 63, 128 + 0 * x
     disc = (x - 60) ** 2 + (y - 30) ** 2 < 20**2
@@ -94,22 +95,22 @@ def golden_image() -> Image.Image:
 
 
 def golden_audio(sampling_rate: int) -> dict[str, Any]:
-    """One second that rises from 200 to 2000 Hz over a hum of 110 Hz, at the encoder's own rate."""
+    """Synthesises 1 s that rises from 200 to 2000 Hz over a hum of 110 Hz, at the encoder's `sampling_rate` in Hz."""
     t = np.arange(sampling_rate) / sampling_rate
     samples = 0.5 * np.sin(2 * np.pi * (200 * t + 900 * t**2)) + 0.1 * np.sin(2 * np.pi * 110 * t)
     return {"array": samples.astype(np.float32), "sampling_rate": sampling_rate}
 
 
 def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
-    """Name -> arguments of the processor, one input each; a name begins with the kind of input."""
-    image, sound = [[golden_image()]], [golden_audio(processor.feature_extractor.sampling_rate)]
+    """Returns the golden inputs: name, which begins with the kind of input -> arguments of the processor."""
+    image, audio = [[golden_image()]], [golden_audio(processor.feature_extractor.sampling_rate)]
     inputs: dict[str, dict[str, Any]] = {f"text: {language}": {"text": [text]} for language, text in TEXTS.items()}
     inputs["image: drawing"] = {"images": image}
     inputs["mix: image + text"] = {"text": [TEXTS["vi"]], "images": image}
     if has_audio:
-        inputs["audio: tones"] = {"audio": sound}
-        inputs["mix: text + audio"] = {"text": [TEXTS["en"]], "audio": sound}
-        inputs["mix: image + text + audio"] = {"text": [TEXTS["zh"]], "images": image, "audio": sound}
+        inputs["audio: tones"] = {"audio": audio}
+        inputs["mix: text + audio"] = {"text": [TEXTS["en"]], "audio": audio}
+        inputs["mix: image + text + audio"] = {"text": [TEXTS["zh"]], "images": image, "audio": audio}
     for task in processor.task_prefixes:
         inputs[f"prefix: {task}"] = {"text": [TEXTS["vi"]], "task": task}
     return inputs
@@ -117,13 +118,13 @@ def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def embed(model: Any, processor: Any, arguments: dict[str, Any]) -> torch.Tensor:
-    """The vector of one golden input, (projection_dim,) float32."""
+    """Embeds one golden input as (projection_dim,) float32, on the CPU."""
     batch = processor(**arguments, return_tensors="pt").to(model.device)
     return model(**batch).embeddings[0].cpu()
 
 
 def mark(tensor: torch.Tensor) -> list[float]:
-    """Norm and two projections of a tensor: enough to tell other values, and rounded ones, from the same."""
+    """Returns the norm and two projections of a tensor, in float64; they tell replaced and rounded values apart."""
     flat = tensor.detach().flatten().cpu()
     rest = flat[len(flat) // MARK_PERIOD * MARK_PERIOD :]
     sums = flat[: len(flat) - len(rest)].view(-1, MARK_PERIOD).sum(dim=0, dtype=torch.float64)
@@ -134,7 +135,7 @@ def mark(tensor: torch.Tensor) -> list[float]:
 
 
 def processor_settings(processor: Any) -> dict[str, Any]:
-    """The processor's settings on which tensors depend, as JSON gives them back."""
+    """Returns the processor's settings on which tensors depend, in the form that JSON restores."""
     image, audio = processor.image_processor.to_dict(), processor.feature_extractor.to_dict()
     settings = {
         "image_processor": type(processor.image_processor).__name__,
@@ -149,7 +150,7 @@ def processor_settings(processor: Any) -> dict[str, Any]:
 
 
 def measure(model: Any, processor: Any) -> Measured:
-    """Measures a loaded model and its processor, except for the vectors."""
+    """Measures a loaded model and its processor; the vectors stay empty."""
     config, tokenizer = model.config, processor.tokenizer
     towers = {"text": config.text_config, "vision": config.vision_config}
     towers |= {"audio": config.audio_config} if config.audio_config is not None else {}
@@ -168,13 +169,17 @@ def measure(model: Any, processor: Any) -> Measured:
 
 
 def write_fingerprint(folder: str | PathLike) -> None:
-    """Loads the repository at `folder` as its users do and writes `fingerprint.json` into it."""
+    """Loads the repository at `folder` as its users do and writes `fingerprint.json` to it.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape.
+    """
     folder = Path(folder)
     model, report = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     faults = compare_loading(report)
     if faults.level == "fail":
-        raise ValueError(f"{folder} cannot be fingerprinted, for it does not load whole: {faults.text}.")
+        raise ValueError(f"{folder} cannot be fingerprinted, because its weights are incomplete: {faults.text}.")
     measured = measure(model, processor)
     inputs = golden_inputs(processor, model.config.audio_config is not None)
     for name, arguments in inputs.items():
@@ -186,14 +191,17 @@ def write_fingerprint(folder: str | PathLike) -> None:
 def compare(
     published: Measured, model: Any, processor: Any, report: dict[str, Any], dtype_was_asked_for: bool = False
 ) -> list[Finding]:
-    """Measures a loaded model again and says what differs from when it was published.
+    """Measures a loaded model again and compares it with its fingerprint.
 
     Args:
-        published: what `fingerprint.json` says.
-        model: the model, as `from_pretrained` gave it.
+        published: content of `fingerprint.json`.
+        model: the model, as `from_pretrained` returned it.
         processor: its processor.
-        report: what `from_pretrained(…, output_loading_info=True)` gave besides.
-        dtype_was_asked_for: the caller chose the dtype, so that another one than the published is no fault.
+        report: its loading info, from `from_pretrained(…, output_loading_info=True)`.
+        dtype_was_asked_for: the caller chose the dtype, so a dtype other than the published one is a note.
+
+    Returns:
+        One finding a check: keys, dtype, weights, settings, then each kind of vector.
     """
     now = measure(model, processor)
     return [
@@ -210,12 +218,12 @@ def compare(
 
 
 def tolerance(published: Measured, asked_for: list[str]) -> float:
-    """The limit of 1 - cosine for the published dtype, or for the coarser one that was asked for."""
+    """Returns the limit of 1 - cosine for the coarsest of the published dtypes and those asked for."""
     return max(TOLERANCES[dtype] for dtype in (*published.dtype, *asked_for))
 
 
 def compare_loading(report: dict[str, Any]) -> Finding:
-    """Whether every tensor of the model came from the files, and every one of the files went into the model."""
+    """Checks by the loading info that the tensors of the files and those of the model are the same."""
     faults = {
         "missing_keys": "not in the files, so initialised at random",
         "mismatched_keys": "of another shape in the files, so initialised at random",
@@ -223,7 +231,8 @@ def compare_loading(report: dict[str, Any]) -> Finding:
     }
     found = [f"{_listed(report[name])} {meaning}" for name, meaning in faults.items() if report[name]]
     if found:
-        return Finding("keys", "fail", f"{'; '.join(found)}: the files are not whole, or this version names them anew")
+        cause = "the files are incomplete, or this version of the libraries renames tensors"
+        return Finding("keys", "fail", f"{'; '.join(found)}: {cause}")
     return Finding("keys", "ok", "every tensor of the model is in the files, and no other")
 
 
@@ -234,7 +243,7 @@ def _compare_dtype(published: Measured, now: Measured, was_asked_for: bool) -> F
     if was_asked_for:
         return Finding("dtype", "note", f"{text}, as asked for")
     return Finding(
-        "dtype", "fail", f"{text}: the weights were cast; load with dtype={published.dtype[0]!r} if they are whole"
+        "dtype", "fail", f"{text}: the weights were cast; load with dtype={published.dtype[0]!r} if the files are not"
     )
 
 
@@ -245,20 +254,20 @@ def _compare_marks(published: Measured, now: Measured, rounding_was_asked_for: b
         change = float(np.abs(after - before).max() / max(before[0], 1e-30))
         if not change <= SAME:  # NaN is a change
             (rounded if change <= ROUNDED else replaced).append(name)
-    gone = [
-        f"{_listed(names)} {what}"
-        for names, what in (
+    changes = [
+        f"{_listed(names)} {change}"
+        for names, change in (
             (replaced, "hold other values than when published: initialised at random, or another checkpoint's"),
             (rounded, "hold rounded values: they were cast to a dtype with fewer digits at some point"),
-            (now.marks.keys() - published.marks.keys(), "were not there when published"),
-            (published.marks.keys() - now.marks.keys(), "are gone"),
+            (now.marks.keys() - published.marks.keys(), "are new since publication"),
+            (published.marks.keys() - now.marks.keys(), "no longer exist"),
         )
         if names
     ]
     harmless = not replaced and published.marks.keys() == now.marks.keys() and rounding_was_asked_for
-    if not gone:
+    if not changes:
         return Finding("weights", "ok", f"all {len(now.marks)} tensors hold the published values")
-    return Finding("weights", "note" if harmless else "fail", "; ".join(gone))
+    return Finding("weights", "note" if harmless else "fail", "; ".join(changes))
 
 
 def _compare_values(check: str, before: dict[str, Any], after: dict[str, Any], level: str = "fail") -> Finding:
@@ -274,12 +283,12 @@ def _compare_vectors(published: Measured, model: Any, processor: Any, limit: flo
     worst: dict[str, tuple[float, str]] = {}
     has_audio = any(name.startswith("audio: ") for name in published.vectors)
     for name, arguments in golden_inputs(processor, has_audio).items():
-        if name not in published.vectors:  # a task that was added since; its prefix is named under `prefixes`
+        if name not in published.vectors:  # a task added since; `prefixes` names it
             continue
         kind = name.split(": ")[0]
         try:
             vector = embed(model, processor, arguments).double().numpy()
-        except Exception as error:  # whatever a library raises is what the caller asked about
+        except Exception as error:  # an error of any library is a finding
             worst[kind] = (-1.0, f"{name} raises {type(error).__name__}: {str(error)[:200]}")
             continue
         cosine = float(np.dot(vector, published.vectors[name]) / np.linalg.norm(vector))
@@ -295,29 +304,33 @@ KINDS = ("text", "image", "audio", "mix", "prefix", "sentence-transformers")  # 
 
 
 def verdict(findings: list[Finding]) -> str:
-    """What broke and the likely cause, in one line; empty if nothing did."""
+    """Names the broken kinds of vectors and the likely cause in one line; empty if no check failed."""
     failed = [finding for finding in findings if finding.level == "fail"]
     if not failed:
         return ""
     broken = [finding.check for finding in failed if finding.check in KINDS]
     measured = any(finding.check in KINDS for finding in findings)
-    what = "It could not be measured." if not measured else "Its vectors are still the published ones."
+    effect = "Its vectors are still the published ones." if measured else "It could not be measured."
     if broken:
-        what = f"Broken: {', '.join(broken)}."
+        effect = f"Broken: {', '.join(broken)}."
     causes = [finding for finding in failed if finding.check not in KINDS]
     causes = causes or [finding for finding in findings if finding.level == "note"]
     text = " ".join(f"[{finding.check}] {finding.text}." for finding in causes)
-    unknown = "weights, settings and versions are as published, so the hardware, or code that was changed by hand."
-    return f"{what} Likely cause: {text or unknown}"
+    unknown = "weights, settings and versions are as published, so the hardware or code that was edited by hand."
+    return f"{effect} Likely cause: {text or unknown}"
 
 
 def read_fingerprint(repository: str | PathLike, **hub_kwargs: Any) -> Measured:
-    """Reads the `fingerprint.json` of a folder or a repository on the Hub."""
+    """Reads the `fingerprint.json` of a folder or a repository on the Hub.
+
+    Raises:
+        ValueError: the repository has no such file.
+    """
     path = cached_file(repository, FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if path is None:
         raise ValueError(
-            f"{str(repository)!r} has no {FILE_NAME}, so there is nothing to compare with. Whoever has the model as "
-            "it was meant writes it with `vipolyqwen.fingerprint_vipolyqwen.write_fingerprint(FOLDER)`."
+            f"{str(repository)!r} has no {FILE_NAME} to compare with. Write it from a model known to be good, with "
+            "`vipolyqwen.fingerprint_vipolyqwen.write_fingerprint(FOLDER)`."
         )
     return Measured(**json.loads(Path(path).read_text(encoding="utf-8")))
 
@@ -325,12 +338,23 @@ def read_fingerprint(repository: str | PathLike, **hub_kwargs: Any) -> Measured:
 def verify(
     model: Any, report: dict[str, Any], repository: str | PathLike, dtype_was_asked_for: bool, **hub_kwargs: Any
 ) -> None:
-    """Raises an error if a model, as it was just loaded from `repository`, is not what was published there."""
+    """Compares a model just loaded from `repository` with the fingerprint in it.
+
+    Args:
+        model: the model, as `from_pretrained` returned it.
+        report: its loading info.
+        repository: the folder or repository on the Hub that it was loaded from.
+        dtype_was_asked_for: as in `compare`.
+        **hub_kwargs: `revision`, `token`, … for the files of the repository.
+
+    Raises:
+        ValueError: the model differs from the published one.
+    """
     processor = ViPolyQwenProcessor.from_pretrained(repository, **hub_kwargs)
     findings = compare(read_fingerprint(repository, **hub_kwargs), model, processor, report, dtype_was_asked_for)
     fault = verdict(findings)
     if fault:
-        raise ValueError(f"{str(repository)!r} does not give what was published there. {fault}")
+        raise ValueError(f"{str(repository)!r} differs from the published model. {fault}")
 
 
 def _listed(names: Any) -> str:

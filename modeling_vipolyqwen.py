@@ -1,4 +1,4 @@
-"""Tensors to unit vectors: the two backbones, a pooling and a projection for each route, their fusion."""
+"""Model: two backbones, each with a pooling and a projection, fused into one unit vector an input."""
 
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    PreTrainedModel,
-    Qwen2VLModel,
-)
+from transformers import AutoModel, PreTrainedModel, Qwen2VLModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -24,14 +20,16 @@ from .pooling_vipolyqwen import POOLING_CLASSES, PROJECTION_CLASSES, AttentionPo
 
 @dataclass
 class ViPolyQwenOutput(ModelOutput):
-    """What `ViPolyQwenModel` returns.
+    """Output of `ViPolyQwenModel`.
 
     Attributes:
         embeddings: (batch, projection_dim) float32 unit vectors.
-        pooling_weights: (text rows, tokens) float32, each row sums to 1; with `output_pooling_weights=True`.
-        audio_pooling_weights: (clips, frames) float32, likewise, for the rows that have sound.
-        hidden_states: the language model's hidden states, with `output_hidden_states=True`.
-        attentions: the language model's attention weights, with `output_attentions=True`.
+        pooling_weights: (text rows, tokens) float32 in [0, 1], each row sums to 1, with `output_pooling_weights=True`;
+            text rows are the rows of the batch that have tokens.
+        audio_pooling_weights: (clips, frames) float32, likewise, for the rows that have audio.
+        hidden_states: (text rows, tokens, hidden) of each layer of the language model, with
+            `output_hidden_states=True`.
+        attentions: (text rows, heads, tokens, tokens) of each layer, with `output_attentions=True`.
     """
 
     embeddings: torch.FloatTensor | None = None
@@ -45,13 +43,13 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "rev
 
 
 class ViPolyQwenPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to build, load, shard and checkpoint the model."""
+    """Declares to transformers how to build, load, shard and checkpoint the model."""
 
     config_class = ViPolyQwenConfig
     base_model_prefix = "model"
     input_modalities = ("image", "audio", "text")
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # forward takes **kwargs, but computes no loss: the Trainer averages over accumulation
+    accepts_loss_kwargs = False  # forward computes no loss, so the Trainer averages over accumulation
     _no_split_modules = [
         "Qwen2VLDecoderLayer",
         "Qwen2VLVisionBlock",
@@ -70,10 +68,20 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike, *model_args: Any, verify: bool = False, **kwargs: Any
     ) -> Any:
-        """Loads as every model does; `verify=True` refuses one that is not what was published (`fingerprint.json`)."""
+        """Loads a model as `PreTrainedModel.from_pretrained` does, and verifies it on request.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a repository on the Hub.
+            *model_args: passed on.
+            verify: measure the loaded model again and compare it with the repository's `fingerprint.json`.
+            **kwargs: passed on.
+
+        Raises:
+            ValueError: with `verify`, the model differs from the published one; the message names the cause.
+        """
         if not verify:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # brings the processor's imports along
+        from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # imports the processor too
 
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(
@@ -92,7 +100,11 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
 
 
 class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
-    """Text, images, audio and mixes of them to one unit vector each."""
+    """Embeds text, images, audio and mixes of them as unit vectors of `projection_dim`.
+
+    Text and images pass through Qwen2-VL, audio through a speech encoder; each backbone has a pooling and a
+    projection. An input of both gets the fusion of its two unit vectors (`audio_fusion`).
+    """
 
     def __init__(self, config: ViPolyQwenConfig) -> None:
         super().__init__(config)
@@ -105,12 +117,13 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         self.post_init()
 
     def _new_route(self, hidden_size: int) -> tuple[nn.Module, nn.Module]:
+        """Builds the pooling and the projection of one backbone."""
         config = self.config
         pooling = POOLING_CLASSES[config.pooling](hidden_size)
         return pooling, PROJECTION_CLASSES[config.projection](hidden_size, config.projection_dim)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding of the language model."""
+        """Returns the token embedding of the language model."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -139,42 +152,43 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         Args:
             input_ids: (batch, tokens) long; an image is a run of `image_token_id`, one for each merged patch.
             attention_mask: (batch, tokens), 1 for real tokens, padding on either side; a row of zeros has no text.
-            pixel_values: (patches, patch values) float, all images of the batch one after the other.
+            pixel_values: (patches, patch values) float, the images of the batch one after the other.
             image_grid_thw: (images, 3) long, patches of each image in time, height and width.
-            audio_features: (clips, samples) float, 16 kHz mono, scaled as the processor does it, right-padded.
-            audio_attention_mask: (clips, samples), 1 for real samples.
+            audio_features: (clips, samples) float, 16 kHz mono, zero mean and unit variance a clip, right-padded.
+            audio_attention_mask: (clips, samples), 1 for real samples; `None`: no padding.
             has_audio: (batch,) bool, the rows to which the clips belong, in order; `None`: one clip a row.
-            position_ids: (3, batch, tokens) long; computed from the tokens and the grids when absent.
-            inputs_embeds: (batch, tokens, hidden) float in place of `input_ids`, for inputs without images.
-            image_indices: (slots,) long, which image stands in each slot of the batch, so that one that several rows
-                show is passed and encoded once; `None`: every slot has its own image.
-            packing: pass the rows through the language model as one sequence without padding; pays on CUDA.
+            position_ids: (3, batch, tokens) long; `None`: computed from the tokens and the grids.
+            inputs_embeds: (batch, tokens, hidden) float in place of `input_ids`.
+            image_indices: (slots,) long, the image of each slot of the batch, so that an image in several rows is
+                passed and encoded once; `None`: the images stand in the slots in their order.
+            packing: pass the rows through the language model as one sequence without padding; saves time on CUDA.
             output_pooling_weights: return the pooling weights of every position.
             **kwargs: passed to the language model (`output_hidden_states`, `output_attentions`, …).
 
         Returns:
             `ViPolyQwenOutput` with one unit vector a row.
+
+        Raises:
+            ValueError: a row has neither tokens nor audio, the clips do not match the rows, a bimodal model gets
+                audio, or `packing` is combined with hidden states or attentions.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None and audio_features is None:
-            raise ValueError("There is nothing to embed: pass `input_ids`, `inputs_embeds` or `audio_features`.")
+            raise ValueError(
+                "The inputs hold nothing to embed: pass `input_ids`, `inputs_embeds` or `audio_features`."
+            )
         batch = len(tokens) if tokens is not None else len(audio_features)
         routes, extras = [], {}
         if tokens is not None:
             mask = torch.ones(tokens.shape[:2], device=tokens.device) if attention_mask is None else attention_mask
-            rows = mask.any(dim=-1).nonzero().flatten()  # rows without tokens (sound alone) skip the language model
+            rows = mask.any(dim=-1).nonzero().flatten()  # rows without tokens (audio alone) skip the language model
             if len(rows) > 0:
-                vectors, extras = self._embed_text(
-                    _take_rows(input_ids, rows, batch),
-                    _take_rows(mask, rows, batch).bool(),
-                    _take_rows(inputs_embeds, rows, batch),
-                    _take_rows(position_ids, rows, batch, dim=1),
-                    pixel_values=pixel_values,
-                    image_grid_thw=image_grid_thw,
-                    image_indices=image_indices,
-                    packing=packing,
-                    **kwargs,
-                )
+                tokens_of_rows = [
+                    _take_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)
+                ]
+                tokens_of_rows.append(_take_rows(position_ids, rows, batch, dim=1))
+                images = (pixel_values, image_grid_thw, image_indices)
+                vectors, extras = self._embed_text(*tokens_of_rows, *images, packing, **kwargs)
                 routes.append((rows, vectors))
         if audio_features is not None:
             vectors, extras["audio_pooling_weights"] = self._embed_audio(audio_features, audio_attention_mask)
@@ -203,7 +217,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if packing:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
                 raise ValueError(
-                    "`packing` joins the rows, so it gives no hidden states or attentions of each: drop it."
+                    "`packing` joins the rows, so hidden states or attentions of each row are not available. "
+                    "Set `packing=False`."
                 )
             input_ids, inputs_embeds = pack(input_ids, mask), pack(inputs_embeds, mask)
             attention = packed_attention(mask, pack(position_ids, mask, dim=1), self.vlm.language_model.config)
@@ -229,7 +244,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         image_grid_thw: torch.LongTensor,
         image_indices: torch.LongTensor | None,
     ) -> torch.Tensor:
-        """What stands in the image slots, (image tokens, hidden); each image passes through the vision tower once."""
+        """Encodes each image once and returns the features of all image slots, (image tokens, hidden)."""
         images = self.vlm.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
         if image_indices is not None:
             images = [images[number] for number in image_indices.tolist()]
@@ -242,7 +257,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         image_grid_thw: torch.LongTensor | None,
     ) -> torch.LongTensor:
-        """Positions that count real tokens only, (3, rows, tokens), so that padding moves nothing."""
+        """Counts real tokens only, (3, rows, tokens) long, so that padding shifts no position."""
         if image_grid_thw is None:
             return (mask.long().cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)
         if input_ids is None:  # as the backbone does: an image slot is where the image token's embedding stands
@@ -255,6 +270,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     def _embed_audio(
         self, audio_features: torch.FloatTensor, audio_attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeds clips into (clips, projection_dim) unit vectors; also their pooling weights (clips, frames)."""
         if self.config.audio_config is None:
             raise ValueError("This model is bimodal (`audio_config` is None): it embeds text and images, not audio.")
         if audio_attention_mask is None:
@@ -272,13 +288,13 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         return F.normalize(self.audio_projection(pooled).float(), dim=-1), weights
 
     def _fuse(self, routes: list[tuple[torch.Tensor, torch.Tensor]], batch: int) -> torch.Tensor:
-        """Puts each route's unit vectors on its rows; a row with two gets what `audio_fusion` says."""
+        """Adds up the unit vectors (rows, projection_dim) of each route on its rows, as `audio_fusion` says."""
         rows = torch.cat([rows for rows, _ in routes]) if routes else torch.empty(0)
         missing = batch - len(rows.unique())
         if missing:
             raise ValueError(
-                f"{missing} of the {batch} rows have neither tokens nor audio, so there is nothing to embed. "
-                "Give each row text, an image or a sound."
+                f"{missing} of the {batch} rows have neither tokens nor audio, so they hold nothing to embed. "
+                "Give each row text, an image or audio."
             )
         vectors = [vectors for _, vectors in routes]
         if len(routes) == 2 and self.config.audio_fusion == "audio":
@@ -289,24 +305,30 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
+    """Selects `rows` of dimension `dim`, without a copy if they are all."""
     return tensor if tensor is None or len(rows) == batch else tensor.index_select(dim, rows)
 
 
 def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: torch.device) -> torch.Tensor:
+    """Returns the row of each clip, (clips,) long."""
     if has_audio is None:
         if clips != batch:
             raise ValueError(
-                f"{clips} clips for a batch of {batch} rows: pass `has_audio`, (batch,) bool, to say whose they are."
+                f"{clips} clips for a batch of {batch} rows: pass `has_audio`, (batch,) bool, to assign them to rows."
             )
         return torch.arange(batch, device=device)
     rows = has_audio.bool().nonzero().flatten()
     if len(rows) != clips:
-        raise ValueError(f"`has_audio` marks {len(rows)} rows, but {clips} clips were passed.")
+        raise ValueError(f"`has_audio` marks {len(rows)} rows, but {clips} clips were passed; pass one clip a row.")
     return rows.to(device)
 
 
 def loading_problems(report: dict[str, Any]) -> str:
-    """The keys in which a checkpoint differs from its model, by `from_pretrained`'s loading info; empty if in none."""
+    """Lists the keys in which a checkpoint differs from its model; empty if it has none.
+
+    Args:
+        report: the loading info of `from_pretrained(…, output_loading_info=True)`.
+    """
     return "; ".join(
         f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, report[name])))}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -315,7 +337,7 @@ def loading_problems(report: dict[str, Any]) -> str:
 
 
 def _reduce(model: ViPolyQwenModel) -> tuple[Any, ...]:
-    """How a model goes to another process: stock pickling refuses the weight norm in the speech encoder."""
+    """Pickles a model for another process; stock pickling refuses the weight norm in the speech encoder."""
     buffers = dict(model.named_non_persistent_buffers())
     return _rebuild, (type(model), model.config, model.state_dict(), buffers, model.training)
 
@@ -330,15 +352,14 @@ def _rebuild(
     with torch.device("meta"):
         model = model_class(config)
     model.load_state_dict(state_dict, assign=True)
-    for name, buffer in buffers.items():  # what a state dict leaves out
+    for name, buffer in buffers.items():  # a state dict lacks them
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
     return model.train(training)
 
 
-ForkingPickler.register(
-    ViPolyQwenModel, _reduce
-)  # used by process pools only; copying and torch.save stay as they are
+# For process pools only: `copy` and `torch.save` do not use this pickler.
+ForkingPickler.register(ViPolyQwenModel, _reduce)
 ViPolyQwenModel.register_for_auto_class("AutoModel")
 
 __all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel"]

@@ -1,4 +1,4 @@
-"""Rows of a batch as one sequence without padding, and the attention that keeps them apart."""
+"""Packing: the rows of a batch as one sequence without padding, and the attention that keeps them apart."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
-TORCH_VARLEN = "torch_varlen"  # name of the attention below, beside transformers' own
+TORCH_VARLEN = "torch_varlen"  # name under which `torch_varlen_attention` is registered with transformers
 HAS_TORCH_VARLEN = is_torch_greater_or_equal("2.13", accept_dev=True)  # its earlier forms lack grouped queries
 
 if HAS_TORCH_VARLEN:
@@ -19,11 +19,14 @@ if HAS_TORCH_VARLEN:
 
 
 def choose_attn_implementation(dtype: torch.dtype, device: str = "cuda") -> str:
-    """The fastest attention that is there: FlashAttention-2, its build from `kernels`, torch's own, or sdpa.
+    """Returns the fastest attention available: FlashAttention-2, its build from `kernels`, torch's varlen, or SDPA.
 
     Args:
         dtype: dtype the model will run in; FlashAttention has no float32.
         device: device type the model will run on.
+
+    Returns:
+        A value for `attn_implementation`.
     """
     if device == "cuda" and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
         if is_flash_attn_2_available():
@@ -36,16 +39,16 @@ def choose_attn_implementation(dtype: torch.dtype, device: str = "cuda") -> str:
 
 
 def takes_lengths(config: PreTrainedConfig, device: torch.device) -> bool:
-    """Whether the attention of `config` finds the rows of one sequence by their lengths, which makes packing pay."""
+    """Returns whether the attention of `config` takes the lengths of packed rows; only then does packing save time."""
     varlen = is_flash_attention_requested(config) or config._attn_implementation == TORCH_VARLEN
     return device.type == "cuda" and varlen
 
 
 def pack(tensor: torch.Tensor | None, mask: torch.Tensor, dim: int = 0) -> torch.Tensor | None:
-    """The T positions where `mask` (rows, tokens) is true, row by row, as one row: dimensions (rows, tokens) → (1, T).
+    """Joins the T positions where `mask` is true, row by row: dimensions (rows, tokens) become (1, T).
 
     Args:
-        tensor: with rows in dimension `dim` and tokens in the one after it; `None` stays `None`.
+        tensor: any dtype, rows in dimension `dim` and tokens in the next one; `None` stays `None`.
         mask: (rows, tokens) bool.
         dim: 0, or 1 for position ids (3, rows, tokens).
     """
@@ -55,15 +58,15 @@ def pack(tensor: torch.Tensor | None, mask: torch.Tensor, dim: int = 0) -> torch
 
 
 def packed_attention(mask: torch.Tensor, position_ids: torch.Tensor, config: PreTrainedConfig) -> dict[str, Any]:
-    """What the language model needs so that no packed row sees another.
+    """Returns the arguments of the language model that keep packed rows from seeing each other.
 
-    An attention that takes lengths gets these; for any other transformers builds a block-diagonal mask where the
-    positions of the text, a fourth row before the three of Qwen2-VL's grid, start anew.
+    An attention that takes lengths gets the cumulative lengths. For any other, transformers builds a block-diagonal
+    mask from the positions of the text, a fourth row before Qwen2-VL's three, which restart at 0 with each row.
 
     Args:
         mask: (rows, tokens) bool, the positions that were packed.
-        position_ids: (3, 1, T) long, packed.
-        config: the language model's.
+        position_ids: (3, 1, T) long, packed; time, height and width.
+        config: configuration of the language model.
     """
     if not takes_lengths(config, mask.device):
         restarting = pack(mask.long().cumsum(dim=-1) - 1, mask)  # (1, T)
@@ -95,24 +98,27 @@ def torch_varlen_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of torch over packed rows where their lengths are given, sdpa where they are not.
+    """Computes attention with torch's varlen kernel if the lengths of packed rows are given, else with SDPA.
 
     Args:
-        module: the layer; its `is_causal` counts if the argument is not given.
+        module: the layer; its `is_causal` applies if the argument is `None`.
         query: (batch, heads, tokens, head size); batch is 1 for packed rows.
-        key: likewise, perhaps with fewer heads.
+        key: (batch, key heads, tokens, head size); key heads divide the heads (grouped queries).
         value: as `key`.
-        attention_mask: sdpa's; packed rows have none.
-        dropout: of attention weights; packed rows cannot have it.
-        scaling: factor of the scores.
-        is_causal: whether a position sees only those before it in its row.
-        sliding_window: how many positions one sees at most, itself included.
-        cu_seq_lens_q: (rows + 1,) int32, where each packed row begins and the last one ends.
+        attention_mask: mask for SDPA; `None` for packed rows.
+        dropout: probability of dropping an attention weight; 0 for packed rows.
+        scaling: factor of the scores; `None`: 1 / √(head size).
+        is_causal: whether a position sees only itself and those before it in its row.
+        sliding_window: most positions that one sees, itself included; `None`: no limit.
+        cu_seq_lens_q: (rows + 1,) int32, cumulative lengths of the packed rows, from 0.
         max_length_q: tokens of the longest packed row.
-        **kwargs: for sdpa.
+        **kwargs: passed to SDPA.
 
     Returns:
-        (batch, tokens, heads, head size), and no weights.
+        (batch, tokens, heads, head size), and `None` in place of the attention weights.
+
+    Raises:
+        ValueError: dropout over packed rows.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -120,11 +126,11 @@ def torch_varlen_attention(
         )
     if dropout > 0:
         raise ValueError(
-            f"The attention dropout is {dropout}, but torch's attention over packed rows has none. Set "
+            f"The attention dropout is {dropout}, but torch's varlen attention supports only 0. Set "
             "`attention_dropout` to 0, train with `packing: false`, or use flash_attention_2."
         )
-    kind = query.device.type  # the rotary embedding leaves autocast's dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    device = query.device.type  # under autocast the rotary embedding gives float32
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, heads, size)
     causal = module.is_causal if is_causal is None else is_causal
     before = -1 if sliding_window is None else sliding_window - 1

@@ -1,4 +1,4 @@
-"""Hidden states of a row to one vector: poolings and projections."""
+"""Poolings and projections: from the hidden states of a row to one vector."""
 
 import torch
 from torch import nn
@@ -6,21 +6,21 @@ from torch.nn import functional as F
 
 
 class AttentionPooling(nn.Module):
-    """A learned query decides how much each position counts (papers 000 §3.2.1, 001 §3.2)."""
+    """Weights each position by the softmax of its score with a learned query (papers 000 §3.2.1, 001 §3.2)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(hidden_size))  # v ~ N(0, 0.02²), set by ViPolyQwenModel._init_weights
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools the positions where `mask` (B, N) is true into one vector a row.
+        """Pools the positions where `mask` is true into one vector a row.
 
         Args:
-            hidden: (B, N, D), or packed (T, D): the T positions where `mask` is true, row by row.
-            mask: (B, N) bool.
+            hidden: (B, N, D) float, or packed (T, D): the T positions where `mask` is true, row by row.
+            mask: (B, N) bool, at least one true position a row.
 
         Returns:
-            (B, D), and the weights (B, N) float32.
+            (B, D) in the dtype of `hidden`, and the weights (B, N) float32: each row sums to 1, 0 where masked.
         """
         hidden = _blank(hidden, mask)
         scores = (hidden @ self.query.to(hidden.dtype)).float()  # (B, N) or (T,)
@@ -31,7 +31,7 @@ class AttentionPooling(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """Every position counts the same; an ablation of `AttentionPooling`."""
+    """Weights every position the same; an ablation of `AttentionPooling`."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class MeanPooling(nn.Module):
 
 
 class LastPooling(nn.Module):
-    """Only the last position counts; an ablation of `AttentionPooling`."""
+    """Takes the last position; an ablation of `AttentionPooling`."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools as `AttentionPooling.forward` does, whichever side the padding is on."""
+        """Pools as `AttentionPooling.forward` does; padding may be on either side."""
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = (positions * mask).argmax(dim=-1)  # (B,)
         weights = F.one_hot(last, mask.shape[1]).float()
@@ -57,12 +57,14 @@ class LastPooling(nn.Module):
 
 
 def _blank(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if hidden.dim() == 2:  # packed: only real positions
+    """Zeroes the masked positions."""
+    if hidden.dim() == 2:  # packed: real positions only
         return hidden
-    return hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold anything, NaN too
+    return hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold any value, even NaN
 
 
 def _weighted_sum(hidden: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums each row's positions by their weights, in float32, into (B, D)."""
     if hidden.dim() == 2:
         rows = mask.nonzero()[:, 0]  # (T,), the row of each position
         weighted = weights[mask][:, None] * hidden.float()  # (T, D)
@@ -74,7 +76,7 @@ POOLING_CLASSES = {"attention": AttentionPooling, "mean": MeanPooling, "last": L
 
 
 class LinearProjection(nn.Module):
-    """p = LayerNorm(W c), W without bias (papers 001, 003, 004)."""
+    """Computes p = LayerNorm(W c), W without bias (papers 001, 003, 004)."""
 
     def __init__(self, hidden_size: int, projection_dim: int) -> None:
         super().__init__()
@@ -82,12 +84,12 @@ class LinearProjection(nn.Module):
         self.norm = nn.LayerNorm(projection_dim)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Projects (B, D) to (B, projection_dim)."""
+        """Projects (B, hidden_size) to (B, projection_dim), same dtype."""
         return self.norm(self.dense(pooled))
 
 
 class MLPProjection(nn.Module):
-    """p = LayerNorm(W2 · GELU(LayerNorm(W1 c))) (paper 000 §3.2.2)."""
+    """Computes p = LayerNorm(W2 · GELU(LayerNorm(W1 c))) (paper 000 §3.2.2)."""
 
     def __init__(self, hidden_size: int, projection_dim: int) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class MLPProjection(nn.Module):
         self.norm = nn.LayerNorm(projection_dim)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Projects (B, D) to (B, projection_dim)."""
+        """Projects (B, hidden_size) to (B, projection_dim), same dtype."""
         return self.norm(self.dense_out(F.gelu(self.norm_in(self.dense_in(pooled)))))
 
 

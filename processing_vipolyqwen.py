@@ -1,4 +1,4 @@
-"""Text, images, audio and a task to tensors, in a way that user content can never pass for structure."""
+"""Processor: turns text, images, audio and a task into tensors, and keeps content from forging special tokens."""
 
 import math
 import unicodedata
@@ -25,8 +25,8 @@ TASK_PREFIXES = {
 }
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
-# What the processor does with a conversation, written as a string for those who want to read it. A system message is
-# the task prefix; sounds leave no token. The processor itself goes from the parts to the ids, not through this string.
+# A readable form of a conversation: the system message is the task prefix, and audio has no token. The processor
+# builds ids from the parts of a conversation, not from this string, so that content cannot forge a token.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if message.content is string -%}{{ message.content }}
 {%- else -%}
@@ -40,27 +40,33 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 class ViPolyQwenProcessorKwargs(ProcessingKwargs, total=False):
-    """Stock keyword arguments; batches are padded and long texts truncated unless told otherwise."""
+    """Stock keyword arguments; by default batches are padded and long texts truncated."""
 
     _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
 
 
 @dataclass
 class EmbeddingInput:
-    """One input: texts and images in their order, at most one sound, and the task prefix."""
+    """One input: texts and images in their order, at most one audio clip, and the task prefix.
 
-    parts: list[str | Any] = field(default_factory=list)  # a str is text, anything else a loaded image
-    audio: np.ndarray | None = None  # (samples,) float32 in [-1, 1], mono, at the feature extractor's rate
+    Attributes:
+        parts: a str is text, anything else a loaded image.
+        audio: (samples,) float32 in [-1, 1], mono, at the feature extractor's sampling rate.
+        prefix: the prefix token of the task; `None` gives the general embedding.
+    """
+
+    parts: list[str | Any] = field(default_factory=list)
+    audio: np.ndarray | None = None
     prefix: str | None = None
 
     @property
     def texts(self) -> list[str]:
-        """The text parts."""
+        """Returns the text parts."""
         return [part for part in self.parts if isinstance(part, str)]
 
     @property
     def images(self) -> list[Any]:
-        """The image parts."""
+        """Returns the image parts."""
         return [part for part in self.parts if not isinstance(part, str)]
 
 
@@ -68,14 +74,14 @@ class ViPolyQwenProcessor(ProcessorMixin):
     """Turns text, image(s), audio and every mix of them into the tensors of `ViPolyQwenModel`.
 
     Args:
-        image_processor: Qwen2-VL's image processor; its `min_pixels`/`max_pixels` bound what an image costs.
-        tokenizer: a byte-level BPE tokenizer of the Qwen2 kind; `model_max_length` bounds an input.
+        image_processor: Qwen2-VL's image processor; its `min_pixels` and `max_pixels` bound the tokens of an image.
+        tokenizer: a byte-level BPE tokenizer of the Qwen2 family; `model_max_length` bounds the tokens of an input.
         feature_extractor: the speech encoder's feature extractor (16 kHz, zero mean and unit variance a clip).
-        chat_template: how a conversation reads as a string.
-        task_prefixes: task name -> prefix token.
-        min_audio_samples: the fewest samples the speech encoder makes a frame of.
-        max_audio_seconds: longer sounds are cut here (refused with `truncation=False`).
-        allow_urls: fetch images and sounds given as `http(s)://` addresses; off, they are an error.
+        chat_template: Jinja template that renders a conversation as a string; `None`: `CHAT_TEMPLATE`.
+        task_prefixes: task name -> prefix token; `None`: `TASK_PREFIXES`, the six tasks of the STW paper (§3.1.1).
+        min_audio_samples: fewest samples that give the speech encoder a frame (400, 25 ms, for HuBERT-base).
+        max_audio_seconds: longer audio is cut here, or refused with `truncation=False`.
+        allow_urls: fetch images and audio given as `http(s)://` URLs; without it they are an error.
     """
 
     valid_processor_kwargs = ViPolyQwenProcessorKwargs
@@ -102,15 +108,23 @@ class ViPolyQwenProcessor(ProcessorMixin):
             self.add_task(task, prefix)
 
     def add_task(self, task: str, prefix: str) -> None:
-        """Makes `prefix` the prefix token of `task`; the model's embedding may need to grow after it."""
+        """Makes `prefix` the prefix token of `task` and adds it to the tokenizer if it is new.
+
+        Args:
+            task: name of the task.
+            prefix: its prefix token. After a new one, `model.resize_token_embeddings` may be needed.
+
+        Raises:
+            ValueError: the task is called `auto`, or the prefix is empty or a token that texts or images use.
+        """
         if task == AUTO_TASK:
-            raise ValueError(f"A task cannot be called {task!r}: that name infers the task. Choose another one.")
+            raise ValueError(f"A task cannot be called {task!r}: that name infers the task. Choose another name.")
         structure = {*self.tokenizer.all_special_tokens, VISION_START, IMAGE_TOKEN, VISION_END}
         is_new = prefix not in self.tokenizer.get_vocab()
         if not prefix or prefix in structure or not (is_new or prefix in self.tokenizer.get_added_vocab()):
             raise ValueError(
                 f"The prefix {prefix!r} of task {task!r} is empty or a token that texts or images use; "
-                f"choose one of its own, such as '<{task}>'."
+                f"choose a new token, such as '<{task}>'."
             )
         if is_new:
             self.tokenizer.add_tokens([AddedToken(prefix, special=True, normalized=False)])
@@ -118,7 +132,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The keys of a batch."""
+        """Returns the keys that a batch may have."""
         return [
             "input_ids",
             "attention_mask",
@@ -142,33 +156,39 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list with one image a text, or a list of lists; they stand before the text. An image
-                is a PIL image, a path, the bytes of a file or an array.
+                is a PIL image, a path, the bytes of a file or an array of 0 … 255 (see `load_image`).
             text: one text or a list of texts. Tokens such as `<|image_pad|>` or `<ocr>` in them are plain characters.
             videos: not supported.
-            audio: one sound or a list with one sound (or `None`) an input: a path, the bytes of a file,
-                `{"array", "sampling_rate"}`, a decoder, or an array with `sampling_rate=` among the keywords.
+            audio: one clip or a list with one clip (or `None`) an input: a path, the bytes of a file,
+                `{"array", "sampling_rate"}`, a decoder, or an array with the keyword `sampling_rate` in Hz (see
+                `load_audio`).
             task: name of the task whose prefix steers the embedding, for all inputs or one for each; `"auto"`
                 infers it from the input (see `infer_task`).
             **kwargs: stock keyword arguments, flat or as `text_kwargs`, `images_kwargs`, `audio_kwargs`,
                 `common_kwargs`.
 
         Returns:
-            `input_ids`, `attention_mask` (batch, tokens), unless all inputs are sound alone; `pixel_values`,
-            `image_grid_thw` if there are images; `audio_features`, `audio_attention_mask` (clips, samples) and
-            `has_audio` (batch,) if there are sounds.
+            `input_ids`, `attention_mask` (batch, tokens) long, unless all inputs are audio alone; with images
+            `pixel_values` (patches, patch values) float32 and `image_grid_thw` (images, 3) long; with audio
+            `audio_features` (clips, samples) float32, `audio_attention_mask` (clips, samples) and `has_audio`
+            (batch,) bool.
+
+        Raises:
+            ValueError: an input is empty, cannot be read, is out of range or does not fit the batch; the message
+                names the value, the limit and the remedy.
         """
         if videos is not None:
             raise ValueError(
                 "`videos` were passed, but this model embeds text, images and audio; pass frames as images."
             )
         if text is None and images is None and audio is None:
-            raise ValueError("There is nothing to embed: pass `text`, `images` or `audio`.")
+            raise ValueError("The inputs hold nothing to embed: pass `text`, `images` or `audio`.")
         merged = self._merge(kwargs)
         texts = text if text is None or isinstance(text, (list, tuple)) else [text]
         image_lists = _nest_images(images, None if texts is None else len(texts))
-        sounds = audio if audio is None or (isinstance(audio, (list, tuple)) and not _is_samples(audio)) else [audio]
-        size = len(next(given for given in (texts, image_lists, sounds) if given is not None))
-        for name, given in (("text", texts), ("images", image_lists), ("audio", sounds)):
+        clips = audio if audio is None or (isinstance(audio, (list, tuple)) and not _is_samples(audio)) else [audio]
+        size = len(next(given for given in (texts, image_lists, clips) if given is not None))
+        for name, given in (("text", texts), ("images", image_lists), ("audio", clips)):
             if given is not None and len(given) != size:
                 raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
         inputs = [
@@ -177,7 +197,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
                     *(self._load_image(image, merged) for image in (image_lists[i] if image_lists else [])),
                     *map(_clean_text, texts[i : i + 1] if texts else []),
                 ],
-                self._prepare_audio(sounds[i] if sounds else None, merged),
+                self._prepare_audio(clips[i] if clips else None, merged),
             )
             for i in range(size)
         ]
@@ -197,17 +217,33 @@ class ViPolyQwenProcessor(ProcessorMixin):
     ) -> str | list[str] | BatchFeature | list[list[int]]:
         """Prepares conversations: a system message is the task prefix, every other part is content in its order.
 
-        With `tokenize=False` it returns the conversation as a string; with `tokenize=True` it goes from the parts to
-        the tensors without that string, so that no content can forge a token. `task` is that of `__call__`, for
-        conversations without a system message. A text that is the path of an image or a sound is an error, unless
-        `plain_text` says that texts are nothing but texts. With sentence-transformers both are
+        sentence-transformers passes its inputs here; `task` and `plain_text` reach it through
         `encode(…, processing_kwargs={"chat_template": {…}})`.
+
+        Args:
+            conversation: the messages of one input, or a list of such lists. A message is a dict of `role` and
+                `content`, a string or a list of parts, such as `{"type": "image", "image": source}`.
+            chat_template: Jinja template in place of the processor's; for `tokenize=False`.
+            tokenize: return tensors, built from the parts without the string, so that content cannot forge a token.
+            return_dict: return all tensors, not `input_ids` alone.
+            return_tensors: such as `"pt"`.
+            processor_kwargs: keyword arguments of `__call__`.
+            task: as in `__call__`, for conversations without a system message.
+            plain_text: embed a text that looks like the path of an image or audio file; otherwise it is an error.
+            **kwargs: further keyword arguments of `__call__`.
+
+        Returns:
+            The conversation as a string, or the batch that `__call__` returns.
+
+        Raises:
+            ValueError: as `__call__`; also for a part of an unknown type, more than one audio clip in an input, or a
+                pair in place of an input.
         """
         if not tokenize:
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **kwargs)
         options = {**kwargs, **(processor_kwargs or {})}
         for name in ("add_generation_prompt", "continue_final_message", "load_audio_from_video", "tools", "documents"):
-            options.pop(name, None)  # generation's own options, which sentence-transformers and others always pass
+            options.pop(name, None)  # options of generation, which sentence-transformers always passes
         if return_tensors is not None:
             options["return_tensors"] = return_tensors
         merged = self._merge(options)
@@ -223,7 +259,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         )
 
     def _set_tasks(self, inputs: list[EmbeddingInput], task: str | list[str | None] | None) -> list[EmbeddingInput]:
-        """Gives each input the prefix of its task."""
+        """Sets the prefix of each input to that of its task."""
         tasks = [task] * len(inputs) if task is None or isinstance(task, str) else task
         if len(tasks) != len(inputs):
             raise ValueError(f"`task` has {len(tasks)} entries for a batch of {len(inputs)}; give one entry an input.")
@@ -235,20 +271,20 @@ class ViPolyQwenProcessor(ProcessorMixin):
             elif name not in self.task_prefixes:
                 known = ", ".join([*self.task_prefixes, AUTO_TASK])
                 raise ValueError(f"Unknown task {name!r}; this processor knows {known}.")
-            item.prefix = self.task_prefixes.get(name)  # a processor with tasks of its own may lack an inferred one
+            item.prefix = self.task_prefixes.get(name)  # custom tasks may lack the inferred one
         return inputs
 
     def _from_messages(
         self, messages: list[dict[str, Any]], merged: dict[str, dict], plain_text: bool
     ) -> EmbeddingInput:
-        """One conversation as one input."""
-        if {"query", "document"} <= {message["role"] for message in messages}:  # what becomes of (a, b)
+        """Reads one conversation as one input."""
+        if {"query", "document"} <= {message["role"] for message in messages}:  # sentence-transformers' form of (a, b)
             raise ValueError(
-                "A pair was passed as one input, but this model gives each input its own vector. Pass its two sides "
-                "as two inputs; for a mix of modalities use a dict, such as {'image': [first, second], 'text': …}."
+                "A pair was passed as one input, but this model embeds each input separately. Pass its two sides as "
+                "two inputs; for a mix of modalities use a dict, such as {'image': [first, second], 'text': …}."
             )
         result = EmbeddingInput()
-        sounds = []
+        clips = []
         for message in messages:
             content = message["content"]
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
@@ -263,14 +299,14 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 elif kind == "image":
                     result.parts.extend(self._load_image(image, merged) for image in _as_list(source))
                 else:
-                    sounds.append(source)
-        if len(sounds) > 1:
-            raise ValueError(f"{len(sounds)} sounds in one input; the limit is 1. Join them or embed them one by one.")
-        result.audio = self._prepare_audio(sounds[0] if sounds else None, merged)
+                    clips.append(source)
+        if len(clips) > 1:
+            raise ValueError(f"{len(clips)} audio clips in one input; the limit is 1. Join them or embed each alone.")
+        result.audio = self._prepare_audio(clips[0] if clips else None, merged)
         return result
 
     def _split_prefix(self, system: str) -> tuple[str | None, str]:
-        """A system text that begins with a task prefix selects that task; what follows it is content."""
+        """Splits a system text into the task prefix with which it begins, if any, and its content."""
         prefixes = [prefix for prefix in self.task_prefixes.values() if system.startswith(prefix)]
         prefix = max(prefixes, key=len, default=None)
         return prefix, system.removeprefix(prefix or "")
@@ -279,29 +315,30 @@ class ViPolyQwenProcessor(ProcessorMixin):
         rescale = merged["images_kwargs"].get("do_rescale", self.image_processor.do_rescale)
         return load_image(source, self.allow_urls, rescale)
 
-    def _prepare_audio(self, sound: Any, merged: dict[str, dict]) -> np.ndarray | None:
-        """Loads a sound, brings it to the encoder's rate and checks that the encoder can take it."""
-        if sound is None:
+    def _prepare_audio(self, source: Any, merged: dict[str, dict]) -> np.ndarray | None:
+        """Loads audio as (samples,) float32 at the encoder's rate and holds it to the limits of its length."""
+        if source is None:
             return None
         rate = self.feature_extractor.sampling_rate
         given_rate = merged["audio_kwargs"].get("sampling_rate")
-        samples = resample(*load_audio(sound, given_rate, self.allow_urls), rate)
+        samples = resample(*load_audio(source, given_rate, self.allow_urls), rate)
         if len(samples) < self.min_audio_samples:
             raise ValueError(
-                f"The sound has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
+                f"The audio has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
                 f"{self.min_audio_samples}. Pad it with silence or leave it out."
             )
         limit = int(self.max_audio_seconds * rate)
         if len(samples) > limit:
-            seconds = f"{len(samples) / rate:.1f} s of sound; the limit is {self.max_audio_seconds} s"
+            seconds = f"{len(samples) / rate:.1f} s of audio; the limit is {self.max_audio_seconds} s"
             if not merged["text_kwargs"].get("truncation"):
                 raise ValueError(f"{seconds}. Split it, or raise `max_audio_seconds`.")
             logger.warning_once(
-                f"{seconds}: the rest is cut off. Split long recordings, or raise `max_audio_seconds`."
+                f"{seconds}: the excess is cut off. Split long recordings, or raise `max_audio_seconds`."
             )
         return samples[:limit]
 
     def _encode(self, inputs: list[EmbeddingInput], merged: dict[str, dict]) -> BatchFeature:
+        """Turns loaded inputs into the tensors of a batch."""
         data = {}
         tensors = merged["text_kwargs"].get("return_tensors")
         images = [image for item in inputs for image in item.images]
@@ -313,30 +350,32 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if any(item.parts or item.audio is None for item in inputs):
             data.update(self._encode_tokens(inputs, image_tokens, merged["text_kwargs"]))
         if any(item.audio is not None for item in inputs):
-            clips = [item.audio for item in inputs if item.audio is not None]
-            options = {
-                **merged["audio_kwargs"],
-                "padding": True,
-                "sampling_rate": self.feature_extractor.sampling_rate,
-            }
-            options.update(return_attention_mask=True, return_tensors=tensors, truncation=False)
-            encoded = self.feature_extractor(clips, **options)
-            data["audio_features"] = encoded["input_values"]
-            data["audio_attention_mask"] = encoded["attention_mask"]
-            data["has_audio"] = [item.audio is not None for item in inputs]
+            data.update(self._encode_audio(inputs, {**merged["audio_kwargs"], "return_tensors": tensors}))
         return BatchFeature(data, tensor_type=tensors)
+
+    def _encode_audio(self, inputs: list[EmbeddingInput], audio_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Scales and pads the clips; `max_length`, padding and truncation of the batch concern its tokens only."""
+        fixed = {"padding": True, "truncation": False, "return_attention_mask": True}
+        fixed["sampling_rate"] = self.feature_extractor.sampling_rate
+        clips = [item.audio for item in inputs if item.audio is not None]
+        encoded = self.feature_extractor(clips, **{**audio_kwargs, **fixed})
+        return {
+            "audio_features": encoded["input_values"],
+            "audio_attention_mask": encoded["attention_mask"],
+            "has_audio": [item.audio is not None for item in inputs],
+        }
 
     def _encode_tokens(
         self, inputs: list[EmbeddingInput], image_tokens: list[int], text_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Ids of prefix, texts, image slots and end token for each input, truncated and padded."""
+        """Builds the ids of prefix, texts, image slots and end token of each input, truncated and padded."""
         ids = iter(self._tokenize([text for item in inputs for text in item.texts]))
         counts = iter(image_tokens)
         truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
         limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         rows = []
         for item in inputs:
-            # a sound alone has no text: its prefix and end token would only stand in for one
+            # audio alone skips the language model, so a prefix and an end token must not turn it into a text
             alone = item.audio is not None and not any(item.texts) and not item.images
             segments = [
                 (next(ids), True) if isinstance(part, str) else (self._image_slot(next(counts)), False)
@@ -350,7 +389,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of plain text, in which special tokens are split into ordinary characters."""
+        """Tokenizes plain text; the characters of special tokens become ordinary tokens."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -369,7 +408,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return [start, *[self.image_token_id] * count, end]
 
     def _join(self, segments: list[tuple[list[int], bool]], prefix: str | None, limit: float) -> list[int]:
-        """Joins the segments of one input; text is cut from the end to fit `limit`, an image slot never is."""
+        """Joins the segments of one input; text, but never an image slot, is cut from the end to fit `limit`."""
         head = [] if prefix is None else [self.tokenizer.convert_tokens_to_ids(prefix)]
         fixed = len(head) + 1 + sum(len(ids) for ids, is_text in segments if not is_text)
         if fixed > limit:
@@ -389,7 +428,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """How many tokens images of these (height, width) take."""
+        """Counts the tokens and patches of images by their (height, width)."""
         data = {}
         if image_sizes is not None:
             options = self._merge(kwargs)["images_kwargs"]
@@ -403,7 +442,7 @@ PART_KEYS = {"text": ["text"], "image": ["image", "url", "path", "base64"], "aud
 
 
 def _part_content(part: dict[str, Any]) -> tuple[str, Any]:
-    """The type of a message part and what it holds."""
+    """Returns the type of a message part and its content."""
     kind = part.get("type")
     if kind not in PART_KEYS:
         raise ValueError(f"A message part of type {kind!r}; this model takes text, image and audio parts.")
@@ -414,6 +453,7 @@ def _part_content(part: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _clean_text(text: Any) -> str:
+    """Normalises a text to NFC, so that equal characters give equal tokens."""
     if not isinstance(text, str):
         raise ValueError(f"A text is a {type(text).__name__}, {text!r:.80}; pass a string.")
     try:
@@ -425,12 +465,12 @@ def _clean_text(text: Any) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _is_samples(sound: list | tuple) -> bool:
-    return bool(sound) and isinstance(sound[0], (int, float))
+def _is_samples(audio: list | tuple) -> bool:
+    return bool(audio) and isinstance(audio[0], (int, float))
 
 
 def _nest_images(images: Any, texts: int | None) -> list[list[Any]] | None:
-    """`images` as one list an input."""
+    """Arranges `images` as one list an input."""
     if images is None:
         return None
     if not isinstance(images, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Which task an input looks like, by a rule of thumb on its shape and its words."""
+"""Rule of thumb for `task="auto"`: infers the task of an input from its modalities and its words."""
 
 import re
 
@@ -20,19 +20,27 @@ REQUEST = re.compile(
     r"|đề xuất|gợi ý|soạn|biên soạn|thiết kế|xác định|cung cấp|xây dựng|lập|phát triển|sắp xếp|chỉnh sửa|chọn|dự đoán"
     r"|thảo luận|ước tính|phác thảo|tên (một|hai|ba|bốn|năm|\d+))\b"
     r"|^(请|写|翻译|改写|列出|解释|描述|总结|给出|告诉|生成|创建|设计|分析|比较|说明|提供|如何|根据|用\S{1,4}(说|写)|换)"
-    r"|\n|^[^,，.。!！\"“\n:：]{1,40}[?？:：]\s*[^\s\"“]",  # several lines; a request, then what it is about
+    r"|\n|^[^,，.。!！\"“\n:：]{1,40}[?？:：]\s*[^\s\"“]",  # several lines; a request, then its subject
     re.IGNORECASE,
 )
 
 
 def infer_task(text: str, images: int, has_audio: bool) -> str | None:
-    """The task that an input looks like, for `task="auto"`.
+    """Infers the task of an input, for `task="auto"`.
 
-    Sound is `audio`. Text with images is `vqa_multi` if at least two of its lines begin with a speaker (`User: …`),
-    `ocr` if it asks to read (words for reading and writing in Vietnamese, English or Chinese), else `vqa_single`. Text
-    alone is `instr` if it begins with a request in one of the three languages, has several lines, or a question or a
-    heading before what it is about (`Say this in Vietnamese: …`), else `text_pair`; so is a question by itself. Images
-    alone are no task of the six: the general embedding.
+    Audio, with or without other parts, is `audio`. Text with images is `vqa_multi` if at least two of its lines begin
+    with a speaker (`User: …`), `ocr` if it asks to read (words for reading and writing in Vietnamese, English or
+    Chinese), else `vqa_single`. Text alone is `instr` if it begins with a request in one of the three languages, has
+    several lines, or has a question or a heading before its subject (`Say this in Vietnamese: …`); otherwise it is
+    `text_pair`, as is a question by itself. Images alone get no task, which is the general embedding.
+
+    Args:
+        text: the text parts, joined; empty without text.
+        images: number of images.
+        has_audio: whether the input has audio.
+
+    Returns:
+        The task's name, or `None` for the general embedding.
     """
     if has_audio:
         return "audio"

@@ -266,7 +266,7 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
         ({"audio": "bad.wav"}, "column 'audio' is '.*bad.wav': it cannot be read: .*Repair or drop it"),
         ({"audio": "empty.wav"}, "column 'audio' is '.*empty.wav': the sound has 0 samples .*Pad it with silence"),
         ({"audio": "short.wav"}, "'.*short.wav': the sound has 199 samples at 8000 Hz, 398 at 16000 .*at least 400"),
-        ({"audio": {"array": [], "sampling_rate": 8000}}, "column 'audio' .*The sound is empty: 0 samples"),
+        ({"audio": {"array": [], "sampling_rate": 8000}}, "column 'audio' .*The audio is empty: 0 samples"),
         ({"audio": "half.wav"}, "half.wav': it cannot be read: the file is truncated: .* of .* bytes"),
         ({"audio": {"array": [0.1] * 9, "sampling_rate": 8000}}, "the sound has 9 samples .*at least 400"),
         ({"audio": {"array": [0.1] * 900}}, "column 'audio' .*an array without a sampling rate. Pass"),

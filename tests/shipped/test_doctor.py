@@ -1,4 +1,4 @@
-"""The doctor: a sound repository passes, and each way of breaking one silently is found and called by its name."""
+"""The doctor: an unchanged repository passes, and each silent fault is found and named."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def failures(findings: list[Finding]) -> tuple[set[str], dict[str, str]]:
     return failed.keys() & VECTORS, {check: text for check, text in failed.items() if check not in VECTORS}
 
 
-def test_a_sound_repository_passes(published: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_unchanged_repository_passes(published: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(published)]) == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and printed.endswith("Everything that matters is as published.\n")
@@ -209,13 +209,13 @@ def test_without_a_fingerprint_there_is_nothing_to_say(repository: Path, capsys:
     assert "has no fingerprint.json" in capsys.readouterr().err
 
 
-def test_what_does_not_load_whole_gets_no_fingerprint(repository: Path) -> None:
+def test_incomplete_weights_get_no_fingerprint(repository: Path) -> None:
     edit_weights(repository, lambda tensors: tensors.pop("pooling.query"))
-    with pytest.raises(ValueError, match=r"does not load whole: pooling\.query not in the files"):
+    with pytest.raises(ValueError, match=r"weights are incomplete: pooling\.query not in the files"):
         write_fingerprint(repository)
 
 
-def test_a_bimodal_repository_is_measured_without_sound(tiny: tuple, tmp_path: Path) -> None:
+def test_a_bimodal_repository_is_measured_without_audio(tiny: tuple, tmp_path: Path) -> None:
     model, processor = tiny
     save_repository(build_model(tiny_vlm_config(processor.tokenizer, 64, 2, 32)), processor, tmp_path)
     write_fingerprint(tmp_path)

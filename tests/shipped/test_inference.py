@@ -237,7 +237,7 @@ def test_a_path_that_would_be_embedded_as_letters_is_an_error(encoder: SentenceT
     unknown = tmp_path / "a picture.tif"
     unknown.write_bytes(b"")
     for path in ("photos/nothing.png", "nothing.WAV", str(unknown), "https://example.org/film.mp4"):
-        with pytest.raises(ValueError, match=r"looks like the path of an image, a sound or a film.*plain_text"):
+        with pytest.raises(ValueError, match=r"looks like the path of an image, audio or video file.*plain_text"):
             encoder.encode(["Huế", path])
         as_text = encoder.encode([path], processing_kwargs={"chat_template": {"plain_text": True}})
         assert as_text.shape == (1, 1024)

@@ -10,9 +10,8 @@ import torch
 from helpers import random_audio, random_image, speech_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
-from vipolyqwen import modeling_vipolyqwen as modeling
 from vipolyqwen.audio_vipolyqwen import PaddedAudio, PaddingInvariantFeatureEncoder
 from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
@@ -385,7 +384,7 @@ def test_a_value_without_a_meaning_is_refused(fields: dict, message: str) -> Non
 
 @pytest.mark.parametrize("kind", ["whisper", "bert"])
 def test_a_model_that_takes_no_waveforms_is_refused_as_speech_encoder(kind: str, processor: Any) -> None:
-    audio_config = modeling.AutoConfig.for_model(kind)
+    audio_config = AutoConfig.for_model(kind)
     with torch.device("meta"), pytest.raises(ValueError, match="use a speech encoder such as hubert"):
         ViPolyQwenModel(ViPolyQwenConfig(audio_config=audio_config))
 

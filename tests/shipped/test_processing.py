@@ -333,7 +333,7 @@ def test_a_sound_beyond_the_limit_is_cut_or_refused(processor: Any, rng: np.rand
     short.max_audio_seconds = 0.25
     sound = random_audio(rng, 0.5)
     assert short(audio=sound, return_tensors="pt")["audio_features"].shape == (1, 4000)
-    with pytest.raises(ValueError, match=r"0\.5 s of sound; the limit is 0\.25 s.*Split it"):
+    with pytest.raises(ValueError, match=r"0\.5 s of audio; the limit is 0\.25 s.*Split it"):
         short(audio=sound, truncation=False)
 
 
@@ -469,9 +469,9 @@ SOUND = {"array": sine(440, 16_000), "sampling_rate": 16_000}
         ({**SOUND, "array": np.zeros((2, 2, 4000))}, r"shape \(2, 2, 4000\); pass"),
         ({**SOUND, "array": np.float32(0.5)}, r"shape \(\); pass"),
         ({**SOUND, "array": "abc"}, "abc"),
-        ({}, "sound.*array.*path"),
-        ({"bytes": None, "path": None}, "sound.*array.*path"),
-        (12, "without a sampling rate|sound"),
+        ({}, "audio.*array.*path"),
+        ({"bytes": None, "path": None}, "audio.*array.*path"),
+        (12, "without a sampling rate|audio"),
     ],
 )
 def test_a_bad_sound_is_an_error_that_names_the_value_and_the_remedy(sound: Any, message: str, processor: Any) -> None:
@@ -480,7 +480,7 @@ def test_a_bad_sound_is_an_error_that_names_the_value_and_the_remedy(sound: Any,
 
 
 def test_two_sounds_in_one_input_are_an_error(processor: Any) -> None:
-    with pytest.raises(ValueError, match="2 sounds in one input; the limit is 1"):
+    with pytest.raises(ValueError, match="2 audio clips in one input; the limit is 1"):
         chat_ids(processor, user(SOUND, SOUND))
 
 
