@@ -12,7 +12,7 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.training.arguments import (
     read_arguments,
 )
@@ -29,14 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains, evaluates and saves a whole repository to `output_dir`."""
     model_args, data_args, loss_args, args = read_arguments(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
-    data_types = declare_data_types(data_args.data_types)
-    mixed_loss = build_loss(loss_args, data_args.data_types, list(data_types))
+    tasks = declare_tasks(data_args.tasks)
+    mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
     with loading_whole(args):
-        model, processor = load_model(model_args, args, data_types)
-    train_pairs = read_pairs(
-        data_args.train_data, data_types, processor, data_args.check_media, data_args.without_tasks
-    )
-    eval_pairs = read_pairs(data_args.eval_data, data_types, processor, data_args.check_media)
+        model, processor = load_model(model_args, args, tasks)
+    train_pairs = read_pairs(data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks)
+    eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media)
     trainer = ViPolyQwenTrainer(
         model=model,
         args=args,
@@ -44,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         mixed_loss=mixed_loss,
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
-        train_collator=build_collator(processor, data_types, data_args, args, training=True),
-        eval_collator=build_collator(processor, data_types, data_args, args, training=False),
+        train_collator=build_collator(processor, tasks, data_args, args, training=True),
+        eval_collator=build_collator(processor, tasks, data_args, args, training=False),
     )
     if args.should_save:
         write_record(Path(args.output_dir), (model_args, data_args, loss_args, args), train_pairs, eval_pairs)

@@ -23,7 +23,7 @@ from pair_vectors import ALL, Search, cells, collate, embed, load_grouped, searc
 from result_files import versions
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import DataType, declare_data_types
+from vipolyqwen.data.schema import Task, declare_tasks
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.evaluation.metrics import spearman
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
@@ -138,13 +138,13 @@ class Study:
         variant = VARIANTS[name]
         changes = read_recipe(ROOT / f"recipes/ablations/{variant.recipe}.yaml") if variant.recipe else {}
         early = {key: value for key, value in changes.items() if key in BEFORE_THE_LOSS}
-        without = left_out(variant.leaves_out, self.data_types)
+        without = left_out(variant.leaves_out, self.tasks)
         base = {**self.recipe, **QUIET, "seed": seed} | ({"model": self.bases[seed]} if self.bases else {})
         rate = {} if self.warm_learning_rate is None else {"learning_rate": self.warm_learning_rate}
         start = None
         if self.text_steps:
             rows = {"per_device_train_batch_size": TEXT_ROWS, "max_steps": self.text_steps}
-            only_text = {"without_tasks": left_out("sounds and images", self.data_types)}
+            only_text = {"without_tasks": left_out("sounds and images", self.tasks)}
             start = Stage(warm(base | early | rows | rate | only_text), start)
         without_some = {"without_tasks": without} if without else {}
         rows = {"per_device_train_batch_size": self.batch_size(tuple(without))}
@@ -154,9 +154,9 @@ class Study:
         return Stage(base | rows | without_some | changes | declared_losses(base | changes), start)
 
     @property
-    def data_types(self) -> dict[str, DataType]:
+    def tasks(self) -> dict[str, Task]:
         """The six, and those that the recipe declares."""
-        return declare_data_types(self.recipe.get("data_types"))
+        return declare_tasks(self.recipe.get("tasks"))
 
     def batch_size(self, without: tuple[str, ...]) -> int:
         """So many pairs a step that as many as in the base are of the tasks that are trained."""
@@ -164,11 +164,11 @@ class Study:
 
     def kept_share(self, without: tuple[str, ...]) -> float:
         """Share of an epoch's pairs that are not of these tasks."""
-        pairs = _train_pairs(json.dumps(self.recipe["train_data"]), json.dumps(self.recipe.get("data_types", {})))
+        pairs = _train_pairs(json.dumps(self.recipe["train_data"]), json.dumps(self.recipe.get("tasks", {})))
         total = kept = 0.0
         first = 0
         for length, weight in zip(pairs.source_lengths, pairs.source_weights, strict=True):
-            for task, count in pairs.data_type_counts(first, first + length).items():
+            for task, count in pairs.task_counts(first, first + length).items():
                 total += weight * count
                 kept += 0 if task in without else weight * count
             first += length
@@ -177,7 +177,7 @@ class Study:
 
 @lru_cache
 def _train_pairs(sources: str, declared: str) -> PairDataset:
-    return load_pairs(json.loads(sources), declare_data_types(json.loads(declared)), 1, check_media=False)
+    return load_pairs(json.loads(sources), declare_tasks(json.loads(declared)), 1, check_media=False)
 
 
 def warm(settings: Settings) -> dict[str, Any]:
@@ -188,20 +188,20 @@ def warm(settings: Settings) -> dict[str, Any]:
 
 
 def declared_losses(settings: Settings) -> dict[str, Any]:
-    """`data_types` with the losses that an ablation of the loss gives to every task."""
-    table, declared = settings.get("loss_table"), settings.get("data_types")
+    """`tasks` with the losses that an ablation of the loss gives to every task."""
+    table, declared = settings.get("loss_table"), settings.get("tasks")
     if table not in ("nce", "sum") or not declared:
         return {}
     loss = asdict(next(iter(LOSS_TABLES[table].values())))
-    return {"data_types": {name: {**fields, "loss": loss} for name, fields in declared.items()}}
+    return {"tasks": {name: {**fields, "loss": loss} for name, fields in declared.items()}}
 
 
-def left_out(what: str, data_types: Mapping[str, DataType]) -> list[str]:
+def left_out(what: str, tasks: Mapping[str, Task]) -> list[str]:
     """The tasks whose rows must have sounds, or sounds or images."""
     if what == "nothing":
         return []
     images = what == "sounds and images"
-    return [name for name, task in data_types.items() if task.needs_audio or (images and task.needs_image)]
+    return [name for name, task in tasks.items() if task.needs_audio or (images and task.needs_image)]
 
 
 class HeldOut:
@@ -209,13 +209,13 @@ class HeldOut:
 
     def __init__(self, study: Study, group_by: str | None, min_samples: int = 1) -> None:
         recipe, self.keeps = study.recipe, bool(study.bases)
-        self.data_types = study.data_types
+        self.tasks = study.tasks
         self.min_score = recipe.get("nce_min_score", 0.5)
         self.prefix_sides = recipe.get("prefix_sides", "a")
-        self.pairs, groups = load_grouped(recipe["eval_data"], group_by, self.data_types, min_samples)
-        names = list(self.data_types)
-        self.tasks = [names[number] for number in self.pairs.task_ids]
-        found = cells(self.tasks, groups)
+        self.pairs, groups = load_grouped(recipe["eval_data"], group_by, self.tasks, min_samples)
+        names = list(self.tasks)
+        self.row_tasks = [names[number] for number in self.pairs.task_ids]
+        found = cells(self.row_tasks, groups)
         self.cells = {cell: rows for cell, rows in found.items() if group_by is None or cell[1] != ALL}
         if group_by is not None and not self.cells:
             raise ValueError(f"No held-out pair has a value in the column {group_by!r}; name another one.")
@@ -236,7 +236,7 @@ class HeldOut:
         model = ViPolyQwenModel.from_pretrained(repository).eval().to(device)
         processor = ViPolyQwenProcessor.from_pretrained(repository, config=model.config)
         started = time.perf_counter()
-        views = {"own": tuple(unprefixed), "bare": tuple(self.data_types)}
+        views = {"own": tuple(unprefixed), "bare": tuple(self.tasks)}
         made = {without: embed(model, self.batches(processor, without)) for without in set(views.values())}
         figures: dict[str, Any] = {}
         for view, without in views.items():
@@ -257,7 +257,7 @@ class HeldOut:
             return self._batches[key]
         collator = MixedBatchCollator(
             processor,
-            self.data_types,
+            self.tasks,
             prefix_sides=self.prefix_sides,
             prefix_dropout=0.0,
             tasks_without_prefix=without,
@@ -271,8 +271,8 @@ class HeldOut:
     def correlations(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Spearman's ρ of each task whose scores are not all alike."""
         found = {}
-        for task in dict.fromkeys(self.tasks):
-            rows = torch.tensor([number for number, name in enumerate(self.tasks) if name == task])
+        for task in dict.fromkeys(self.row_tasks):
+            rows = torch.tensor([number for number, name in enumerate(self.row_tasks) if name == task])
             value = spearman(*(vectors[name][rows] for name in ("a", "b", "similarity_scores")))
             if value == value:
                 found[task] = value
@@ -290,7 +290,7 @@ def measured(study: Study, held_out: HeldOut, name: str, seed: int, group_by: st
         started = time.perf_counter()
         model = stage.train(study.folder / "models")
         no_prefix = stage.settings.get("prefix_dropout") == 1.0
-        unprefixed = list(held_out.data_types) if no_prefix else stage.settings.get("tasks_without_prefix") or []
+        unprefixed = list(held_out.tasks) if no_prefix else stage.settings.get("tasks_without_prefix") or []
         figures = held_out.figures(model, unprefixed)
         figures |= {"variant": name, "seed": seed, "seconds": time.perf_counter() - started}
         path.parent.mkdir(parents=True, exist_ok=True)

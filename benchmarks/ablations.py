@@ -132,15 +132,15 @@ def run(study: Study, names: list[str], seeds: int, group_by: str | None) -> dic
             "audio": task.needs_audio,
             "text": not (task.needs_audio or task.needs_image),
         }
-        for name, task in held_out.data_types.items()
-        if name in held_out.tasks
+        for name, task in held_out.tasks.items()
+        if name in held_out.row_tasks
     }
     return {
         "runs": runs,
         "tasks": tasks,
         "pairs": len(held_out.pairs),
         "peak_memory_mib": peak_memory() / 2**20,
-        "left_out": {name: left_out(VARIANTS[name].leaves_out, held_out.data_types) for name in names},
+        "left_out": {name: left_out(VARIANTS[name].leaves_out, held_out.tasks) for name in names},
         "chance": {"/".join(cell): found.chance for cell, found in held_out.searches.items()},
         "candidates": {"/".join(cell): len(found.candidates) for cell, found in held_out.searches.items()},
         "ngrams": ngram_ranks(held_out, [name for name, kind in tasks.items() if kind["text"]]),
@@ -151,7 +151,7 @@ def applies(study: Study, name: str) -> bool:
     """Whether a variant differs from the base of this study and leaves something to train on."""
     what = VARIANTS[name].leaves_out
     if what != "nothing":
-        return 0 < study.kept_share(tuple(left_out(what, study.data_types))) < 1
+        return 0 < study.kept_share(tuple(left_out(what, study.tasks))) < 1
     return name == "base" or study.stage(name, 0).key != study.stage("base", 0).key
 
 

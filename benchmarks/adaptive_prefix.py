@@ -2,7 +2,7 @@
 
     python benchmarks/adaptive_prefix.py outputs/demo/corpus/eval.jsonl
 
-Reads JSONL rows with `data_type`, `a`, `images` and `audio`, as `make demo` writes them; prints the share of rows
+Reads JSONL rows with `task`, `a`, `images` and `audio`, as `make demo` writes them; prints the share of rows
 whose side a gets its own task, and what the others get.
 """
 
@@ -21,7 +21,7 @@ def main() -> None:
     with parser.parse_args().rows.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             found = infer_task(row["a"], len(row["images"]), row["audio"] is not None)
-            counts.setdefault(row["data_type"], Counter())[found] += 1
+            counts.setdefault(row["task"], Counter())[found] += 1
     for task, found in counts.items():
         total = found.total()
         others = ", ".join(f"{other} {count}" for other, count in found.most_common() if other != task)

@@ -24,7 +24,7 @@ from result_files import claim, write_result
 
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.evaluation.memory import peak_host, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
@@ -120,7 +120,7 @@ def build_trainer(model: Path, chunk: int | None) -> ViPolyQwenTrainer:
     flags = ["--model", str(model), "--output_dir", str(model / "out"), "--use_cpu", "true", "--report_to", "none"]
     _, _, loss_args, args = read_arguments(flags + ([] if chunk is None else ["--embed_chunk", str(chunk)]))
     loaded = ViPolyQwenModel.from_pretrained(model)
-    loss = build_loss(loss_args, {}, list(declare_data_types(None)))
+    loss = build_loss(loss_args, {}, list(declare_tasks(None)))
     collate = collator(model)
     trainer = ViPolyQwenTrainer(loaded, args, collate.processor, loss, None, None, collate, collate)
     trainer.current_gradient_accumulation_steps = 1
@@ -130,13 +130,13 @@ def build_trainer(model: Path, chunk: int | None) -> ViPolyQwenTrainer:
 def collator(model: Path) -> MixedBatchCollator:
     """The collator of a model's folder."""
     config = ViPolyQwenConfig.from_pretrained(model)
-    return MixedBatchCollator(ViPolyQwenProcessor.from_pretrained(model, config=config), declare_data_types(None))
+    return MixedBatchCollator(ViPolyQwenProcessor.from_pretrained(model, config=config), declare_tasks(None))
 
 
 def make_batch(model: Path, pairs: int) -> dict[str, Any]:
     """A collated batch of all six tasks in turn, of noise."""
     rng = np.random.default_rng(0)
-    tasks = list(declare_data_types(None))
+    tasks = list(declare_tasks(None))
     return collator(model)([make_pair(number, tasks[number % len(tasks)], rng) for number in range(pairs)])
 
 
@@ -147,7 +147,7 @@ def make_pair(number: int, task: str, rng: np.random.Generator) -> dict[str, Any
     picture = Image.fromarray(rng.integers(0, 256, (56, 56, 3), dtype=np.uint8))
     return {
         "id": str(number),
-        "data_type": task,
+        "task": task,
         "a": "" if task == "audio" else sides[0],
         "b": sides[1],
         "images": [picture] if task in ("ocr", "vqa_single", "vqa_multi") else [],

@@ -7,7 +7,7 @@ import torch
 
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.report import read_rows
 from vipolyqwen.demo.tiny_base import build_tiny_base
@@ -23,8 +23,8 @@ def model_and_batches(corpus: Path, count: int, size: int) -> tuple[ViPolyQwenMo
     sources = [{"path": str(corpus / f"train/{task}.jsonl"), "media_root": str(corpus)} for task in TASKS]
     texts = [row["b"] for source in sources for row in read_rows(Path(source["path"]))]
     model, processor = build_tiny_base(texts, **BASE_SIZES)
-    data_types = declare_data_types(None)
-    pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
-    collate = MixedBatchCollator(processor, data_types)
+    tasks = declare_tasks(None)
+    pairs = load_pairs(sources, tasks, processor.min_audio_samples, check_media=False)
+    collate = MixedBatchCollator(processor, tasks)
     order = list(MixtureSampler(pairs.source_lengths, pairs.source_weights))
     return model, [collate([pairs[row] for row in order[i * size : (i + 1) * size]]) for i in range(count)]

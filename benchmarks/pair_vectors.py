@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import DataType
+from vipolyqwen.data.schema import Task
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.evaluation.metrics import best_ranks, pair_search
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
@@ -37,12 +37,12 @@ class Search:
 
 
 def load_grouped(
-    sources: Sequence[Mapping[str, Any]], group_by: str | None, data_types: Mapping[str, DataType], min_samples: int
+    sources: Sequence[Mapping[str, Any]], group_by: str | None, tasks: Mapping[str, Task], min_samples: int
 ) -> tuple[PairDataset, list[str | None]]:
     """The pairs of a recipe's sources, and each row's value of the column `group_by`."""
     if group_by is not None:  # the one further column that is read of every kind of file
         sources = [{**source, "columns": {**source.get("columns", {}), "group": group_by}} for source in sources]
-    pairs = load_pairs(sources, data_types, min_samples)
+    pairs = load_pairs(sources, tasks, min_samples)
     return pairs, pairs.groups() if group_by is not None else [None] * len(pairs)
 
 

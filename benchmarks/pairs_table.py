@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.evaluation.memory import peak_memory
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -63,16 +63,16 @@ def measure(
     model_args, data, loss, _ = read_arguments([recipe, "--output_dir", "unused", "--report_to", "none"])
     if data.eval_data is None:
         raise ValueError(f"{recipe} has no `eval_data`; name there the held-out pairs to measure.")
-    data_types = declare_data_types(data.data_types)
+    tasks = declare_tasks(data.tasks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ViPolyQwenModel.from_pretrained(name).eval().to(device)
     processor = ViPolyQwenProcessor.from_pretrained(name, config=model.config)
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, model_args.max_length)
-    pairs, groups = load_grouped(data.eval_data, by[0], data_types, processor.min_audio_samples)
-    scales = load_grouped(data.eval_data, by[1], data_types, processor.min_audio_samples)[1]
+    pairs, groups = load_grouped(data.eval_data, by[0], tasks, processor.min_audio_samples)
+    scales = load_grouped(data.eval_data, by[1], tasks, processor.min_audio_samples)[1]
     collator = MixedBatchCollator(
         processor,
-        data_types,
+        tasks,
         prefix_sides=data.prefix_sides,
         prefix_dropout=0.0,
         tasks_without_prefix=data.tasks_without_prefix or (),
@@ -84,7 +84,7 @@ def measure(
     sides_a, sides_b = zip(*pairs.texts(), strict=True)
     grams = TfidfVectorizer(**NGRAMS).fit([*sides_a, *sides_b])
     bags = (grams.transform(sides_a), grams.transform(sides_b))
-    names = list(data_types)
+    names = list(tasks)
     rows = []
     for (task, group), members in cells([names[i] for i in pairs.task_ids], groups).items():
         figures = compare(columns, bags, members, scales, loss.nce_min_score)

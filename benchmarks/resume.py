@@ -86,7 +86,7 @@ def write_run(folder: Path, rows: int) -> Path:
     save_repository(model, processor, folder / "base")
     recipe = {
         "model": str(folder / "base"),
-        "train_data": [{"path": str(folder / "pairs.parquet"), "data_type": "text_pair"}],
+        "train_data": [{"path": str(folder / "pairs.parquet"), "task": "text_pair"}],
         "per_device_train_batch_size": BATCH,
         "max_steps": 1,
         "save_strategy": "no",

@@ -76,7 +76,7 @@ def make_pairs(pairs: int, sharing: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "id": str(number),
-                "data_type": "vqa_single",
+                "task": "vqa_single",
                 "a": " ".join(rng.choice(WORDS, rng.integers(4, 25))),
                 "b": " ".join(rng.choice(WORDS, rng.integers(1, 9))),
                 "images": [picture],

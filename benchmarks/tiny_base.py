@@ -8,13 +8,13 @@ For comparisons on machines without the pretrained backbones. Point the recipe's
 import argparse
 from pathlib import Path
 
-import yaml
 from transformers import set_seed
 
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.publishing.repository import save_repository
+from vipolyqwen.training.arguments import read_recipe
 
 
 def main() -> None:
@@ -29,10 +29,10 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    recipe, output = yaml.safe_load(options.pop("recipe").read_text(encoding="utf-8")), options.pop("output")
+    recipe, output = read_recipe(options.pop("recipe")), options.pop("output")
     set_seed(options.pop("seed"))
-    data_types = declare_data_types(recipe.get("data_types"))
-    pairs = load_pairs(recipe["train_data"], data_types, min_audio_samples=1, check_media=False)
+    tasks = declare_tasks(recipe.get("tasks"))
+    pairs = load_pairs(recipe["train_data"], tasks, min_audio_samples=1, check_media=False)
     model, processor = build_tiny_base((text for row in pairs.texts() for text in row), **options)
     save_repository(model, processor, output)
     print(f"{output}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

@@ -41,7 +41,7 @@ from transformers.utils import logging
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.demo.report import read_rows
 from vipolyqwen.demo.tiny_base import build_tiny_base
@@ -104,7 +104,7 @@ def compare(name: str, corpus: Path, folder: Path, repeats: int) -> dict[str, di
     del model
     write_long_tail(texts, folder / "long_tail.jsonl", pairs_a_step * (steps + 2))
     sources = {
-        "long_tail": [{"path": str(folder / "long_tail.jsonl"), "data_type": "instr"}],
+        "long_tail": [{"path": str(folder / "long_tail.jsonl"), "task": "instr"}],
         "text_and_images": demo_sources(corpus, [task for task in TASKS if task != "audio"]),
         "with_sounds": demo_sources(corpus, TASKS),
     }
@@ -146,11 +146,11 @@ class Contest:
 
     def __init__(self, folder: Path, sources: list[dict[str, Any]], settings: dict[str, int]) -> None:
         self.folder, self.settings = folder, settings
-        data_types = declare_data_types(None)
+        tasks = declare_tasks(None)
         config = ViPolyQwenConfig.from_pretrained(folder / "model")
         processor = ViPolyQwenProcessor.from_pretrained(folder / "model", config=config)
-        self.collator = MixedBatchCollator(processor, data_types, prefix_dropout=1.0)
-        self.pairs = load_pairs(sources, data_types, processor.min_audio_samples, check_media=False)
+        self.collator = MixedBatchCollator(processor, tasks, prefix_dropout=1.0)
+        self.pairs = load_pairs(sources, tasks, processor.min_audio_samples, check_media=False)
         self.arguments = {
             "output_dir": str(folder / "out"),
             "per_device_train_batch_size": settings["pairs_a_step"],
@@ -221,7 +221,7 @@ class Contest:
         given |= {"embed_chunk_tokens": self.tokens_a_forward(), "mask_duplicates": False, "nce_min_score": 0.0}
         _, _, loss_args, args = read_arguments([word for k, v in given.items() for word in (f"--{k}", str(v))])
         model = ViPolyQwenModel.from_pretrained(self.folder / "model")
-        loss = build_loss(loss_args, {}, list(declare_data_types(None)))
+        loss = build_loss(loss_args, {}, list(declare_tasks(None)))
         collator = self.collator
         trainer = ViPolyQwenTrainer(model, args, collator.processor, loss, self.pairs, None, collator, collator)
         return with_clock(trainer)

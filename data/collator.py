@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .schema import MODALITY_PAIRS, DataType
+from .schema import MODALITY_PAIRS, Task
 from .sources import content_key
 
 PREFIX_SIDES = ("a", "both")
@@ -23,19 +23,19 @@ class MixedBatchCollator:
     which epoch it is.
 
     Attributes:
-        processor: the model's processor; it must know the prefix of every data type.
-        data_types: the data types in the order of their task ids.
+        processor: the model's processor; it must know the prefix of every task.
+        tasks: the tasks in the order of their task ids.
         prefix_sides: `"a"` or `"both"`, the sides before which the prefix stands.
         prefix_dropout: probability that a pair goes without its prefix, which trains the general embedding f(x, None);
             0 in evaluation.
-        tasks_without_prefix: data types that never get their prefix (an ablation).
+        tasks_without_prefix: tasks that never get their prefix (an ablation).
         seed: seed of the prefix dropout.
         with_negatives: whether rows' hard negatives are part of the batch; not needed where pairs are only measured.
         extra_parts: message parts of one more row after the pairs, for towers that every batch must pass through.
     """
 
     processor: Any
-    data_types: Mapping[str, DataType]
+    tasks: Mapping[str, Task]
     prefix_sides: str = "a"
     prefix_dropout: float = 0.1
     tasks_without_prefix: Sequence[str] = ()
@@ -49,15 +49,13 @@ class MixedBatchCollator:
         if not 0.0 <= self.prefix_dropout <= 1.0:
             raise ValueError(f"prefix_dropout is {self.prefix_dropout}; a probability is in [0, 1].")
         for name in self.tasks_without_prefix:
-            if name not in self.data_types:
+            if name not in self.tasks:
+                raise ValueError(f"tasks_without_prefix: unknown task {name!r}; known: {', '.join(self.tasks)}.")
+        for name, task in self.tasks.items():
+            if self.processor.task_prefixes.get(name) != task.prefix:
                 raise ValueError(
-                    f"tasks_without_prefix: unknown data type {name!r}; known: {', '.join(self.data_types)}."
-                )
-        for name, data_type in self.data_types.items():
-            if self.processor.task_prefixes.get(name) != data_type.prefix:
-                raise ValueError(
-                    f"The processor knows no prefix {data_type.prefix!r} of {name!r}; call "
-                    f"`processor.add_task({name!r}, {data_type.prefix!r})` first."
+                    f"The processor knows no prefix {task.prefix!r} of {name!r}; call "
+                    f"`processor.add_task({name!r}, {task.prefix!r})` first."
                 )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class MixedBatchCollator:
             negatives are N rows after the sides b, with `negative_owners` (N,) long, the pair of each, and
             `negative_keys` (N,) long; `extra_parts` are one row more after those.
         """
-        prefixes = self._prefixes([row["id"] for row in rows], [row["data_type"] for row in rows])
+        prefixes = self._prefixes([row["id"] for row in rows], [row["task"] for row in rows])
         on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
         conversations = [
             *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
@@ -89,7 +87,7 @@ class MixedBatchCollator:
                 conversations, tokenize=True, return_dict=True, return_tensors="pt", plain_text=True
             )
         )
-        task_ids = {name: task_id for task_id, name in enumerate(self.data_types)}
+        task_ids = {name: task_id for task_id, name in enumerate(self.tasks)}
         images = [
             [part["image"] for part in turns[-1]["content"] if part["type"] == "image"] for turns in conversations
         ]
@@ -101,7 +99,7 @@ class MixedBatchCollator:
             **batch,
             "images_per_row": images_per_row,
             "has_image": images_per_row > 0,
-            "data_type": _long([task_ids[row["data_type"]] for row in rows]),
+            "data_type": _long([task_ids[row["task"]] for row in rows]),
             "similarity_scores": torch.tensor(scores, dtype=torch.float32),
             "a_keys": _long([row["a_key"] for row in rows]),
             "b_keys": _long([row["b_key"] for row in rows]),
@@ -112,16 +110,16 @@ class MixedBatchCollator:
             "ids": [row["id"] for row in rows],
         }
 
-    def _prefixes(self, ids: list[str], data_types: list[str]) -> list[str | None]:
+    def _prefixes(self, ids: list[str], tasks: list[str]) -> list[str | None]:
         """The prefix of each pair, `None` where it is dropped."""
         batch = hashlib.blake2b(repr((self.seed, ids)).encode(), digest_size=16)
         prefixes: list[str | None] = []
-        for place, name in enumerate(data_types):
+        for place, name in enumerate(tasks):
             drawn = batch.copy()
             drawn.update(place.to_bytes(8))
             uniform = int.from_bytes(drawn.digest()[:8]) / 2**64  # in [0, 1)
             dropped = uniform < self.prefix_dropout or name in self.tasks_without_prefix
-            prefixes.append(None if dropped else self.data_types[name].prefix)
+            prefixes.append(None if dropped else self.tasks[name].prefix)
         return prefixes
 
 

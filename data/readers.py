@@ -1,7 +1,6 @@
 """One entry of a recipe's data: which files it names, and what their records say in the terms of the schema."""
 
 import csv
-import difflib
 import glob
 import hashlib
 import json
@@ -17,7 +16,8 @@ import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 
-from .schema import COLUMNS, DataType, Place, Row, RowError, canonical_data_type, clean_row
+from .names import did_you_mean, rename_old_keys
+from .schema import COLUMNS, Place, Row, RowError, Task, canonical_task, clean_row
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
@@ -29,7 +29,7 @@ CODE = hashlib.blake2b(
 
 TEXT_FEATURES = datasets.Features(
     {
-        **{name: datasets.Value("string") for name in ("id", "data_type", "a", "b", "group")},
+        **{name: datasets.Value("string") for name in ("id", "task", "task_column", "a", "b", "group")},
         "images": datasets.List(datasets.Value("string")),
         "negatives": datasets.List(datasets.Value("string")),
         "audio": {
@@ -50,9 +50,9 @@ class SourceConfig:
     Attributes:
         path: a .jsonl, .json, .csv, .parquet or .arrow file, a glob or a folder of them, a folder written by
             `save_to_disk`, or the id of a Hub dataset.
-        data_type: the data type of all rows; or
-        data_type_column: the column that holds each row's (`data_type` if neither is given).
-        map: value of that column -> data type; a value that is a data type already needs no entry.
+        task: the task of all rows; or
+        task_column: the column that holds each row's (`task`, or `data_type`, if neither is given).
+        map: value of that column -> task; a value that is a task already needs no entry.
         columns: a, b, images, audio, score, id, group, negatives -> the user's column (default: the same name; null:
             none). Rows of one group are no negatives of each other; negatives are texts that are wrong answers.
         media_root: folder of relative media paths (default: the folder of the file that names them).
@@ -63,8 +63,8 @@ class SourceConfig:
     """
 
     path: str
-    data_type: str | None = None
-    data_type_column: str | None = None
+    task: str | None = None
+    task_column: str | None = None
     map: dict[str, str] = field(default_factory=dict)
     columns: dict[str, str | None] = field(default_factory=dict)
     media_root: str | None = None
@@ -74,15 +74,14 @@ class SourceConfig:
     image_placeholder: str = "<image>"
 
     def __post_init__(self) -> None:
-        if self.data_type is not None and (self.data_type_column is not None or self.map):
+        if self.task is not None and (self.task_column is not None or self.map):
             raise ValueError(
-                f"{self.path}: `data_type: {self.data_type}` fixes the data type of all rows; drop it, or "
-                "`data_type_column` and `map`."
+                f"{self.path}: `task: {self.task}` fixes the task of all rows; drop it, or `task_column` and `map`."
             )
         for name in ("map", "columns"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{self.path}: `{name}` is {getattr(self, name)!r}; write {{NAME: NAME, …}}.")
-        _check_keys(self.columns, [name for name in COLUMNS if name != "data_type"], f"{self.path}: columns")
+        _check_keys(self.columns, [name for name in COLUMNS if name != "task"], f"{self.path}: columns")
         is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not is_number or not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: the weight is {self.weight!r}; it must be above 0 (or drop the source).")
@@ -92,7 +91,9 @@ class SourceConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":
         """Reads an entry of a recipe; an unknown key is an error that suggests the nearest known one."""
-        _check_keys(values, [field.name for field in fields(cls)], str(values.get("path", "a data source")))
+        where = str(values.get("path", "a data source"))
+        values = rename_old_keys(values, where)
+        _check_keys(values, [field.name for field in fields(cls)], where)
         if "path" not in values:
             raise ValueError(f"A data source has no `path`: {dict(values)}; name a file, a folder or a Hub dataset.")
         given = {key: value for key, value in values.items() if value is not None}
@@ -100,28 +101,38 @@ class SourceConfig:
             given["map"] = {str(key): value for key, value in given["map"].items()}  # YAML reads 1 as a number
         return cls(**given)
 
-    def column_names(self) -> dict[str, str]:
-        """Column of the schema -> the user's column."""
-        names = {name: self.columns.get(name, name) for name in COLUMNS if name != "data_type"}
-        if self.data_type is None:
-            names["data_type"] = self.data_type_column or "data_type"
+    def column_names(self, existing: Iterable[str] = ()) -> dict[str, str]:
+        """Maps each column of the schema to the user's, in a file (or record) with the `existing` columns."""
+        names = {name: self.columns.get(name, name) for name in COLUMNS if name != "task"}
+        if self.task is None:
+            names["task"] = self.task_column or self._default_task_column(existing)
         return {name: column for name, column in names.items() if column is not None}
 
-    def check_columns(self, existing: Iterable[str], data_types: Mapping[str, DataType], file: str) -> None:
+    def _default_task_column(self, existing: Iterable[str]) -> str:
+        found = {"task", "data_type"} & set(existing) - set(self.columns.values())
+        if len(found) == 2:
+            raise ValueError(
+                f"{self.path}: the columns 'task' and 'data_type' can both hold the tasks; choose one with "
+                "`task_column: NAME`."
+            )
+        return found.pop() if found else "task"
+
+    def check_columns(self, existing: Iterable[str], tasks: Mapping[str, Task], file: str) -> None:
         """Checks that a file has the columns that are named or that its rows cannot do without."""
-        names, existing = self.column_names(), set(existing)
+        existing = set(existing)
+        names = self.column_names(existing)
         required = {name for name, column in self.columns.items() if column is not None} | {"b"}
-        if self.data_type is None:
-            required.add("data_type")
+        if self.task is None:
+            required.add("task")
         else:
-            data_type = data_types[canonical_data_type(self.data_type)]
-            needs = {"score": data_type.needs_score, "images": data_type.needs_image, "audio": data_type.needs_audio}
+            task = tasks[canonical_task(self.task)]
+            needs = {"score": task.needs_score, "images": task.needs_image, "audio": task.needs_audio}
             required.update(name for name, needed in needs.items() if needed)
         if not existing & {names.get("images"), names.get("audio")}:
             required.add("a")
         for name in sorted(required):
             if names.get(name) not in existing:
-                remedy = "data_type_column: NAME" if name == "data_type" else f"columns: {{{name}: NAME}}"
+                remedy = "task_column: NAME" if name == "task" else f"columns: {{{name}: NAME}}"
                 raise ValueError(
                     f"{file}: the column {names.get(name, name)!r} is missing; the file has {sorted(existing)}. "
                     f"Say where it is with `{remedy}`."
@@ -140,27 +151,30 @@ class RowReader:
     def read(self, record: Mapping[str, Any], index: int) -> tuple[Row, Place]:
         """The row of `record`, the table's record number `index`, and the place to name if it is wrong."""
         values = {name: record[column] for name, column in self.columns.items()}
-        place = _place(self.source, self.file, record.get("line", index + 1), values.get("id"))
+        existing = [record["task_column"]] if "task_column" in record else record
+        place = _place(self.source, self.file, record.get("line", index + 1), values.get("id"), existing)
         row = clean_row(values, place, self.root)
-        data_type = self.source.data_type or row.data_type
-        row.data_type = canonical_data_type(self.source.map.get(data_type, data_type))
+        task = self.source.task or row.task
+        row.task = canonical_task(self.source.map.get(task, task))
         return row, place
 
 
-def read_source(
-    source: SourceConfig, data_types: Mapping[str, DataType]
-) -> Iterator[tuple[datasets.Dataset, RowReader]]:
+def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[datasets.Dataset, RowReader]]:
     """The table and the reader of each file of a source."""
     for file in _find_files(source) or [source.path]:
         if Path(file).suffix in TEXT_READERS:
-            table = _convert_text_file(file, source, data_types)
+            table = _convert_text_file(file, source, tasks)
             columns = {name: name for name in COLUMNS}
         else:
             try:
-                table = _open_table(file, source, data_types)
+                table = _open_table(file, source, tasks)
             except pyarrow.ArrowInvalid as error:
                 raise ValueError(f"{file}: this cannot be read as a table: {error}. Write it anew.") from error
-            columns = {name: column for name, column in source.column_names().items() if column in table.column_names}
+            columns = {
+                name: column
+                for name, column in source.column_names(table.column_names).items()
+                if column in table.column_names
+            }
         if len(table) == 0:
             raise _no_rows(file)
         root = source.media_root or (os.path.dirname(file) if os.path.isfile(file) else "")
@@ -174,9 +188,7 @@ def _no_rows(file: str) -> ValueError:
 def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:
     for key in given:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{hint}")
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
 
 
 def _find_files(source: SourceConfig) -> list[str]:
@@ -214,17 +226,17 @@ def _of_split(files: list[str], source: SourceConfig) -> list[str]:
     return chosen
 
 
-def _open_table(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> datasets.Dataset:
+def _open_table(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> datasets.Dataset:
     """Opens what is a table already and keeps the columns that are used."""
     suffix = Path(file).suffix
-    columns = set(source.column_names().values())
     if suffix == ".parquet":  # only the columns that are used are converted
         with pyarrow.parquet.ParquetFile(file) as opened:
             existing, rows = opened.schema_arrow.names, opened.metadata.num_rows
-        source.check_columns(existing, data_types, file)
+        source.check_columns(existing, tasks, file)
         if rows == 0:  # `datasets` cannot load it
             raise _no_rows(file)
-        columns = [name for name in existing if name in columns]
+        used = source.column_names(existing).values()
+        columns = [name for name in existing if name in used]
         return datasets.load_dataset("parquet", data_files=glob.escape(file), split="train", columns=columns)
     if suffix == ".arrow":
         table = datasets.Dataset.from_file(file)
@@ -232,8 +244,9 @@ def _open_table(file: str, source: SourceConfig, data_types: Mapping[str, DataTy
         table = _load_saved(file, source)
     else:
         table = _load_from_hub(source)
-    source.check_columns(table.column_names, data_types, file)
-    return table.select_columns([name for name in table.column_names if name in columns])
+    source.check_columns(table.column_names, tasks, file)
+    used = source.column_names(table.column_names).values()
+    return table.select_columns([name for name in table.column_names if name in used])
 
 
 def _load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
@@ -255,19 +268,19 @@ def _load_from_hub(source: SourceConfig) -> datasets.Dataset:
         ) from error
 
 
-def _convert_text_file(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> datasets.Dataset:
+def _convert_text_file(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> datasets.Dataset:
     """Converts JSONL, JSON or CSV to a table of the schema, once for each state of the file.
 
     The stock readers infer a type for every column and fail where an unused one is of mixed types.
     """
     state = os.stat(file)
-    used = (os.path.abspath(file), state.st_size, state.st_mtime_ns, source.column_names(), source.data_type)
-    fingerprint = hashlib.blake2b(repr((*used, dict(data_types), CODE)).encode(), digest_size=16).hexdigest()
+    used = (os.path.abspath(file), state.st_size, state.st_mtime_ns, source.column_names(), source.task)
+    fingerprint = hashlib.blake2b(repr((*used, dict(tasks), CODE)).encode(), digest_size=16).hexdigest()
     try:
         return datasets.Dataset.from_generator(
             _text_rows,
             features=TEXT_FEATURES,
-            gen_kwargs={"file": file, "source": source, "data_types": data_types},
+            gen_kwargs={"file": file, "source": source, "tasks": tasks},
             fingerprint=fingerprint,
         )
     except DatasetGenerationError as error:
@@ -276,13 +289,14 @@ def _convert_text_file(file: str, source: SourceConfig, data_types: Mapping[str,
         raise
 
 
-def _text_rows(file: str, source: SourceConfig, data_types: Mapping[str, DataType]) -> Iterator[dict[str, Any]]:
-    """The rows of a text file as `TEXT_FEATURES` has them, data types and paths as they are written."""
-    names, existing = source.column_names(), {}
+def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
+    """The rows of a text file as `TEXT_FEATURES` has them, tasks and paths as they are written."""
+    existing: dict[str, None] = {}
     for line, record in TEXT_READERS[Path(file).suffix](file):
         existing.update(dict.fromkeys(record))
+        names = source.column_names(record)
         values = {name: record.get(column) for name, column in names.items()}
-        row = clean_row(values, _place(source, file, line, values.get("id")))
+        row = clean_row(values, _place(source, file, line, values.get("id"), record))
         audio = row.audio if isinstance(row.audio, dict) else {"path": row.audio}
         stored = {"path": None, "array": None, "sampling_rate": None, **audio}
         yield {
@@ -290,15 +304,16 @@ def _text_rows(file: str, source: SourceConfig, data_types: Mapping[str, DataTyp
             "id": None if values.get("id") is None else str(values["id"]),
             "audio": None if row.audio is None else stored,
             "line": line,
+            "task_column": names.get("task"),
         }
     if existing:
-        source.check_columns(existing, data_types, file)
+        source.check_columns(existing, tasks, file)
     else:
         raise _no_rows(file)
 
 
-def _place(source: SourceConfig, file: str, row: int, row_id: Any) -> Place:
-    return Place(file, row, None if row_id is None else str(row_id), source.column_names())
+def _place(source: SourceConfig, file: str, row: int, row_id: Any, existing: Iterable[str]) -> Place:
+    return Place(file, row, None if row_id is None else str(row_id), source.column_names(existing))
 
 
 def _json_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What a pair is: the data types, the columns of a row, and everything that can be wrong with one."""
+"""What a pair is: the tasks, the columns of a row, and everything that can be wrong with one."""
 
 import io
 import math
@@ -14,21 +14,21 @@ from PIL import Image
 from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_complete, load_audio
 from ..processing_vipolyqwen import TASK_PREFIXES
 
-COLUMNS = ("id", "data_type", "a", "b", "images", "audio", "score", "group", "negatives")
+COLUMNS = ("id", "task", "a", "b", "images", "audio", "score", "group", "negatives")
 MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; a sound beside other parts counts
-DATA_TYPE_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
+TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 PREFIX_PATTERN = re.compile(r"<\w+>")
 
 
-def canonical_data_type(name: str) -> str:
-    """Name of a data type as this repository writes it; the STW paper's names (§3.1.1) are aliases."""
-    return DATA_TYPE_ALIASES.get(name, name)
+def canonical_task(name: str) -> str:
+    """Returns the name of a task as this repository writes it; the STW paper's names (§3.1.1) are aliases."""
+    return TASK_ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)
-class DataType:
-    """A kind of pair: the prefix token that stands before it and what its rows must have besides text."""
+class Task:
+    """A kind of pairs: the prefix token that stands before them and what each must have besides text."""
 
     name: str
     prefix: str
@@ -39,16 +39,16 @@ class DataType:
     def __post_init__(self) -> None:
         if not isinstance(self.prefix, str) or not PREFIX_PATTERN.fullmatch(self.prefix):
             raise ValueError(
-                f"data_types.{self.name}: the prefix is {self.prefix!r}; write one word in angle brackets, "
+                f"tasks.{self.name}: the prefix is {self.prefix!r}; write one word in angle brackets, "
                 f"such as '<{self.name}>'."
             )
         for need in ("needs_score", "needs_image", "needs_audio"):
             if not isinstance(getattr(self, need), bool):
-                raise ValueError(f"data_types.{self.name}.{need} is {getattr(self, need)!r}; write true or false.")
+                raise ValueError(f"tasks.{self.name}.{need} is {getattr(self, need)!r}; write true or false.")
 
 
-DATA_TYPES = {
-    name: DataType(
+TASKS = {
+    name: Task(
         name,
         prefix,
         needs_score=name == "text_pair",
@@ -59,29 +59,29 @@ DATA_TYPES = {
 }
 
 
-def declare_data_types(declared: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, DataType]:
-    """The six data types and those that a recipe declares; a type's place in the result is its task id.
+def declare_tasks(declared: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Task]:
+    """Returns the six tasks and those that a recipe declares; a task's place in the result is its task id.
 
     Args:
         declared: name -> `{prefix, needs_score, needs_image, needs_audio, loss}`; `loss` is for the loss to read.
     """
-    data_types = dict(DATA_TYPES)
-    known = [field.name for field in fields(DataType) if field.name != "name"]
+    tasks = dict(TASKS)
+    known = [field.name for field in fields(Task) if field.name != "name"]
     for name, settings in (declared or {}).items():
-        if canonical_data_type(name) in data_types:
-            raise ValueError(f"data_types.{name}: there is a data type of this name already; choose another name.")
+        if canonical_task(name) in tasks:
+            raise ValueError(f"tasks.{name}: a task of this name exists already; choose another name.")
         if unknown := sorted(set(settings) - {*known, "loss"}):
-            raise ValueError(f"data_types.{name} has unknown keys {unknown}; known: {[*known, 'loss']}.")
+            raise ValueError(f"tasks.{name} has unknown keys {unknown}; known: {[*known, 'loss']}.")
         if "prefix" not in settings:
-            raise ValueError(f"data_types.{name} has no prefix; add one, such as prefix: '<{name}>'.")
-        data_type = DataType(name, **{key: value for key, value in settings.items() if key != "loss"})
-        for other in data_types.values():
-            if other.prefix == data_type.prefix:
+            raise ValueError(f"tasks.{name} has no prefix; add one, such as prefix: '<{name}>'.")
+        task = Task(name, **{key: value for key, value in settings.items() if key != "loss"})
+        for other in tasks.values():
+            if other.prefix == task.prefix:
                 raise ValueError(
-                    f"data_types.{name}: the prefix {data_type.prefix!r} is that of {other.name}; choose another one."
+                    f"tasks.{name}: the prefix {task.prefix!r} is that of {other.name}; choose another one."
                 )
-        data_types[name] = data_type
-    return data_types
+        tasks[name] = task
+    return tasks
 
 
 class RowError(ValueError):
@@ -109,7 +109,7 @@ class Row:
     """One pair. An image or a sound is a path, the bytes of a file, or samples as `{"array", "sampling_rate"}`."""
 
     id: str
-    data_type: str
+    task: str
     a: str
     b: str
     images: list[str | bytes]
@@ -130,10 +130,10 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     Raises:
         RowError: a value is of a kind that cannot be brought to its type.
     """
-    data_type, group = record.get("data_type"), record.get("group")
+    task, group = record.get("task"), record.get("group")
     return Row(
         id=place.id or f"{os.path.basename(place.file)}:{place.row}",
-        data_type="" if data_type is None else str(data_type),
+        task="" if task is None else str(task),
         a=_clean_text("a", record.get("a"), place),
         b=_clean_text("b", record.get("b"), place),
         images=_clean_images(record.get("images"), place, root),
@@ -144,30 +144,29 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     )
 
 
-def check_row(row: Row, data_types: Mapping[str, DataType], place: Place, image_placeholder: str) -> None:
-    """Checks what can be known without opening a file: data type, score, texts, and what the data type needs.
+def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placeholder: str) -> None:
+    """Checks what can be known without opening a file: task, score, texts, and what the task needs.
 
     Raises:
         RowError: the first thing that is wrong.
     """
-    if row.data_type not in data_types:
+    if row.task not in tasks:
         raise place.error(
-            "data_type",
-            row.data_type,
-            f"this is no data type; known: {', '.join(data_types)}. Give it one with `map`, or declare it in "
-            "`data_types`.",
+            "task",
+            row.task,
+            f"this task is unknown; known: {', '.join(tasks)}. Translate it with `map`, or declare it in `tasks`.",
         )
-    data_type = data_types[row.data_type]
-    _check_score(row, data_type, place)
+    task = tasks[row.task]
+    _check_score(row, task, place)
     has_a = bool(row.a.strip() or row.images or row.audio is not None)
     if not has_a and not row.b.strip():
         raise place.error("a", row.a, "the text is empty on both sides; fill it in or drop the row.")
     if not row.b.strip():
         raise place.error("b", row.b, "side b has no text; fill it in or drop the row.")
-    if data_type.needs_image and not row.images:
-        raise place.error("images", row.images, f"{row.data_type} needs an image; name one or change the data type.")
-    if data_type.needs_audio and row.audio is None:
-        raise place.error("audio", row.audio, f"{row.data_type} needs a sound; name one or change the data type.")
+    if task.needs_image and not row.images:
+        raise place.error("images", row.images, f"{row.task} needs an image; name one or change the task.")
+    if task.needs_audio and row.audio is None:
+        raise place.error("audio", row.audio, f"{row.task} needs a sound; name one or change the task.")
     if not has_a:
         raise place.error("a", row.a, "side a has no text, image or sound; fill it in or drop the row.")
     if any(not text.strip() or text == row.b for text in row.negatives):
@@ -284,10 +283,10 @@ def _clean_score(value: Any, place: Place) -> float | None:
         raise place.error("score", value, "a number in [0, 1] is expected.") from error
 
 
-def _check_score(row: Row, data_type: DataType, place: Place) -> None:
+def _check_score(row: Row, task: Task, place: Place) -> None:
     if row.score is None:
-        if data_type.needs_score:
-            raise place.error("score", None, f"{row.data_type} needs a score in [0, 1]; fill it in or drop the row.")
+        if task.needs_score:
+            raise place.error("score", None, f"{row.task} needs a score in [0, 1]; fill it in or drop the row.")
     elif not 0.0 <= row.score <= 1.0:
         raise place.error(
             "score",

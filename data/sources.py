@@ -15,7 +15,7 @@ import torch
 
 from ..media_vipolyqwen import load_audio, load_image
 from .readers import CODE, RowReader, SourceConfig, read_source
-from .schema import DataType, Place, Row, canonical_data_type, check_media, check_row, show_media
+from .schema import Place, Row, Task, canonical_task, check_media, check_row, show_media
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class RowChecker:
     """Checks a batch of records; `Dataset.map` caches its result under a hash of these fields."""
 
     reader: RowReader
-    data_types: dict[str, DataType]
+    tasks: dict[str, Task]
     min_audio_samples: int
     check_media: bool
     code: str = CODE
 
     def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
         """The task ids of the rows, or a `RowError`."""
-        task_ids = list(self.data_types)
+        task_ids = list(self.tasks)
         checked = []
         for index, record in zip(indices, table.to_pylist(), strict=True):
             row, place = self.reader.read(record, index)
-            check_row(row, self.data_types, place, self.reader.source.image_placeholder)
+            check_row(row, self.tasks, place, self.reader.source.image_placeholder)
             check_media(row, place, self.min_audio_samples, self.check_media)
-            checked.append(task_ids.index(row.data_type))
-        return {"data_type": checked}
+            checked.append(task_ids.index(row.task))
+        return {"task": checked}
 
 
 @dataclass
@@ -60,14 +60,12 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         sources: the recipe's entries.
         pieces: the checked files of each source.
-        data_types: the data types in the order of their task ids.
+        tasks: the tasks in the order of their task ids.
     """
 
-    def __init__(
-        self, sources: list[SourceConfig], pieces: list[list[Piece]], data_types: Mapping[str, DataType]
-    ) -> None:
+    def __init__(self, sources: list[SourceConfig], pieces: list[list[Piece]], tasks: Mapping[str, Task]) -> None:
         self.sources = sources
-        self.data_types = dict(data_types)
+        self.tasks = dict(tasks)
         self.pieces = [piece for of_source in pieces for piece in of_source]
         self.piece_sources = [index for index, of_source in enumerate(pieces) for _ in of_source]
         self.source_lengths = [sum(len(piece.table) for piece in of_source) for of_source in pieces]
@@ -82,7 +80,7 @@ class PairDataset(torch.utils.data.Dataset):
         """One pair with its media decoded.
 
         Returns:
-            `id`, `data_type`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
+            `id`, `task`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
             (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `score` (or `None`), `group`
             (or `None`), `negatives` (list of texts), `source` (index of the recipe's entry), `a_key`, `b_key`
             (`content_key` of each side).
@@ -95,7 +93,7 @@ class PairDataset(torch.utils.data.Dataset):
         audio = _read_file(row.audio, "audio", place) if isinstance(row.audio, str) else row.audio
         return {
             "id": row.id,
-            "data_type": row.data_type,
+            "task": row.task,
             "a": row.a,
             "b": row.b,
             "images": [
@@ -112,10 +110,10 @@ class PairDataset(torch.utils.data.Dataset):
             "b_key": content_key(row.b),
         }
 
-    def data_type_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
-        """Number of rows of each data type that occurs in the rows [first, last)."""
+    def task_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
+        """Counts the rows of each task that occurs in the rows [first, last)."""
         task_ids = self.task_ids[first:last]
-        counts = {name: int(np.count_nonzero(task_ids == number)) for number, name in enumerate(self.data_types)}
+        counts = {name: int(np.count_nonzero(task_ids == number)) for number, name in enumerate(self.tasks)}
         return {name: count for name, count in counts.items() if count}
 
     def texts(self) -> Iterator[tuple[str, str]]:
@@ -153,7 +151,7 @@ class PairDataset(torch.utils.data.Dataset):
 
 def load_pairs(
     configs: Sequence[Mapping[str, Any]],
-    data_types: Mapping[str, DataType],
+    tasks: Mapping[str, Task],
     min_audio_samples: int,
     check_media: bool = True,
     without_tasks: Collection[str] = (),
@@ -165,10 +163,10 @@ def load_pairs(
 
     Args:
         configs: the recipe's entries, see `SourceConfig`.
-        data_types: the data types in the order of their task ids, from `declare_data_types`.
+        tasks: the tasks in the order of their task ids, from `declare_data_types`.
         min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
         check_media: whether to open every image and sound as far as its header.
-        without_tasks: data types whose rows are left out, after they were checked.
+        without_tasks: tasks whose rows are left out, after they were checked.
 
     Raises:
         RowError: a row that cannot be used.
@@ -179,34 +177,34 @@ def load_pairs(
     sources = [SourceConfig.from_dict(config) for config in configs]
     pieces = []
     for source in sources:
-        _check_data_types(source, data_types)
+        _check_tasks(source, tasks)
         pieces.append([])
-        for table, reader in read_source(source, data_types):
-            checker = RowChecker(reader, dict(data_types), min_audio_samples, check_media)
+        for table, reader in read_source(source, tasks):
+            checker = RowChecker(reader, dict(tasks), min_audio_samples, check_media)
             pieces[-1].append(Piece(table, reader, _check_rows(table, checker)))
     if without_tasks:
-        sources, pieces = _leave_out(without_tasks, sources, pieces, data_types)
-    return PairDataset(sources, pieces, data_types)
+        sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
+    return PairDataset(sources, pieces, tasks)
 
 
 def _leave_out(
-    tasks: Collection[str],
+    left_out: Collection[str],
     sources: list[SourceConfig],
     pieces: list[list[Piece]],
-    data_types: Mapping[str, DataType],
+    tasks: Mapping[str, Task],
 ) -> tuple[list[SourceConfig], list[list[Piece]]]:
-    """Sources and pieces without the rows of some data types; what is empty then goes too."""
-    names = list(data_types)
-    for task in tasks:
+    """Sources and pieces without the rows of some tasks; what is empty then goes too."""
+    names = list(tasks)
+    for task in left_out:
         if task not in names:
-            raise ValueError(f"without_tasks: unknown data type {task!r}; known: {', '.join(names)}.")
-    numbers = [names.index(task) for task in tasks]
+            raise ValueError(f"without_tasks: unknown task {task!r}; known: {', '.join(names)}.")
+    numbers = [names.index(task) for task in left_out]
     kept = [
         [piece.only(rows) for piece in of_source if len(rows := np.flatnonzero(~np.isin(piece.task_ids, numbers)))]
         for of_source in pieces
     ]
     if not any(kept):
-        raise ValueError(f"without_tasks: no row is left without {', '.join(tasks)}; leave fewer out.")
+        raise ValueError(f"without_tasks: no row is left without {', '.join(left_out)}; leave fewer out.")
     left = [number for number, of_source in enumerate(kept) if of_source]
     return [sources[number] for number in left], [kept[number] for number in left]
 
@@ -220,12 +218,12 @@ def content_key(text: str, media: Sequence[bytes] = ()) -> int:
     return int.from_bytes(digest.digest(), signed=True)
 
 
-def _check_data_types(source: SourceConfig, data_types: Mapping[str, DataType]) -> None:
-    for name in [*source.map.values()] if source.data_type is None else [source.data_type]:
-        if canonical_data_type(name) not in data_types:
+def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
+    for name in [*source.map.values()] if source.task is None else [source.task]:
+        if canonical_task(name) not in tasks:
             raise ValueError(
-                f"{source.path}: unknown data type {name!r}; known: {', '.join(data_types)}. "
-                "Correct it, or declare it in `data_types`."
+                f"{source.path}: unknown task {name!r}; known: {', '.join(tasks)}. "
+                "Correct it, or declare it in `tasks`."
             )
 
 
@@ -237,10 +235,10 @@ def _check_rows(table: datasets.Dataset, checker: RowChecker) -> np.ndarray:
         batch_size=256,
         with_indices=True,
         remove_columns=table.column_names,
-        features=datasets.Features({"data_type": datasets.Value("int16")}),
+        features=datasets.Features({"task": datasets.Value("int16")}),
         desc=f"Checking {checker.reader.file}",
     )
-    return checked.with_format("arrow")[:]["data_type"].to_numpy()  # numpy's format would widen it to int64
+    return checked.with_format("arrow")[:]["task"].to_numpy()  # numpy's format would widen it to int64
 
 
 def _read_file(source: str | bytes, column: str, place: Place) -> bytes:

@@ -105,7 +105,7 @@ def task_metrics(embedder: SentenceTransformer, rows: list[dict], corpus: Path) 
     """Retrieval of side b by side a with the task's prompt, for each task's held-out pairs that belong together."""
     metrics = {}
     for task in TASKS:
-        pairs = [row for row in rows if row["data_type"] == task and row["score"] in (None, 1.0)]
+        pairs = [row for row in rows if row["task"] == task and row["score"] in (None, 1.0)]
         sides_a = [side_a(row, corpus) for row in pairs]
         a = embedder.encode(sides_a, prompt_name=task, convert_to_tensor=True).cpu()
         b = embedder.encode([row["b"] for row in pairs], convert_to_tensor=True).cpu()

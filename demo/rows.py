@@ -86,7 +86,7 @@ class Draft:
         """The finished row; `scene` is what b tells of."""
         return {
             "id": self.id,
-            "data_type": task,
+            "task": task,
             "a": a,
             "b": b,
             "images": [medium.path for medium in media if medium.kind != "speech"],

@@ -108,7 +108,7 @@ def trimodal_row(draft: Draft) -> Built:
 
 
 def caption_row(row: Row, seed: int) -> Built:
-    """The drawing of a vqa_single row with a description in place of the question: a data type the recipe declares."""
+    """The drawing of a vqa_single row with a description in place of the question: a task that the recipe declares."""
     template = int(generator(seed, f"{row['id']}/caption").integers(3))
     caption = describe(Scene.from_code(row["scene"]), row["language"], template)
     kept = {name: row[name] for name in ("id", "language", "scene")}

@@ -2,7 +2,7 @@
 
 An entry of a suite names a kind, a name and a source of pairs with the keys of a training recipe:
 
-    {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   one task for each data type: a finds b
+    {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   one for each task: a finds b
     {task: retrieval, name: Captions, path: dev.jsonl, data_type: image_caption, both_directions: true}
     {task: sts, name: ViSTS, path: vists.csv, columns: {a: sentence1, b: sentence2, score: similarity}}
     {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images: image, audio: audio}}
@@ -24,7 +24,7 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from ..data.readers import SourceConfig
-from ..data.schema import DataType, Row
+from ..data.schema import Row, Task
 from ..data.sources import load_pairs
 from .search import MIN_AUDIO_SAMPLES, Side
 
@@ -95,13 +95,13 @@ def _best_rank(found: Mapping[str, float], relevant: Mapping[str, int]) -> int:
     return 1 + next(rank for rank, document in enumerate(ordered) if document in relevant)
 
 
-def custom_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -> list[AbsTask]:
+def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[AbsTask]:
     """The tasks of one entry of a suite.
 
     Args:
-        entry: `task` (of `KINDS`), `name`, `languages` (default: several), `only` (data types; default: all),
+        entry: `task` (of `KINDS`), `name`, `languages` (default: several), `only` (tasks of the rows; default: all),
             `both_directions` (retrieval), `query` (pages: a or b), and the keys of a training recipe's source.
-        data_types: the data types in the order of their task ids.
+        tasks: the tasks of pairs in the order of their task ids.
 
     Raises:
         FileNotFoundError: a file of the source is not there.
@@ -110,13 +110,13 @@ def custom_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -
     entry = dict(entry)
     kind, name = entry.pop("task"), entry.pop("name")
     settings = {key: entry.pop(key) for key in SETTINGS if key in entry}
-    if kind in DEFAULT_TYPES and not {"data_type", "data_type_column", "only"} & set(entry):
-        entry["data_type"] = DEFAULT_TYPES[kind]
+    if kind in DEFAULT_TYPES and not {"data_type", "data_type_column", "task_column", "only"} & set(entry):
+        entry["task"] = DEFAULT_TYPES[kind]
     only = entry.pop("only", None)
-    pairs = load_pairs([entry], data_types, MIN_AUDIO_SAMPLES)
-    rows = [row for row in map(pairs.row, range(len(pairs))) if only is None or row.data_type in only]
+    pairs = load_pairs([entry], tasks, MIN_AUDIO_SAMPLES)
+    rows = [row for row in map(pairs.row, range(len(pairs))) if only is None or row.task in only]
     if not rows:
-        raise ValueError(f"{name}: {entry['path']} has no rows of {only}; it has {pairs.data_type_counts()}.")
+        raise ValueError(f"{name}: {entry['path']} has no rows of {only}; it has {pairs.task_counts()}.")
     placeholder = pairs.sources[0].image_placeholder
     return KINDS[kind](name, rows, placeholder, **settings)
 
@@ -124,23 +124,23 @@ def custom_tasks(entry: Mapping[str, Any], data_types: Mapping[str, DataType]) -
 def answer_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, both_directions: bool = False
 ) -> list[AbsTask]:
-    """For each data type: side a, with the prompt of its data type, finds side b; and the reverse, if asked for.
+    """For each task of the pairs: side a, with the prompt of that task, finds side b; and the reverse, if asked for.
 
     Sides a of other modalities, such as a picture with and one without a question, make another task.
     """
     kinds: dict[str, dict[tuple[str, ...], list[Row]]] = {}
     for row in rows:
-        kinds.setdefault(row.data_type, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
+        kinds.setdefault(row.task, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
     tasks = []
-    for data_type, of_type in kinds.items():
+    for task, of_type in kinds.items():
         for modalities, own in of_type.items():
-            label = f"{name}-{data_type}" + (f"-{'+'.join(modalities)}" if len(of_type) > 1 else "")
+            label = f"{name}-{task}" + (f"-{'+'.join(modalities)}" if len(of_type) > 1 else "")
             sides = [(_side_a(row, placeholder), Side(row.b)) for row in own]
             relevant = [row.score is None or row.score >= MIN_SCORE for row in own]
-            tasks.append(retrieval_task(label, sides, relevant, {"query": data_type, "document": None}, languages))
+            tasks.append(retrieval_task(label, sides, relevant, {"query": task, "document": None}, languages))
             if both_directions:
                 reverse = [(b, a) for a, b in sides]
-                prompts = {"query": None, "document": data_type}
+                prompts = {"query": None, "document": task}
                 tasks.append(retrieval_task(f"{label}-reverse", reverse, relevant, prompts, languages))
     return tasks
 
@@ -209,7 +209,7 @@ KINDS: dict[str, Callable[..., list[AbsTask]]] = {
 }
 DEFAULT_TYPES = {"sts": "text_pair", "trimodal": "audio", "pages": "ocr"}  # of rows that do not say theirs
 SETTINGS = ("languages", "both_directions", "query")
-ENTRY_KEYS = ("task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__)
+ENTRY_KEYS = ("task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__, "data_type", "data_type_column")
 
 
 def retrieval_task(

@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 
 
 def robustness(embedder: SentenceTransformer, path: Path) -> dict[str, Any]:
-    """Measures every data type of some pairs that has Vietnamese queries.
+    """Measures every task of some pairs that has Vietnamese queries.
 
     Args:
         embedder: any model that sentence-transformers loads and that takes what the pairs hold.

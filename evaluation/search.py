@@ -11,7 +11,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from ..data.collator import interleave
-from ..data.schema import Row, declare_data_types
+from ..data.names import rename_old_keys
+from ..data.schema import Row, declare_tasks
 from ..data.sources import PairDataset, content_key, load_pairs
 from ..media_vipolyqwen import load_audio, load_image
 from .metrics import pair_search
@@ -76,7 +77,7 @@ class Search:
     """Queries, what they search, and what is right for each.
 
     Attributes:
-        task: the data type of the pairs.
+        task: the task of the pairs.
         queries: distinct, and with at least one right candidate.
         candidates: distinct.
         relevant: per query the positions of its right candidates.
@@ -105,11 +106,11 @@ def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
     """The pairs of a file, or of a recipe's `eval_data`; and the score from which a pair belongs together, if any."""
     recipe: Mapping[str, Any] = {"eval_data": [{"path": str(path)}]}
     if path.suffix in (".yaml", ".yml"):
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = rename_old_keys(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
         if "eval_data" not in recipe:
             raise ValueError(f"{path} has no `eval_data`; it has {sorted(recipe)}. Name the held-out pairs there.")
-    data_types = declare_data_types(recipe.get("data_types"))
-    return load_pairs(recipe["eval_data"], data_types, MIN_AUDIO_SAMPLES), recipe.get("nce_min_score", 0.5)
+    tasks = declare_tasks(recipe.get("tasks"))
+    return load_pairs(recipe["eval_data"], tasks, MIN_AUDIO_SAMPLES), recipe.get("nce_min_score", 0.5)
 
 
 def sides_of(row: Row, placeholder: str) -> tuple[Side, Side]:
@@ -128,16 +129,16 @@ def read_sides(pairs: PairDataset) -> Iterable[tuple[Row, Side, Side]]:
 
 
 def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = False) -> list[Search]:
-    """For each data type: every distinct side a that has a right side b searches all distinct sides b.
+    """For each task: every distinct side a that has a right side b searches all distinct sides b.
 
     Args:
         pairs: the rows.
         min_score: a pair scored below this does not belong together, though its sides stay candidates; None: all do.
-        text_asks: a data type whose side a has no text (a sound and what it says) is searched by its side b.
+        text_asks: a task whose side a has no text (a sound and what it says) is searched by its side b.
     """
     rows: dict[str, list[tuple[Row, Side, Side]]] = {}
     for row, a, b in read_sides(pairs):
-        rows.setdefault(row.data_type, []).append((row, a, b))
+        rows.setdefault(row.task, []).append((row, a, b))
     found = (
         _search(task, group, min_score, turned=text_asks and not any(a.text.strip() for _, a, _ in group))
         for task, group in rows.items()
@@ -146,7 +147,7 @@ def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = Fals
 
 
 def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, turned: bool) -> Search | None:
-    """The search of one data type; `None` if no pair belongs together."""
+    """The search of one task; `None` if no pair belongs together."""
     scores = torch.tensor([math.nan if row.score is None else row.score for row, _, _ in rows])
     if min_score is not None and (scores < min_score).all():
         return None

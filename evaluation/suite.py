@@ -10,7 +10,6 @@ tasks:
 - {task: retrieval, name: Signs, path: dev.jsonl}          # see evaluation/custom_tasks.py
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from mteb.abstasks.task_metadata import TaskType
 from mteb.get_tasks import TASK_LIST
 from mteb.types import PromptType
 
-from ..data.schema import DataType, declare_data_types
+from ..data.names import did_you_mean
+from ..data.schema import Task, declare_tasks
 from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
 
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"
@@ -46,7 +46,7 @@ class Suite:
         prompts: see `encoder.prompt_keys`.
         languages: of tasks in many languages only these; None: all.
         baselines: names of models.
-        data_types: of the rows of local pairs.
+        pair_tasks: of the rows of local pairs.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Suite:
     prompts: dict[str, str | None] = field(default_factory=dict)
     languages: list[str] | None = None
     baselines: list[str] = field(default_factory=list)
-    data_types: dict[str, DataType] = field(default_factory=dict)
+    pair_tasks: dict[str, Task] = field(default_factory=dict)
 
     def tasks(self, entry: Mapping[str, Any]) -> list[AbsTask]:
         """The tasks of one entry; local pairs are read, data sets of the Hub are not.
@@ -64,7 +64,7 @@ class Suite:
             ValueError: local pairs or their settings are wrong, or a task has none of the languages.
         """
         if entry["task"] in KINDS:
-            return custom_tasks(entry, self.data_types)
+            return custom_tasks(entry, self.pair_tasks)
         return [mteb.get_task(entry["task"], languages=entry.get("languages", self.languages))]
 
     def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | None]:
@@ -90,7 +90,7 @@ def read_suite(name: str) -> Suite:
     if not path.is_file():
         known = sorted(file.stem for file in SUITES.glob("*.yaml"))
         raise SuiteError(
-            f"There is no suite {name!r}; known: {', '.join(known)}, or a .yaml file.{_near(name, known)}"
+            f"There is no suite {name!r}; known: {', '.join(known)}, or a .yaml file.{did_you_mean(name, known)}"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def read_suite(name: str) -> Suite:
         prompts,
         content.get("languages"),
         content.get("baselines") or [],
-        declare_data_types(content.get("data_types")),
+        declare_tasks(content.get("data_types")),
     )
 
 
@@ -130,7 +130,7 @@ def _check_names(entries: list[dict[str, Any]], path: Path) -> None:
     unknown = [entry["task"] for entry in entries if entry["task"] not in KINDS and entry["task"] not in TASKS]
     if unknown:
         known = [*TASKS, *KINDS]
-        lines = [f"{name!r}{_near(name, known)}" for name in unknown]
+        lines = [f"{name!r}{did_you_mean(name, known)}" for name in unknown]
         raise SuiteError(f"{path}: mteb {mteb.__version__} has no task {'; no task '.join(lines)}")
     names = [entry.get("name", entry["task"]) for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -149,16 +149,11 @@ def _check_prompts(prompts: Any, entries: list[dict[str, Any]], path: Path) -> N
         if base not in known and not any(base.startswith(name) for name in own):
             raise SuiteError(
                 f"{path}: the prompt {value!r} is for {base!r}, which is no type or name of a task and no set of "
-                f"modalities ({', '.join(MODALITY_SETS)}).{_near(base, known)}"
+                f"modalities ({', '.join(MODALITY_SETS)}).{did_you_mean(base, known)}"
             )
 
 
 def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in given:
         if key not in known:
-            raise SuiteError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{_near(str(key), list(known))}")
-
-
-def _near(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise SuiteError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")

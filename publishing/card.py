@@ -252,7 +252,8 @@ Without a prompt you get the general vector. A prompt puts a task's prefix in fr
 |---|---|---|---|
 {% for source in training.train_data -%}
 | {{ source.name }} | {{ source.rows }} | {{ source.weight }} | \
-{% for task, rows in source.data_types.items() %}{{ task }} {{ rows }}{{ ", " if not loop.last }}{% endfor %} |
+{% for task, rows in (source.tasks or source.data_types).items() -%}
+{{ task }} {{ rows }}{{ ", " if not loop.last }}{% endfor %} |
 {% endfor %}
 Hardware: {{ training.hardware }}. Software: \
 {% for name, version in training.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.

@@ -79,12 +79,12 @@ def write_world(folder: Path) -> Path:
             {"path": str(folder / "pairs.jsonl")},
             {
                 "path": str(folder / "captions.jsonl"),
-                "data_type": "caption",
+                "task": "caption",
                 "columns": {"images": "picture", "b": "said"},
             },
         ],
         "eval_data": [{"path": str(folder / "pairs.jsonl")}],
-        "data_types": {"caption": {"prefix": "<caption>", "loss": {"nce": 1.0, "cosine": 0.5}, "needs_image": True}},
+        "tasks": {"caption": {"prefix": "<caption>", "loss": {"nce": 1.0, "cosine": 0.5}, "needs_image": True}},
         "loss_table": "dle",
         "task_weighting": "table",
         "per_device_train_batch_size": 8,
@@ -115,12 +115,12 @@ def write_pairs(folder: Path) -> None:
         soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2 + 0.1 * number)["array"], 16_000)
         picture = {"images": [f"{number}.png"]}
         rows += [
-            {"data_type": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},
-            {"data_type": "instr", "a": f"Nói lại: {TEXTS[number]}", "b": f"{number} {TEXTS[number]}"},
-            {"data_type": "ocr", "a": "Biển ghi gì?", "b": f"số {number}", **picture},
-            {"data_type": "vqa_single", "a": "What is it?", "b": f"noise {number}", **picture},
-            {"data_type": "vqa_multi", "a": "User: A?\nAssistant: B.\nUser: C?", "b": f"D {number}", **picture},
-            {"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"},
+            {"task": "text_pair", "a": TEXTS[number], "b": TEXTS[number + 1], "score": number / 3},
+            {"task": "instr", "a": f"Nói lại: {TEXTS[number]}", "b": f"{number} {TEXTS[number]}"},
+            {"task": "ocr", "a": "Biển ghi gì?", "b": f"số {number}", **picture},
+            {"task": "vqa_single", "a": "What is it?", "b": f"noise {number}", **picture},
+            {"task": "vqa_multi", "a": "User: A?\nAssistant: B.\nUser: C?", "b": f"D {number}", **picture},
+            {"task": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"},
         ]
         captions += [{"picture": f"{number}.png", "said": f"{word} {number}"} for word in ("một hình", "a picture")]
     for name, content in (("pairs", rows), ("captions", captions)):
@@ -141,7 +141,7 @@ def build_trainer(
 ) -> "tuple[ViPolyQwenTrainer, PairDataset]":
     """A trainer of the corpus's base, or of `model`, and the pairs."""
     from vipolyqwen.data.collator import MixedBatchCollator
-    from vipolyqwen.data.schema import declare_data_types
+    from vipolyqwen.data.schema import declare_tasks
     from vipolyqwen.data.sources import load_pairs
     from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
     from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -154,11 +154,11 @@ def build_trainer(
     _, _, loss_args, args = read_arguments(given)
     model = ViPolyQwenModel.from_pretrained(base) if model is None else model
     processor = ViPolyQwenProcessor.from_pretrained(base, config=model.config)
-    data_types = declare_data_types(None)
+    tasks = declare_tasks(None)
     source = {"path": str(folder / "pairs.jsonl"), "media_root": str(folder / "media")}
-    pairs = load_pairs([source], data_types, processor.min_audio_samples, check_media=False)
-    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0)
-    loss = build_loss(loss_args, {}, list(data_types))
+    pairs = load_pairs([source], tasks, processor.min_audio_samples, check_media=False)
+    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0)
+    loss = build_loss(loss_args, {}, list(tasks))
     trainer = ViPolyQwenTrainer(model, args, processor, loss, pairs, None, collator, collator)
     trainer.current_gradient_accumulation_steps = 1
     return trainer, pairs

@@ -5,7 +5,6 @@ of the token embedding the rows of the task prefixes. An adapter means nothing w
 names, which is written beside the run where there is none yet.
 """
 
-import difflib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
+from ..data.names import did_you_mean
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import ADAPTER_CONFIG, save_repository
@@ -88,11 +88,10 @@ def find_targets(model: ViPolyQwenModel, targets: list[str], frozen: list[str]) 
         if not found or not set(found) <= set(linear):
             ends = {name.rsplit(".", 1)[-1] for name in linear if re.match(rf"({inside})\.", name)}
             known = sorted(end for end in ends if not end.isdigit())
-            near = difflib.get_close_matches(target, [*towers, *known], n=1)
             raise ValueError(
-                f"`lora_targets` names {target!r}, which is no linear layer of a tower that is trained. "
-                + (f"Did you mean {near[0]!r}? " if near else "")
-                + f"There are the towers {', '.join(towers)}, and the layers {', '.join(known)}."
+                f"`lora_targets` names {target!r}, which is no linear layer of a tower that is trained."
+                f"{did_you_mean(target, [*towers, *known])} "
+                f"There are the towers {', '.join(towers)}, and the layers {', '.join(known)}."
             )
         bypassed = [name for name in found if _is_bypassed(model, name)]
         if bypassed:

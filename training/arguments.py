@@ -1,7 +1,6 @@
 """What a training run can be told: a recipe (YAML or JSON) and flags, read into dataclasses."""
 
 import argparse
-import difflib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.names import did_you_mean, rename_old_keys
 from .parts import TOWERS
 
 
@@ -104,7 +104,7 @@ class DataArguments:
 
     train_data: Any = field(default=None, metadata={"help": "list of sources, see README"})
     eval_data: Any = field(default=None, metadata={"help": "held-out pairs, as `train_data`"})
-    data_types: Any = field(default_factory=dict, metadata={"help": "further data types: prefix and loss of each"})
+    tasks: Any = field(default_factory=dict, metadata={"help": "further tasks: prefix and loss of each"})
     prefix_sides: str = field(default="a", metadata={"help": "which side carries the task prefix: a or both"})
     prefix_dropout: float = field(default=0.1, metadata={"help": "share of rows trained without prefix"})
     tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get one"})
@@ -190,7 +190,7 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
 JSON_ARGUMENTS = (
     "train_data",
     "eval_data",
-    "data_types",
+    "tasks",
     "temperature",
     "task_weighting_options",
 )  # nested, so JSON as a flag
@@ -204,12 +204,13 @@ def read_arguments(argv: list[str]) -> Arguments:
     while argv and not argv[0].startswith("--"):
         recipe, argv = recipe | read_recipe(argv[0]), argv[1:]
     parser = HfArgumentParser(ARGUMENT_CLASSES)
+    parser.add_argument("--data_types", dest="data_types", type=json.loads, help="old name of `--tasks`")
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that only what was given comes back
         action.required = False
         if action.dest in JSON_ARGUMENTS:
             action.type = json.loads
-    flags = vars(parser.parse_args(argv))
+    flags = rename_old_keys(vars(parser.parse_args(argv)), "The flags")
     resume = flags.get("resume_from_checkpoint")
     if resume is not None and resume.lower() in ("true", "false"):
         flags["resume_from_checkpoint"] = resume.lower() == "true"
@@ -227,10 +228,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}, not `key: value` lines.")
+    recipe = rename_old_keys(recipe, str(path))
     known = [item.name for cls in ARGUMENT_CLASSES for item in fields(cls) if item.init]
     for key in recipe:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "See README, `Recipes`, or --help for the keys."
-            raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}). {hint}")
+            hint = did_you_mean(key, known) or " See docs/training.md, or --help, for the keys."
+            raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}).{hint}")
     return recipe

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import ViPolyQwenConfig
 from ..data.collator import MixedBatchCollator
-from ..data.schema import DataType
+from ..data.schema import Task
 from ..data.sources import PairDataset, load_pairs
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
@@ -134,9 +134,9 @@ def build_processor(
 
 
 def load_model(
-    model_args: ModelArguments, args: ViPolyQwenTrainingArguments, data_types: dict[str, DataType]
+    model_args: ModelArguments, args: ViPolyQwenTrainingArguments, tasks: dict[str, Task]
 ) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
-    """A model to go on from, or a new one on its backbones, that knows the prefix of every data type."""
+    """A model to go on from, or a new one on its backbones, that knows the prefix of every task."""
     check_installed(model_args, args.device)
     attention = model_args.attn_implementation
     if attention == "auto":
@@ -153,8 +153,8 @@ def load_model(
         model = build_model(*backbones, attn_implementation=attention, **options)
         processor = build_processor(*backbones)
     _bound_inputs(processor, model_args)
-    for data_type in data_types.values():
-        processor.add_task(data_type.name, data_type.prefix)
+    for task in tasks.values():
+        processor.add_task(task.name, task.prefix)
     grows = len(processor.tokenizer) > model.get_input_embeddings().num_embeddings
     if grows:
         model.resize_token_embeddings(len(processor.tokenizer))
@@ -189,7 +189,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
     losses = dict(LOSS_TABLES[loss_args.loss_table])
     for task, fields in declared.items():
         if "loss" not in fields:
-            raise ValueError(f"data_types.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
+            raise ValueError(f"tasks.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
         losses[task] = TaskLoss.from_dict(fields["loss"])
     return MixedLoss(
         {task: losses[task] for task in tasks},
@@ -206,7 +206,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
 
 def read_pairs(
     sources: list[dict[str, Any]] | None,
-    data_types: dict[str, DataType],
+    tasks: dict[str, Task],
     processor: ViPolyQwenProcessor,
     check_media: bool,
     without_tasks: list[str] | None = None,
@@ -214,12 +214,12 @@ def read_pairs(
     """All rows of all sources, checked, but those of `without_tasks`; `None` if no source is given."""
     if sources is None:
         return None
-    return load_pairs(sources, data_types, processor.min_audio_samples, check_media, without_tasks or ())
+    return load_pairs(sources, tasks, processor.min_audio_samples, check_media, without_tasks or ())
 
 
 def build_collator(
     processor: ViPolyQwenProcessor,
-    data_types: dict[str, DataType],
+    tasks: dict[str, Task],
     data_args: DataArguments,
     args: ViPolyQwenTrainingArguments,
     training: bool,
@@ -227,7 +227,7 @@ def build_collator(
     """Rows to a joint batch of both sides; prefix dropout and hard negatives are for training."""
     return MixedBatchCollator(
         processor,
-        data_types,
+        tasks,
         prefix_sides=data_args.prefix_sides,
         prefix_dropout=data_args.prefix_dropout if training else 0.0,
         tasks_without_prefix=data_args.tasks_without_prefix or (),

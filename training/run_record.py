@@ -16,7 +16,7 @@ from .arguments import Arguments, ModelArguments
 
 SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")
 SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task_weighting_options")
-SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "data_types")
+SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "tasks")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
 SETTINGS += ("loss_learning_rate", "freeze")
@@ -55,7 +55,7 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
                 "on_hub": on_hub,
                 "rows": rows,
                 "weight": source.weight,
-                "data_types": pairs.data_type_counts(start, start + rows),
+                "tasks": pairs.task_counts(start, start + rows),
             }
         )
         start += rows

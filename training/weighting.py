@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.schema import canonical_data_type
+from ..data.schema import canonical_task
 from .losses import check_weight
 
 
@@ -42,7 +42,7 @@ class TaskWeighting(nn.Module):
 
     def _by_task(self, values: Mapping[str, float], name: str, default: float = 1.0) -> Tensor:
         """{task: value} -> (T,) float32; raises ValueError naming an unknown task or a value that is no weight."""
-        given = {canonical_data_type(task): value for task, value in values.items()}
+        given = {canonical_task(task): value for task, value in values.items()}
         for task, value in given.items():
             if task not in self.tasks:
                 raise ValueError(f"{name}: unknown task {task!r}; known: {self.tasks}.")

@@ -18,7 +18,7 @@ from demo_runs import write_parallel
 from paired_statistics import Comparison, compare, interval, paired_t, sign_flips
 from scipy.stats import ttest_rel
 
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.evaluation.charts import interval_chart
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
@@ -181,8 +181,8 @@ def test_variants_share_a_warm_up_unless_their_setting_holds_there_already(world
     # Of 32 pairs, 4 are sounds and 8 are texts alone: batches of 8 become 7 and 2.
     rows = {name: stages[name].settings["per_device_train_batch_size"] for name in ("base", "no audio", "text only")}
     assert rows == {"base": 8, "no audio": 7, "text only": 2}
-    assert stages["NCE only"].settings["data_types"]["caption"]["loss"]["cosine"] == 0.0
-    assert stages["base"].settings["data_types"]["caption"]["loss"]["cosine"] == 0.5
+    assert stages["NCE only"].settings["tasks"]["caption"]["loss"]["cosine"] == 0.0
+    assert stages["base"].settings["tasks"]["caption"]["loss"]["cosine"] == 0.5
     assert ablations.applies(study, "STW weights") and ablations.applies(study, "no audio")
     weighted = Study(recipe | {"task_weighting": "table"}, (), world)
     assert not ablations.applies(weighted, "STW weights")  # the base is that already
@@ -214,18 +214,18 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
 def test_left_out_tasks_are_not_trained_and_rows_keep_their_places(world: Path) -> None:
     sources = [
         {"path": str(world / "pairs.jsonl")},
-        {"path": str(world / "captions.jsonl"), "data_type": "caption", "columns": {"images": "picture", "b": "said"}},
+        {"path": str(world / "captions.jsonl"), "task": "caption", "columns": {"images": "picture", "b": "said"}},
     ]
-    data_types = declare_data_types({"caption": {"prefix": "<caption>"}})
-    pairs = load_pairs(sources, data_types, 1, without_tasks=["audio", "caption", "ocr"])
-    assert pairs.data_type_counts() == {"text_pair": 4, "instr": 4, "vqa_single": 4, "vqa_multi": 4}
+    tasks = declare_tasks({"caption": {"prefix": "<caption>"}})
+    pairs = load_pairs(sources, tasks, 1, without_tasks=["audio", "caption", "ocr"])
+    assert pairs.task_counts() == {"text_pair": 4, "instr": 4, "vqa_single": 4, "vqa_multi": 4}
     assert len(pairs.sources) == 1 and pairs.source_lengths == [16]
-    whole = load_pairs(sources[:1], data_types, 1)
+    whole = load_pairs(sources[:1], tasks, 1)
     assert [pairs[row]["id"] for row in (0, 2, 15)] == [whole[row]["id"] for row in (0, 3, 22)]
-    with pytest.raises(ValueError, match="unknown data type 'sound'"):
-        load_pairs(sources, data_types, 1, without_tasks=["sound"])
+    with pytest.raises(ValueError, match="unknown task 'sound'"):
+        load_pairs(sources, tasks, 1, without_tasks=["sound"])
     with pytest.raises(ValueError, match="no row is left"):
-        load_pairs(sources, data_types, 1, without_tasks=list(data_types))
+        load_pairs(sources, tasks, 1, without_tasks=list(tasks))
 
 
 def test_a_study_writes_its_report_and_uses_what_it_has_measured(
@@ -291,7 +291,7 @@ def test_parallel_rows_tell_of_the_same_scenes_in_three_languages(tmp_path: Path
     scenes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         graded = row["score"] is not None and row["score"] < 1
-        scenes.setdefault((f"{row['data_type']}{'/graded' * graded}", row["language"]), []).append(row["scene"])
+        scenes.setdefault((f"{row['task']}{'/graded' * graded}", row["language"]), []).append(row["scene"])
     assert len(scenes) == 8 * 3 and len({tuple(of_cell) for of_cell in scenes.values()}) == 1
     assert all((tmp_path / file).is_file() for row in rows for file in [*row["images"], row["audio"]] if file)
     with pytest.raises(ValueError, match="0 scenes; there are 240 held-out ones"):

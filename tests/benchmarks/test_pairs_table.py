@@ -13,7 +13,7 @@ from helpers import TEXTS
 from pair_vectors import cells, load_grouped, search
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.evaluation.metrics import pair_retrieval
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -99,10 +99,10 @@ def test_correlation_is_that_of_each_scale() -> None:
 
 def test_a_group_is_read_from_any_column(recipe: Path) -> None:
     sources = yaml.safe_load(recipe.read_text(encoding="utf-8"))["eval_data"]
-    pairs, groups = load_grouped(sources, "origin", declare_data_types(None), 1)
+    pairs, groups = load_grouped(sources, "origin", declare_tasks(None), 1)
     assert groups == ["made"] * 24 == ["made"] * len(pairs)
     with pytest.raises(ValueError, match="'langage' is missing"):
-        load_grouped(sources, "langage", declare_data_types(None), 1)
+        load_grouped(sources, "langage", declare_tasks(None), 1)
 
 
 def test_a_base_is_built_on_the_texts_of_a_recipe(

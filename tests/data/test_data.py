@@ -15,17 +15,17 @@ from torch.utils.data import DataLoader
 
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import DATA_TYPES, DataType, RowError, declare_data_types
+from vipolyqwen.data.schema import TASKS, RowError, Task, declare_tasks
 from vipolyqwen.data.sources import PairDataset, SourceConfig, content_key, load_pairs
 from vipolyqwen.training.microbatches import row_lengths, take_rows
 
 CAPTION = {"image_caption": {"prefix": "<image_caption>", "loss": {"nce": 1, "cosine": 1}, "needs_image": True}}
-TEXT_PAIR = {"id": "p1", "data_type": "text_pair", "a": "Hai ngôi sao đỏ.", "b": "Two red stars.", "score": 0.9}
-INSTR = {"id": "i1", "data_type": "instr", "a": "Dịch: cá xanh", "b": "blue fish"}
-OCR = {"id": "o1", "data_type": "ocr", "a": "Trên biển ghi gì?", "b": "Huế", "images": "sign.png"}
-VQA = {"id": "v1", "data_type": "vqa_single", "a": "", "b": "có", "images": ["sign.png"]}
-MULTI = {"id": "m1", "data_type": "vqa_multi", "a": "Is <image> like <image>?", "b": "no", "images": ["sign.png"] * 2}
-SOUND = {"id": "s1", "data_type": "audio", "a": "", "b": "cà phê", "audio": "word.wav"}
+TEXT_PAIR = {"id": "p1", "task": "text_pair", "a": "Hai ngôi sao đỏ.", "b": "Two red stars.", "score": 0.9}
+INSTR = {"id": "i1", "task": "instr", "a": "Dịch: cá xanh", "b": "blue fish"}
+OCR = {"id": "o1", "task": "ocr", "a": "Trên biển ghi gì?", "b": "Huế", "images": "sign.png"}
+VQA = {"id": "v1", "task": "vqa_single", "a": "", "b": "có", "images": ["sign.png"]}
+MULTI = {"id": "m1", "task": "vqa_multi", "a": "Is <image> like <image>?", "b": "no", "images": ["sign.png"] * 2}
+SOUND = {"id": "s1", "task": "audio", "a": "", "b": "cà phê", "audio": "word.wav"}
 MIXED = [TEXT_PAIR, OCR, SOUND, INSTR, MULTI, VQA]
 
 
@@ -49,18 +49,18 @@ def write_rows(folder: Path, rows: list[dict], name: str = "pairs.jsonl") -> str
 
 
 def load(folder: Path, rows: list[dict], check_media: bool = True, **config: object) -> PairDataset:
-    data_types = declare_data_types(CAPTION)
-    return load_pairs([{"path": write_rows(folder, rows), **config}], data_types, 400, check_media)
+    tasks = declare_tasks(CAPTION)
+    return load_pairs([{"path": write_rows(folder, rows), **config}], tasks, 400, check_media)
 
 
-# Data types
+# Tasks
 
 
-def test_a_declared_data_type_comes_after_the_six() -> None:
-    data_types = declare_data_types(CAPTION)
-    assert list(data_types) == ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", "image_caption"]
-    assert data_types["image_caption"] == DataType("image_caption", "<image_caption>", needs_image=True)
-    assert declare_data_types() == DATA_TYPES
+def test_a_declared_task_comes_after_the_six() -> None:
+    tasks = declare_tasks(CAPTION)
+    assert list(tasks) == ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", "image_caption"]
+    assert tasks["image_caption"] == Task("image_caption", "<image_caption>", needs_image=True)
+    assert declare_tasks() == TASKS
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_declared_data_type_comes_after_the_six() -> None:
 )
 def test_a_wrong_declaration_says_what_to_write(declared: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        declare_data_types(declared)
+        declare_tasks(declared)
 
 
 # Reading
@@ -85,7 +85,7 @@ def test_a_wrong_declaration_says_what_to_write(declared: dict, message: str) ->
 
 def test_a_row_comes_back_with_its_media_decoded(folder: Path) -> None:
     dataset = load(folder, MIXED)
-    assert dataset.data_type_counts() == dict.fromkeys(DATA_TYPES, 1)
+    assert dataset.task_counts() == dict.fromkeys(TASKS, 1)
     text, ocr, sound = dataset[0], dataset[1], dataset[2]
     assert (text["id"], text["a"], text["b"], text["score"]) == ("p1", "Hai ngôi sao đỏ.", "Two red stars.", 0.9)
     assert (text["images"], text["audio"], text["group"], text["source"]) == ([], None, None, 0)
@@ -101,8 +101,8 @@ def test_columns_and_values_of_any_name_are_mapped(folder: Path) -> None:
         {"q": "c", "r": "d", "kind": "instruction", "sim": None, "lang": "en"},
     ]
     columns = {"a": "q", "b": "r", "score": "sim", "group": "lang"}
-    dataset = load(folder, rows, columns=columns, data_type_column="kind", map={1: "contrastive_with_score"})
-    assert [dataset[i]["data_type"] for i in range(2)] == ["text_pair", "instr"]
+    dataset = load(folder, rows, columns=columns, task_column="kind", map={1: "contrastive_with_score"})
+    assert [dataset[i]["task"] for i in range(2)] == ["text_pair", "instr"]
     assert [dataset[i]["score"] for i in range(2)] == [0.5, None]
     assert dataset.groups() == ["vi", "en"]
     assert [dataset[i]["id"] for i in range(2)] == ["pairs.jsonl:1", "pairs.jsonl:2"]
@@ -116,13 +116,13 @@ def test_negatives_are_a_text_or_a_list_of_texts_in_every_format(folder: Path) -
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("a.parquet", "a.jsonl"):
         source = {"path": str(folder / name), "columns": {"negatives": "wrong"}}
-        dataset = load_pairs([source], DATA_TYPES, 400)
+        dataset = load_pairs([source], TASKS, 400)
         assert [dataset[number]["negatives"] for number in range(2)] == [["x", "y"], []]
 
 
 def test_one_column_may_serve_twice_and_null_leaves_one_out(folder: Path) -> None:
     rows = [{"text": "a", "score": 27.5}]
-    dataset = load(folder, rows, data_type="instr", columns={"a": "text", "b": "text", "score": None})
+    dataset = load(folder, rows, task="instr", columns={"a": "text", "b": "text", "score": None})
     assert (dataset[0]["a"], dataset[0]["b"], dataset[0]["score"]) == ("a", "a", None)
 
 
@@ -130,10 +130,10 @@ def test_other_columns_may_be_of_mixed_types_and_lines_blank(folder: Path) -> No
     path = folder / "pairs.jsonl"
     extras = [{"x": 1}, {"x": "one"}, {"x": [1, {"y": None}]}, {}]
     path.write_text("\n\n".join(json.dumps({**INSTR, **extra}) for extra in extras))
-    assert len(load_pairs([{"path": str(path)}], DATA_TYPES, 400)) == 4
+    assert len(load_pairs([{"path": str(path)}], TASKS, 400)) == 4
     path.write_text(path.read_text() + "\n\n" + json.dumps({**INSTR, "b": 3}))
     with pytest.raises(RowError, match="pairs.jsonl, row 9 "):
-        load_pairs([{"path": str(path)}], DATA_TYPES, 400)
+        load_pairs([{"path": str(path)}], TASKS, 400)
 
 
 def test_every_format_gives_the_same_rows(folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_every_format_gives_the_same_rows(folder: Path) -> None:
     sources = [{"path": str(folder / name)} for name in ("array.json", "lines.json", "a.csv", "a.parquet", "saved")]
     arrow = next((folder / "saved").glob("*.arrow"))
     sources += [{"path": str(arrow)}, {"path": str(folder / "splits"), "split": "dev"}]
-    dataset = load_pairs(sources, DATA_TYPES, 400)
+    dataset = load_pairs(sources, TASKS, 400)
     first = [{**dataset[i], "source": 0} for i in range(2)]
     assert (first[0]["a"], first[1]["a"], first[1]["score"]) == (TEXT_PAIR["a"], 'NA, "x"', 0.0)
     assert [{**dataset[i], "source": 0} for i in range(2, len(dataset))] == first * 6
@@ -157,7 +157,7 @@ def test_every_format_gives_the_same_rows(folder: Path) -> None:
 def test_media_inside_a_table_are_decoded_here(folder: Path) -> None:
     picture, sound = (folder / "sign.png").read_bytes(), (folder / "word.wav").read_bytes()
     features = datasets.Features(
-        {name: datasets.Value("string") for name in ("data_type", "a", "b")}
+        {name: datasets.Value("string") for name in ("task", "a", "b")}
         | {"images": datasets.List(datasets.Image()), "audio": datasets.Audio()}
     )
     rows = [
@@ -168,7 +168,7 @@ def test_media_inside_a_table_are_decoded_here(folder: Path) -> None:
     table = datasets.Dataset.from_list(rows).cast(features)
     table.to_parquet(folder / "a.parquet")
     table.cast_column("images", datasets.List(datasets.Image())).save_to_disk(folder / "saved")
-    embedded = load_pairs([{"path": str(folder / name)} for name in ("a.parquet", "saved")], DATA_TYPES, 400)
+    embedded = load_pairs([{"path": str(folder / name)} for name in ("a.parquet", "saved")], TASKS, 400)
     files = load(folder, [OCR, SOUND])
     for i in range(4):
         assert embedded[i]["a_key"] == files[i % 2]["a_key"]
@@ -186,22 +186,22 @@ def test_samples_may_stand_in_the_row(folder: Path) -> None:
 def test_a_folder_gives_the_files_of_its_split(folder: Path) -> None:
     for name in ("pairs-train-0.jsonl", "pairs-train-1.jsonl", "pairs_dev.jsonl"):
         write_rows(folder, [{**INSTR, "id": name}], name)
-    ids = [load_pairs([{"path": str(folder), "split": split}], DATA_TYPES, 400) for split in ("train", "validation")]
+    ids = [load_pairs([{"path": str(folder), "split": split}], TASKS, 400) for split in ("train", "validation")]
     assert [[row["id"] for row in dataset] for dataset in ids] == [
         ["pairs-train-0.jsonl", "pairs-train-1.jsonl"],
         ["pairs_dev.jsonl"],
     ]
-    assert len(load_pairs([{"path": str(folder / "*.jsonl")}], DATA_TYPES, 400)) == 3
+    assert len(load_pairs([{"path": str(folder / "*.jsonl")}], TASKS, 400)) == 3
     with pytest.raises(ValueError, match="no file is of the split 'test' by its name; there are .'pairs-train-0"):
-        load_pairs([{"path": str(folder), "split": "test"}], DATA_TYPES, 400)
+        load_pairs([{"path": str(folder), "split": "test"}], TASKS, 400)
 
 
 def test_media_paths_are_relative_to_the_media_root(folder: Path) -> None:
     (folder / "rows").mkdir()
     path = write_rows(folder / "rows", [OCR])
     with pytest.raises(RowError, match="rows/sign.png.*no such file; correct the path or `media_root`"):
-        load_pairs([{"path": path}], DATA_TYPES, 400)
-    assert load_pairs([{"path": path, "media_root": str(folder)}], DATA_TYPES, 400)[0]["images"]
+        load_pairs([{"path": path}], TASKS, 400)
+    assert load_pairs([{"path": path, "media_root": str(folder)}], TASKS, 400)[0]["images"]
 
 
 def test_markers_are_text_where_a_row_has_no_image(folder: Path) -> None:
@@ -214,16 +214,16 @@ def test_a_second_run_checks_nothing_again_and_a_changed_file_is_read_anew(
     load(folder, [OCR, SOUND])
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", lambda *_: pytest.fail("opened again"))
-        assert len(load_pairs([{"path": str(folder / "pairs.jsonl")}], declare_data_types(CAPTION), 400)) == 2
+        assert len(load_pairs([{"path": str(folder / "pairs.jsonl")}], declare_tasks(CAPTION), 400)) == 2
     with pytest.raises(RowError, match="row 2 .*speech encoder needs at least 9000"):
-        load_pairs([{"path": str(folder / "pairs.jsonl")}], declare_data_types(CAPTION), 9000)
+        load_pairs([{"path": str(folder / "pairs.jsonl")}], declare_tasks(CAPTION), 9000)
     assert load(folder, [{**OCR, "b": "Hà Nội"}, SOUND])[0]["b"] == "Hà Nội"
 
 
 def test_equal_content_has_equal_keys(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "sign.png").read_bytes())
     decomposed = "Trên biển ghi gì?"
-    rows = [OCR, {**OCR, "a": decomposed, "images": ["copy.png"]}, {**OCR, "images": []} | {"data_type": "instr"}]
+    rows = [OCR, {**OCR, "a": decomposed, "images": ["copy.png"]}, {**OCR, "images": []} | {"task": "instr"}]
     dataset = load(folder, rows)
     keys = [dataset[i]["a_key"] for i in range(3)]
     assert keys[0] == keys[1] != keys[2]
@@ -239,10 +239,10 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
     ("row", "message"),
     [
         (
-            {"data_type": "sts"},
-            r"column 'data_type' is 'sts': this is no data type; known: text_pair, .*`map`, or decl",
+            {"task": "sts"},
+            r"column 'task' is 'sts': this task is unknown; known: text_pair, .*`map`, or decl",
         ),
-        ({"data_type": None}, "column 'data_type' is '': this is no data type"),
+        ({"task": None}, "column 'task' is '': this task is unknown"),
         ({"score": 1.5}, r"column 'score' is 1.5: a score is in \[0, 1\]; rescale it"),
         ({"score": float("nan")}, r"column 'score' is nan: a score is in \[0, 1\]"),
         ({"score": None}, r"column 'score' is None: text_pair needs a score in \[0, 1\]; fill it in or drop"),
@@ -255,8 +255,8 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
         ({"negatives": ["x", " "]}, r"column 'negatives' is \['x', ' '\]: a negative is empty or is side b itself"),
         ({"negatives": ["Two red stars."]}, "column 'negatives' .* is side b itself; drop it"),
         ({"negatives": [7]}, "column 'negatives' is 7: a text is expected, this is of type int; quote it"),
-        ({"data_type": "ocr"}, r"column 'images' is \[\]: ocr needs an image; name one"),
-        ({"data_type": "audio"}, "column 'audio' is None: audio needs a sound; name one"),
+        ({"task": "ocr"}, r"column 'images' is \[\]: ocr needs an image; name one"),
+        ({"task": "audio"}, "column 'audio' is None: audio needs a sound; name one"),
         ({"a": "<image>", "images": ["sign.png"] * 2}, "column 'a' .*1 placeholders <image> for 2 images; write one"),
         ({"images": "gone.png"}, "column 'images' is '.*gone.png': there is no such file; correct the path"),
         ({"images": "bad.png"}, "column 'images' is '.*bad.png': it cannot be read: .*Repair or drop it"),
@@ -289,24 +289,24 @@ def test_a_bad_row_is_named_with_file_row_column_value_and_remedy(folder: Path, 
 def test_a_bad_row_of_a_table_is_named_with_the_users_column(folder: Path) -> None:
     table = datasets.Dataset.from_list([{"x": "a", "y": "b", "sim": score} for score in (0.1, 4.0)])
     table.to_parquet(folder / "a.parquet")
-    source = {"path": str(folder / "a.parquet"), "data_type": "text_pair"}
+    source = {"path": str(folder / "a.parquet"), "task": "text_pair"}
     columns = {"a": "x", "b": "y", "score": "sim"}
     with pytest.raises(RowError, match=f"^{folder}/a.parquet, row 2, column 'sim' is 4.0: "):
-        load_pairs([{**source, "columns": columns}], DATA_TYPES, 400)
+        load_pairs([{**source, "columns": columns}], TASKS, 400)
     with pytest.raises(ValueError, match=r"a.parquet: the column 'b' is missing; the file has \['sim', 'x', 'y'\]."):
-        load_pairs([{**source, "columns": {"a": "x"}}], DATA_TYPES, 400)
+        load_pairs([{**source, "columns": {"a": "x"}}], TASKS, 400)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"columns": {"a": "question"}}, r"the column 'question' is missing; the file has \['a', 'b', .*columns: {a:"),
-        ({"data_type_column": "kind"}, "the column 'kind' is missing; .*`data_type_column: NAME`"),
-        ({"data_type": "ocr"}, "the column 'images' is missing"),
-        ({"data_type": "orc"}, "unknown data type 'orc'; known: text_pair"),
-        ({"map": {"text_pair": "sts"}}, "unknown data type 'sts'; known: text_pair"),
+        ({"task_column": "kind"}, "the column 'kind' is missing; .*`task_column: NAME`"),
+        ({"task": "ocr"}, "the column 'images' is missing"),
+        ({"task": "orc"}, "unknown task 'orc'; known: text_pair"),
+        ({"map": {"text_pair": "sts"}}, "unknown task 'sts'; known: text_pair"),
         ({"map": "ocr"}, "`map` is 'ocr'; write {NAME: NAME"),
-        ({"data_type": "ocr", "map": {"x": "ocr"}}, "fixes the data type of all rows; drop it, or"),
+        ({"task": "ocr", "map": {"x": "ocr"}}, "fixes the task of all rows; drop it, or"),
         ({"colums": {}}, "unknown key 'colums'; known: path, .*Did you mean 'columns'?"),
         ({"columns": {"image": "x"}}, "columns: unknown key 'image'; known: id, .*Did you mean 'images'?"),
         ({"weight": 0}, r"the weight is 0; it must be above 0 \(or drop the source\)"),
@@ -321,30 +321,62 @@ def test_a_wrong_setting_of_a_source_is_named_with_its_file(folder: Path, config
         load(folder, [TEXT_PAIR], **config)
 
 
+@pytest.mark.parametrize("name", ["old.jsonl", "old.parquet"])
+def test_old_names_of_tasks_in_files_and_sources_keep_working(folder: Path, name: str) -> None:
+    rows = [{"data_type": "instruction", "a": "x", "b": "y"}, {"data_type": "sts", "a": "x", "b": "z"}]
+    if name.endswith("parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(folder / name)
+    else:
+        write_rows(folder, rows, name)
+    path = str(folder / name)
+    for source in ({}, {"data_type_column": "data_type"}, {"task_column": "data_type"}):
+        with pytest.raises(RowError, match=f"{name}, row 2, column 'data_type' is 'sts': .*known: text_pair"):
+            load_pairs([{"path": path, **source}], TASKS, 400)
+        pairs = load_pairs([{"path": path, **source, "map": {"sts": "instr"}}], TASKS, 400)
+        assert pairs.task_counts() == {"instr": 2}
+    assert load_pairs([{"path": path, "data_type": "instr"}], TASKS, 400)[1]["task"] == "instr"
+    for old, new in (("data_type", "task"), ("data_type_column", "task_column")):
+        with pytest.raises(ValueError, match=f"{name}: `{old}` .* `{new}` .*keep `{new}`"):
+            load_pairs([{"path": path, old: "instr", new: "instr"}], TASKS, 400)
+
+
+@pytest.mark.parametrize("name", ["both.jsonl", "both.parquet"])
+def test_two_columns_that_can_hold_the_task_are_an_error_unless_one_is_chosen(folder: Path, name: str) -> None:
+    rows = [{"data_type": "instr", "task": "translation", "a": "x", "b": "y"}]
+    if name.endswith("parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(folder / name)
+    else:
+        write_rows(folder, rows, name)
+    with pytest.raises(ValueError, match=f"{name}: the columns 'task' and 'data_type' .*`task_column: NAME`"):
+        load_pairs([{"path": str(folder / name)}], TASKS, 400)
+    for setting in ({"task_column": "data_type"}, {"columns": {"group": "task"}}):
+        assert load_pairs([{"path": str(folder / name), **setting}], TASKS, 400)[0]["task"] == "instr"
+
+
 def test_data_that_is_not_there_is_an_error(folder: Path) -> None:
     for content, name in (("", "a.jsonl"), ("[]", "a.json"), ("a,b\n", "a.csv")):
         (folder / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name} has no rows; add some or drop the source"):
-            load_pairs([{"path": str(folder / name)}], DATA_TYPES, 400)
-    datasets.Dataset.from_dict({"a": [], "b": [], "data_type": []}).to_parquet(folder / "a.parquet")
+            load_pairs([{"path": str(folder / name)}], TASKS, 400)
+    datasets.Dataset.from_dict({"a": [], "b": [], "task": []}).to_parquet(folder / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet has no rows; add some"):
-        load_pairs([{"path": str(folder / "a.parquet")}], DATA_TYPES, 400)
+        load_pairs([{"path": str(folder / "a.parquet")}], TASKS, 400)
     for name in ("broken.parquet", "broken.arrow"):
         (folder / name).write_text("no table")
         with pytest.raises(ValueError, match=f"{name}: this cannot be read as a table"):
-            load_pairs([{"path": str(folder / name)}], DATA_TYPES, 400)
+            load_pairs([{"path": str(folder / name)}], TASKS, 400)
     (folder / "empty").mkdir()
     for name in ("none.jsonl", "*.arr", "empty"):
         with pytest.raises(FileNotFoundError, match="there is no such file"):
-            load_pairs([{"path": str(folder / name)}], DATA_TYPES, 400)
+            load_pairs([{"path": str(folder / name)}], TASKS, 400)
     with pytest.raises(ValueError, match="There is no data source; list at least one"):
-        load_pairs([], DATA_TYPES, 400)
+        load_pairs([], TASKS, 400)
     with pytest.raises(ValueError, match="has no `path`"):
-        SourceConfig.from_dict({"data_type": "ocr"})
+        SourceConfig.from_dict({"task": "ocr"})
     with pytest.raises(ValueError, match="sign.png: files of this kind cannot be read; known: .jsonl"):
-        load_pairs([{"path": str(folder / "sign.png")}], DATA_TYPES, 400)
+        load_pairs([{"path": str(folder / "sign.png")}], TASKS, 400)
     with pytest.raises(ValueError, match="somebody/pairs: this is no file or folder here, and it cannot be loaded"):
-        load_pairs([{"path": "somebody/pairs"}], DATA_TYPES, 400)
+        load_pairs([{"path": "somebody/pairs"}], TASKS, 400)
 
 
 def test_a_malformed_line_is_named(folder: Path) -> None:
@@ -352,10 +384,10 @@ def test_a_malformed_line_is_named(folder: Path) -> None:
     for line, message in ((b'{"a": ', "this is no JSON"), (b"\xff{}", "this is no JSON"), (b"[1]", "no JSON object")):
         path.write_bytes(json.dumps(INSTR).encode() + b"\n" + line)
         with pytest.raises(RowError, match=f"pairs.jsonl, line 2: .*{message}"):
-            load_pairs([{"path": str(path)}], DATA_TYPES, 400)
+            load_pairs([{"path": str(path)}], TASKS, 400)
     (folder / "a.csv").write_text("a,b\nx,y\nx,y,z\n")
     with pytest.raises(RowError, match="a.csv, line 3: .*beyond the last column; quote"):
-        load_pairs([{"path": str(folder / "a.csv"), "data_type": "instr"}], DATA_TYPES, 400)
+        load_pairs([{"path": str(folder / "a.csv"), "task": "instr"}], TASKS, 400)
 
 
 def test_headers_are_not_read_unless_asked_but_files_must_exist(folder: Path) -> None:
@@ -388,7 +420,7 @@ def test_media_that_break_behind_the_header_are_named_when_they_are_decoded(fold
 
 @pytest.fixture
 def collator(tiny: tuple) -> MixedBatchCollator:
-    return MixedBatchCollator(tiny[1], DATA_TYPES, prefix_dropout=0.0)
+    return MixedBatchCollator(tiny[1], TASKS, prefix_dropout=0.0)
 
 
 def decode(collator: MixedBatchCollator, batch: dict, row: int) -> str:
@@ -448,13 +480,13 @@ def test_the_prefix_stands_on_both_sides_if_asked(folder: Path, collator: MixedB
     assert [decode(collator, batch, row) for row in (2, 3)] == ["<ocr>Huế<|im_end|>", "<instr>blue fish<|im_end|>"]
 
 
-def test_a_declared_data_type_has_its_prefix_and_task_id(folder: Path, tiny: tuple) -> None:
-    processor, data_types = copy.deepcopy(tiny[1]), declare_data_types(CAPTION)
+def test_a_declared_task_has_its_prefix_and_task_id(folder: Path, tiny: tuple) -> None:
+    processor, tasks = copy.deepcopy(tiny[1]), declare_tasks(CAPTION)
     with pytest.raises(ValueError, match="knows no prefix '<image_caption>' .*call `processor.add_task"):
-        MixedBatchCollator(processor, data_types)
+        MixedBatchCollator(processor, tasks)
     processor.add_task("image_caption", "<image_caption>")
-    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0)
-    batch = collator(list(load(folder, [{"images": "sign.png", "b": "a sign"}], data_type="image_caption")))
+    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0)
+    batch = collator(list(load(folder, [{"images": "sign.png", "b": "a sign"}], task="image_caption")))
     assert batch["data_type"].tolist() == [6]
     assert decode(collator, batch, 0).startswith("<image_caption><|vision_start|>")
 
@@ -507,7 +539,7 @@ def test_a_dropped_prefix_leaves_the_plain_input(folder: Path, collator: MixedBa
 )
 def test_a_wrong_collator_setting_is_an_error(tiny: tuple, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MixedBatchCollator(tiny[1], DATA_TYPES, **settings)
+        MixedBatchCollator(tiny[1], TASKS, **settings)
 
 
 @torch.no_grad()
@@ -520,7 +552,7 @@ def test_rows_taken_from_a_batch_have_the_embeddings_they_had_in_it(
     random_image(rng, 90, 30).save(folder / "wide.png")
     soundfile.write(folder / "long.wav", rng.uniform(-0.5, 0.5, 20_000), 16_000)
     rows = [*MIXED, {**SOUND, "audio": "long.wav", "a": "nghe"}, {**MULTI, "images": ["wide.png", "sign.png"]}]
-    batch = MixedBatchCollator(processor, DATA_TYPES)(list(load(folder, rows)))
+    batch = MixedBatchCollator(processor, TASKS)(list(load(folder, rows)))
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_indices")
     audio = ("audio_features", "audio_attention_mask", "has_audio")
     whole = model(**{name: batch[name] for name in (*names, *audio)}).embeddings
@@ -571,7 +603,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_workers_give_the_batches_that_one_process_gives(folder: Path, tiny: tuple) -> None:
     dataset = load(folder, [{**row, "id": f"{row['id']}-{copy_}"} for copy_ in range(3) for row in MIXED])
-    collator = MixedBatchCollator(tiny[1], DATA_TYPES, prefix_dropout=0.5)
+    collator = MixedBatchCollator(tiny[1], TASKS, prefix_dropout=0.5)
     sampler = MixtureSampler(dataset.source_lengths, dataset.source_weights)
     loaders = [
         DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=collator, num_workers=workers)

@@ -100,7 +100,7 @@ def test_codes_name_scenes_and_wrong_codes_are_refused() -> None:
 
 @pytest.mark.parametrize("rows", [training, evaluation])
 def test_every_task_has_its_share_of_languages(rows: collections.abc.Callable[[], list[Built]]) -> None:
-    counts = collections.Counter((row["data_type"], row["language"]) for row, _ in rows())
+    counts = collections.Counter((row["task"], row["language"]) for row, _ in rows())
     assert {task for task, _ in counts} == TASKS
     for task in TASKS:
         total = sum(counts[task, language] for language in SHARES)
@@ -111,7 +111,7 @@ def test_every_task_has_its_share_of_languages(rows: collections.abc.Callable[[]
 def test_scores_are_the_shared_attributes(rows: collections.abc.Callable[[], list[Built]]) -> None:
     scores = collections.Counter()
     for row, _ in rows():
-        if row["data_type"] != "text_pair":
+        if row["task"] != "text_pair":
             assert row["score"] is None
             continue
         first, second = scene_of_text()[row["a"]], scene_of_text()[row["b"]]
@@ -132,7 +132,7 @@ def test_rows_show_say_and_tell_of_scenes_of_their_own_split(rows: collections.a
         for text in (row["a"], row["b"]):
             told = [scene_of_text()[end] for end in (text, *_endings(text)) if end in scene_of_text()]
             assert own.issuperset(told)
-            assert told or row["data_type"] not in ("text_pair", "instr")
+            assert told or row["task"] not in ("text_pair", "instr")
 
 
 def _endings(text: str) -> list[str]:
@@ -142,7 +142,7 @@ def _endings(text: str) -> list[str]:
 
 def test_instructions_carry_the_sentence_they_work_on() -> None:
     for row, _ in training():
-        if row["data_type"] == "instr":
+        if row["task"] == "instr":
             source = next(scene_of_text()[end] for end in _endings(row["a"]) if end in scene_of_text())
             assert scene_of_text()[row["b"]].code == row["scene"]
             assert source.shared(Scene.from_code(row["scene"])) >= 4
@@ -152,12 +152,12 @@ def test_evaluation_answers_of_a_task_are_all_different() -> None:
     answers = collections.defaultdict(list)
     for row, _ in evaluation():
         if row["score"] in (None, 1.0):
-            answers[row["data_type"]].append(row["b"])
+            answers[row["task"]].append(row["b"])
     assert {task: len(set(texts)) for task, texts in answers.items()} == dict.fromkeys(TASKS, 240)
 
 
 def test_dialogues_on_two_pictures_mark_their_places() -> None:
-    dialogues = [row for row, _ in training() if row["data_type"] == "vqa_multi"]
+    dialogues = [row for row, _ in training() if row["task"] == "vqa_multi"]
     for row in dialogues:
         assert row["a"].count("<image>") == (2 if len(row["images"]) == 2 else 0)
     assert 0.25 < sum(len(row["images"]) == 2 for row in dialogues) / len(dialogues) < 0.35

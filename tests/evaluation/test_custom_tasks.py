@@ -18,11 +18,11 @@ from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from vipolyqwen.data.schema import declare_data_types  # noqa: E402
+from vipolyqwen.data.schema import declare_tasks  # noqa: E402
 from vipolyqwen.evaluation.custom_tasks import custom_tasks  # noqa: E402
 from vipolyqwen.evaluation.encoder import as_input, load_encoder, prompt_keys  # noqa: E402
 
-TYPES = declare_data_types()
+TYPES = declare_tasks()
 
 
 def entry(folder: Path, rows: list[dict[str, Any]], task: str = "retrieval", **more: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_scores_chance_and_mean_rank_are_those_of_a_worked_example(tmp_path: Pat
     # "x" finds A first. "y" (twice, one question) has two answers, B and C, and finds A, then C, then B: rank 2.
     # "z" and its answer A do not belong together (score 0.2), so z is no query.
     pairs = [("x", "A", 1.0), ("y", "B", 0.9), ("y", "C", 0.5), ("z", "A", 0.2), ("z", "D", 0.1)]
-    rows = [{"data_type": "text_pair", "a": a, "b": b, "score": score} for a, b, score in pairs]
+    rows = [{"task": "text_pair", "a": a, "b": b, "score": score} for a, b, score in pairs]
     (task,) = custom_tasks(entry(tmp_path, rows), TYPES)
     vectors = {"x": [1, 0], "y": [0.8, 0.6], "A": [1, 0.2], "C": [0.1, 1], "B": [-1, 1], "D": [-1, -1]}
     scores = mteb.evaluate(Lookup(vectors), task, cache=None, co2_tracker=False)[0].scores["test"][0]
@@ -75,7 +75,7 @@ def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> N
 def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
     pictures = [str(world / f"{number}.png") for number in range(3)]
     rows = [
-        {"data_type": "ocr", "a": text, "b": f"số {number}", "images": picture}
+        {"task": "ocr", "a": text, "b": f"số {number}", "images": picture}
         for number, (text, picture) in enumerate(zip(("Gì?", "", "Đâu?"), pictures, strict=True))
     ]
     tasks = custom_tasks(entry(tmp_path, rows), TYPES)
@@ -86,7 +86,7 @@ def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_pat
 
 
 def test_other_content_has_another_revision(tmp_path: Path) -> None:
-    rows = [{"data_type": "instr", "a": "x", "b": word} for word in "ABC"]
+    rows = [{"task": "instr", "a": "x", "b": word} for word in "ABC"]
     first, again, other = (
         custom_tasks(entry(tmp_path, some), TYPES)[0].metadata.revision for some in (rows, rows, rows[1:])
     )
@@ -125,9 +125,9 @@ def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, 
         random_image(rng).save(tmp_path / f"{number}.png")
     soundfile.write(tmp_path / "a.wav", random_audio(rng, 0.3, 8_000)["array"], 8_000)  # another rate than the model's
     pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
-    dialogue = {"data_type": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": pictures}
-    single = {"data_type": "vqa_single", "a": "Gì?", "b": "hình", "images": pictures[:1]}
-    sound = {"data_type": "audio", "b": "tiếng", "audio": str(tmp_path / "a.wav")}
+    dialogue = {"task": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": pictures}
+    single = {"task": "vqa_single", "a": "Gì?", "b": "hình", "images": pictures[:1]}
+    sound = {"task": "audio", "b": "tiếng", "audio": str(tmp_path / "a.wav")}
     encoder = load_encoder(str(world / "base"), {"audio": None}, "cpu", None, False)
     encoder.encoder.table = {"Mine-vqa_multi-query": "vqa_multi", "Mine-vqa_single-query": "vqa_single"}
     made = {}
@@ -158,7 +158,7 @@ def test_several_images_without_places_stand_first() -> None:
 
 
 def test_the_name_of_a_task_is_the_strongest_key_of_a_prompt_and_modalities_the_weakest(tmp_path: Path) -> None:
-    rows = [{"data_type": "instr", "a": "x", "b": "A"}]
+    rows = [{"task": "instr", "a": "x", "b": "A"}]
     (task,) = custom_tasks(entry(tmp_path, rows), TYPES)
     assert prompt_keys(task.metadata, PromptType.query) == [
         "Mine-instr-query",

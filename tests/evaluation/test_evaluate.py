@@ -37,7 +37,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     media = [{"image": f"{number}.png", "audio": f"{number}.wav"} for number in range(ROWS)]
     write_rows(folder / "scenes.jsonl", [{"text": text, **row} for text, row in zip(words, media, strict=True)])
     captions = [
-        {"data_type": "vqa_single", "a": "Ở đâu?", "b": f"{word} {row['image']}", "images": row["image"]}
+        {"task": "vqa_single", "a": "Ở đâu?", "b": f"{word} {row['image']}", "images": row["image"]}
         for row in media
         for word in ("đây", "here")
     ]

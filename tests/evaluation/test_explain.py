@@ -33,9 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_image(rng, 120, 60).save(folder / "wide.png")
     random_image(rng, 56, 112).save(folder / "tall.png")
     soundfile.write(folder / "speech.wav", random_audio(rng, 0.5)["array"], 16_000)
-    rows = [{"data_type": "instr", "a": f"{SCRIPT} {i}", "b": f"answer {i} {SCRIPT}"} for i in range(6)]
-    rows.append({"data_type": "ocr", "a": "Gì?", "b": "một", "images": ["wide.png"]})
-    rows.append({"data_type": "audio", "a": "", "b": "hai", "audio": "speech.wav"})
+    rows = [{"task": "instr", "a": f"{SCRIPT} {i}", "b": f"answer {i} {SCRIPT}"} for i in range(6)]
+    rows.append({"task": "ocr", "a": "Gì?", "b": "một", "images": ["wide.png"]})
+    rows.append({"task": "audio", "a": "", "b": "hai", "audio": "speech.wav"})
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -203,7 +203,7 @@ def test_failures_are_listed_worst_first(embedder: SentenceTransformer, folder: 
 
 def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder: Path) -> None:
     path = folder / "one.jsonl"
-    path.write_text(json.dumps({"data_type": "instr", "a": "only", "b": "one"}))
+    path.write_text(json.dumps({"task": "instr", "a": "only", "b": "one"}))
     page = explain(embedder, "m", [], None, path)
     assert "0 of 1 queries do not rank their answer first" in page
     assert "<table" not in page

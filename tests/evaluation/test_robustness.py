@@ -31,13 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("robustness")
     save_tiny_model(folder / "model")
     rng = np.random.default_rng(0)
-    rows = [{"data_type": "text_pair", "a": a, "b": f"answer {i}", "score": 1.0} for i, a in enumerate(QUERIES)]
-    rows.append({"data_type": "text_pair", "a": QUERIES[0], "b": "wrong", "score": 0.2})
+    rows = [{"task": "text_pair", "a": a, "b": f"answer {i}", "score": 1.0} for i, a in enumerate(QUERIES)]
+    rows.append({"task": "text_pair", "a": QUERIES[0], "b": "wrong", "score": 0.2})
     for number in range(2):
         random_image(rng).save(folder / f"{number}.png")
         soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2)["array"], 16_000)
-        rows.append({"data_type": "ocr", "a": "<image>Biển ghi gì?", "b": f"số {number}", "images": [f"{number}.png"]})
-        rows.append({"data_type": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"})
+        rows.append({"task": "ocr", "a": "<image>Biển ghi gì?", "b": f"số {number}", "images": [f"{number}.png"]})
+        rows.append({"task": "audio", "a": "", "b": f"tiếng {number}", "audio": f"{number}.wav"})
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -123,7 +123,7 @@ def test_a_pair_scored_low_is_a_candidate_and_not_right(folder: Path) -> None:
 
 def test_pairs_without_vietnamese_are_an_error(tmp_path: Path, embedder: SentenceTransformer) -> None:
     path = tmp_path / "english.jsonl"
-    path.write_text(json.dumps({"data_type": "instr", "a": "Say yes.", "b": "yes"}))
+    path.write_text(json.dumps({"task": "instr", "a": "Say yes.", "b": "yes"}))
     with pytest.raises(ValueError, match="none of the 1 pairs has a query with a Vietnamese letter"):
         robustness(embedder, path)
 

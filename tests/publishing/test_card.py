@@ -14,14 +14,15 @@ from vipolyqwen.publishing.card import model_card
 from vipolyqwen.training.build import build_model
 
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
+# The second source has the name of its tasks that runs wrote before they were called so.
 TRAINING = {
     "base_models": BACKBONES,
     "settings": {"processes": 4, "learning_rate": 1e-5, "load_best_model_at_end": True},
     "train_data": [
-        {"name": "sts.parquet", "on_hub": False, "rows": 900, "weight": 2.0, "data_types": {"text_pair": 900}},
+        {"name": "sts.parquet", "on_hub": False, "rows": 900, "weight": 2.0, "tasks": {"text_pair": 900}},
         {"name": "someone/speech", "on_hub": True, "rows": 50, "weight": 1.0, "data_types": {"audio": 40, "ocr": 10}},
     ],
-    "eval_data": [{"name": "dev.jsonl", "on_hub": False, "rows": 7, "weight": 1.0, "data_types": {"audio": 7}}],
+    "eval_data": [{"name": "dev.jsonl", "on_hub": False, "rows": 7, "weight": 1.0, "tasks": {"audio": 7}}],
     "hardware": "4 × NVIDIA H200",
     "versions": {"torch": "2.13.0"},
 }

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, HubertModel, Qwen2VLImageProcessorPil, Qwen2VLModel, Wav2Vec2FeatureExtractor
 
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.demo.tiny_base import tiny_audio_config, tiny_vlm_config, train_tokenizer
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
@@ -72,7 +72,7 @@ def model_of(world: Path, *flags: str) -> tuple[torch.nn.Module, ViPolyQwenProce
     """What a run with these flags trains."""
     given = [str(world / "recipe.yaml"), "--output_dir", str(world / "unused"), *flags]
     model_args, data_args, _, args = read_arguments(given)
-    return load_model(model_args, args, declare_data_types(data_args.data_types))
+    return load_model(model_args, args, declare_tasks(data_args.tasks))
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_a_checkpoint_without_the_state_of_the_loss_is_refused(world: Path, tmp_
 
 def test_negatives_of_a_row_become_candidates(world: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (world / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [{**row, "data_type": "caption", "images": [row["picture"]], "b": row["said"]} for row in rows]
+    rows = [{**row, "task": "caption", "images": [row["picture"]], "b": row["said"]} for row in rows]
     losses = []
     for name, extra in (("without", {}), ("with", {"negatives": ["một hình 9", "a picture 9"]})):
         path = tmp_path / f"{name}.jsonl"

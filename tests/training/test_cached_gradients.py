@@ -78,7 +78,7 @@ def test_rows_pass_in_small_chunks_first_all_without_gradient_then_all_with_it(c
     trainer.model.register_forward_pre_hook(
         lambda _, __, inputs: calls.append((torch.is_grad_enabled(), len(inputs["input_ids"]))), with_kwargs=True
     )
-    batch = trainer.data_collator([row for row in pairs if row["data_type"] != "audio"])
+    batch = trainer.data_collator([row for row in pairs if row["task"] != "audio"])
     rows = len(batch["attention_mask"])
     trainer.training_step(trainer.model, batch)
     first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
@@ -184,8 +184,8 @@ def test_updates_cannot_be_left_out_with_deepspeed(corpus: Path, deepspeed: None
 
 def rows_of(pairs: PairDataset, rank: int) -> list[dict[str, Any]]:
     rows = [pairs[number] for number in range(len(pairs))]
-    text_only = [row for row in rows if row["data_type"] in TEXT_ONLY]
-    return text_only[:5] if rank == 0 else [row for row in rows if row["data_type"] not in TEXT_ONLY]
+    text_only = [row for row in rows if row["task"] in TEXT_ONLY]
+    return text_only[:5] if rank == 0 else [row for row in rows if row["task"] not in TEXT_ONLY]
 
 
 def sharded(model: ViPolyQwenModel) -> nn.Module:

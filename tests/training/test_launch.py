@@ -55,7 +55,7 @@ def rows(world: Path) -> list[dict]:
     Without that, one process would leave the weights of a tower alone in a step, and two would move them by momentum.
     """
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["data_type"] in ("instr", "ocr", "audio")][:COUNT]
+    rows = [row for row in rows if row["task"] in ("instr", "ocr", "audio")][:COUNT]
     (world / "few.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return rows
 
@@ -125,7 +125,7 @@ def launch(kind: str, runs: list[list[str]], folder: Path, *others: Path, proces
 
 def test_one_of_two_processes_gets_no_image_and_no_sound_and_fewer_rows(rows: list[dict]) -> None:
     shares = [list(MixtureBatches(MixtureSampler([COUNT], [1.0], SEED), SIZE, rank, 2)) for rank in range(2)]
-    kinds = [[{rows[row]["data_type"] for row in batch} for batch in share] for share in shares]
+    kinds = [[{rows[row]["task"] for row in batch} for batch in share] for share in shares]
     assert [first for first, _ in zip(*kinds, strict=True)][1:] == [{"instr"}, {"instr"}]
     assert [second for _, second in zip(*kinds, strict=True)][1:] == [{"ocr", "audio"}, {"ocr", "audio"}]
     assert [[len(batch) for batch in share] for share in shares] == [[2, 2, 1], [2, 2, 2]]

@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vipolyqwen.data.schema import canonical_data_type
+from vipolyqwen.data.schema import canonical_task
 from vipolyqwen.training.distributed import gather_with_grad
 from vipolyqwen.training.losses import (
     LOSS_TABLES,
@@ -219,7 +219,7 @@ def test_fixed_sum_leaves_score_components_out_where_there_is_no_score() -> None
 
 def test_aliases_of_the_first_paper() -> None:
     names = ["contrastive_with_score", "instruction", "ocr", "my_captions"]
-    assert [canonical_data_type(name) for name in names] == ["text_pair", "instr", "ocr", "my_captions"]
+    assert [canonical_task(name) for name in names] == ["text_pair", "instr", "ocr", "my_captions"]
 
 
 def test_task_loss_from_a_recipe() -> None:

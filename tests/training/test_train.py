@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_data_types
+from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.training.arguments import read_arguments, read_recipe
@@ -67,8 +67,8 @@ def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
     record = json.loads(text)
     assert record["base_models"] == [] and "continued_from" not in record  # a tiny base in a folder
     tasks = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
-    pairs = {"name": "pairs.jsonl", "on_hub": False, "rows": 24, "weight": 1.0, "data_types": dict.fromkeys(tasks, 4)}
-    captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "data_types": {"caption": 8}}
+    pairs = {"name": "pairs.jsonl", "on_hub": False, "rows": 24, "weight": 1.0, "tasks": dict.fromkeys(tasks, 4)}
+    captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "tasks": {"caption": 8}}
     assert (record["train_data"], record["eval_data"]) == ([pairs, captions], [pairs])
     settings = record["settings"]
     assert settings["bf16"] is False and "vision_learning_rate" not in settings
@@ -117,13 +117,11 @@ def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(world: P
 
 def test_rows_of_like_length_together_give_the_vectors_of_one_batch(world: Path) -> None:
     model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
-    data_types = declare_data_types(None)
-    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], data_types, processor.min_audio_samples)
-    collator = MixedBatchCollator(processor, data_types)
+    tasks = declare_tasks(None)
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
+    collator = MixedBatchCollator(processor, tasks)
     arguments = read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--report_to", "none"])[3]
-    loss = build_loss(
-        read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true"])[2], {}, list(data_types)
-    )
+    loss = build_loss(read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true"])[2], {}, list(tasks))
     trainer = ViPolyQwenTrainer(model, arguments, processor, loss, pairs, None, collator, collator)
     batch = collator([pairs[number] for number in range(len(pairs))])
     with torch.no_grad():
@@ -138,9 +136,9 @@ def test_each_part_of_the_model_has_its_learning_rate(world: Path, tmp_path: Pat
         ["--model", "x", "--output_dir", str(tmp_path), "--use_cpu", "true", "--learning_rate", "1e-5", *flags]
     )
     model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
-    data_types = declare_data_types(None)
-    collator = MixedBatchCollator(processor, data_types)
-    loss = build_loss(loss_args, {}, list(data_types))
+    tasks = declare_tasks(None)
+    collator = MixedBatchCollator(processor, tasks)
+    loss = build_loss(loss_args, {}, list(tasks))
     optimizer = ViPolyQwenTrainer(model, args, processor, loss, None, None, collator, collator).create_optimizer()
     rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
@@ -164,11 +162,26 @@ def test_an_unknown_recipe_key_is_named_with_the_nearest_known_one(tmp_path: Pat
         read_recipe(path)
 
 
+def test_declared_tasks_may_have_their_old_name_but_not_both(tmp_path: Path) -> None:
+    declared = {"caption": {"prefix": "<caption>"}}
+    old, both = tmp_path / "old.yaml", tmp_path / "both.yaml"
+    old.write_text(json.dumps({"vlm": "x", "data_types": declared}))
+    both.write_text(json.dumps({"tasks": {}, "data_types": declared}))
+    rest = ["--output_dir", "x", "--use_cpu", "true"]
+    assert read_arguments([str(old), *rest])[1].tasks == declared
+    assert read_arguments([str(old), "--tasks", "{}", *rest])[1].tasks == {}
+    assert read_arguments(["--vlm", "x", "--data_types", json.dumps(declared), *rest])[1].tasks == declared
+    with pytest.raises(ValueError, match="both.yaml: `data_types` .* `tasks` .*keep `tasks`"):
+        read_recipe(both)
+    with pytest.raises(ValueError, match="flags: `data_types` .* `tasks` .*keep `tasks`"):
+        read_arguments(["--vlm", "x", "--data_types", "{}", "--tasks", "{}", *rest])
+
+
 @pytest.mark.parametrize("name", ["stw", "bimodal", "trimodal", "demo"])
 def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
     model_args, data_args, loss_args, args = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
-    tasks = declare_data_types(data_args.data_types)
-    build_loss(loss_args, data_args.data_types, list(tasks))
+    tasks = declare_tasks(data_args.tasks)
+    build_loss(loss_args, data_args.tasks, list(tasks))
     expected = {
         "stw": ("mlp", "dle", "table", 2e-5, 480, 3),
         "bimodal": ("linear", "mixed", "none", 1e-4, 768, 2),
@@ -193,7 +206,7 @@ def test_an_ablation_changes_what_it_says_on_top_of_any_recipe(path: Path) -> No
     for name in ("trimodal", "demo"):
         command = [str(ROOT / f"recipes/{name}.yaml"), str(path), "--use_cpu", "true"]
         plain, ablated = read_arguments(command[:1] + command[2:]), read_arguments(command)
-        build_loss(ablated[2], ablated[1].data_types, list(declare_data_types(ablated[1].data_types)))
+        build_loss(ablated[2], ablated[1].tasks, list(declare_tasks(ablated[1].tasks)))
         differing = {
             key
             for one, other in zip(plain, ablated, strict=True)
@@ -206,14 +219,14 @@ def test_an_ablation_changes_what_it_says_on_top_of_any_recipe(path: Path) -> No
 
 def test_a_task_without_prefix_never_gets_one(world: Path) -> None:
     _, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
-    data_types = declare_data_types(None)
-    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], data_types, processor.min_audio_samples)
-    ids = {name: processor.tokenizer.convert_tokens_to_ids(data_type.prefix) for name, data_type in data_types.items()}
-    collator = MixedBatchCollator(processor, data_types, prefix_dropout=0.0, tasks_without_prefix=("ocr",))
+    tasks = declare_tasks(None)
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(task.prefix) for name, task in tasks.items()}
+    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0, tasks_without_prefix=("ocr",))
     used = set(collator([pairs[number] for number in range(len(pairs))])["input_ids"].flatten().tolist())
     assert ids["ocr"] not in used and ids["instr"] in used and ids["vqa_multi"] in used
-    with pytest.raises(ValueError, match="unknown data type 'orc'; known: text_pair"):
-        MixedBatchCollator(processor, data_types, tasks_without_prefix=("orc",))
+    with pytest.raises(ValueError, match="unknown task 'orc'; known: text_pair"):
+        MixedBatchCollator(processor, tasks, tasks_without_prefix=("orc",))
 
 
 def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) -> None:
@@ -224,7 +237,7 @@ def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_a_declared_data_type_needs_a_loss(world: Path) -> None:
+def test_a_declared_task_needs_a_loss(world: Path) -> None:
     loss_args = read_arguments([str(world / "recipe.yaml"), "--output_dir", "x"])[2]
-    with pytest.raises(ValueError, match=r"data_types\.caption has no `loss`"):
+    with pytest.raises(ValueError, match=r"tasks\.caption has no `loss`"):
         build_loss(loss_args, {"caption": {"prefix": "<caption>"}}, ["caption"])

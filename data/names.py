@@ -1,0 +1,32 @@
+"""Names that users write in recipes, suites and flags: old ones that keep working, suggestions for unknown ones."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+OLD_NAMES = {"data_type": "task", "data_type_column": "task_column", "data_types": "tasks"}
+
+
+def rename_old_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the settings with today's names in place of `OLD_NAMES`.
+
+    Args:
+        values: key -> value, as a recipe or the flags give them.
+        where: what an error calls them.
+
+    Raises:
+        ValueError: the old and the new name of one key are given.
+    """
+    for old, new in OLD_NAMES.items():
+        if old in values and new in values:
+            raise ValueError(
+                f"{where}: `{old}` ({values[old]!r}) and `{new}` ({values[new]!r}) are old and new name of one key; "
+                f"keep `{new}`."
+            )
+    return {OLD_NAMES.get(key, key): value for key, value in values.items()}
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Suggests the nearest known name as a sentence with a leading space; empty if none is near."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
