@@ -32,7 +32,7 @@ MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)
 MAX_RANKED = 1000  # as in mteb: a mean rank is given where all candidates are ranked
 MIN_SCORE = 0.5  # a pair scored lower is not relevant, though its b stays a candidate
-MEDIA = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+MEDIA = {"image": datasets.Image(), "audio": datasets.Audio()}
 LANGUAGES = ("mul-Latn",)  # what mteb calls "multiple languages"
 
 
@@ -152,7 +152,7 @@ def trimodal_tasks(
     shown = {
         "text": [Side(row.b) for row in rows],
         "image": [Side(images=tuple(row.images)) for row in rows],
-        "audio": [Side(audio=_sound(row.audio)) for row in rows],
+        "audio": [Side(audio=_audio_file(row.audio)) for row in rows],
     }
     for modality, sides in shown.items():
         missing = [row.id for row, side in zip(rows, sides, strict=True) if side.modalities != (modality,)]
@@ -263,10 +263,10 @@ def retrieval_task(
 def _side_a(row: Row, placeholder: str) -> Side:
     """Side a; a placeholder stays in the text only where an encoder can follow it: among several images."""
     text = row.a if len(row.images) > 1 else row.a.replace(placeholder, "").strip()
-    return Side(text, tuple(row.images), _sound(row.audio))
+    return Side(text, tuple(row.images), _audio_file(row.audio))
 
 
-def _sound(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
+def _audio_file(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
     """Samples as the bytes of a file; anything else as it is."""
     if not isinstance(audio, dict):
         return audio
@@ -287,28 +287,38 @@ def _task_type(asked: tuple[str, ...], shown: tuple[str, ...]) -> str:
 
 
 def _table(letter: str, sides: list[Side], modalities: tuple[str, ...]) -> datasets.Dataset:
-    """One row a side: `id` and a column for each modality; media stay where they are until they are read."""
+    """Returns one row per side: `id` and a column per modality; several images are a list."""
     columns: dict[str, list[Any]] = {"id": [f"{letter}{number}" for number in range(len(sides))]}
-    features = {"id": datasets.Value("string")}
-    kinds: dict[str, Any] = {}
     if "text" in modalities:
-        columns["text"], features["text"] = [side.text for side in sides], datasets.Value("string")
-    if "image" in modalities and all(len(side.images) == 1 for side in sides):
-        columns["image"], features["image"] = [_medium(side.images[0]) for side in sides], dict(MEDIA)
-        kinds["image"] = datasets.Image()
-    elif "image" in modalities:
-        columns["image"] = [[_medium(image) for image in side.images] for side in sides]
-        features["image"], kinds["image"] = datasets.List(dict(MEDIA)), datasets.List(datasets.Image())
+        columns["text"] = [side.text for side in sides]
+    if "image" in modalities:
+        is_single = all(len(side.images) == 1 for side in sides)
+        columns["image"] = [side.images[0] if is_single else list(side.images) for side in sides]
     if "audio" in modalities:
-        columns["audio"], features["audio"] = [_medium(side.audio) for side in sides], dict(MEDIA)
-        kinds["audio"] = datasets.Audio()
-    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    for column, kind in kinds.items():  # a cast encodes nothing, so it needs no library for sounds
-        table = table.cast_column(column, kind)
+        columns["audio"] = [side.audio for side in sides]
+    return media_table(columns, {modality: modality for modality in modalities})
+
+
+def media_table(columns: Mapping[str, list[Any]], modalities: Mapping[str, str]) -> datasets.Dataset:
+    """Returns a data set whose images and audio are paths or contents of files, decoded on access.
+
+    Casts media columns: encoding them would require torchcodec.
+
+    Args:
+        columns: column -> values; of media a path, the content of a file, or a list of these.
+        modalities: column -> `text`, `image` or `audio`; other columns are kept as they are.
+    """
+    media = {column: MEDIA[modality] for column, modality in modalities.items() if modality in MEDIA}
+    stored = {column: [_stored(value) for value in columns[column]] for column in media}
+    table = datasets.Dataset.from_dict({**columns, **stored})
+    for column, feature in media.items():
+        table = table.cast_column(column, datasets.List(feature) if isinstance(columns[column][0], list) else feature)
     return table
 
 
-def _medium(source: str | bytes) -> dict[str, Any]:
+def _stored(source: str | bytes | list[str | bytes]) -> dict[str, Any] | list[dict[str, Any]]:
+    if isinstance(source, list):
+        return [_stored(part) for part in source]
     return {"bytes": source, "path": None} if isinstance(source, bytes) else {"bytes": None, "path": source}
 
 

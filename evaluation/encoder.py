@@ -1,4 +1,4 @@
-"""Any model as an encoder of mteb: which prompt it gets, how sounds reach it, and what speed and memory it takes."""
+"""Wraps any model as an encoder of mteb: chooses prompts, decodes audio, measures speed and memory."""
 
 import hashlib
 import time
@@ -21,12 +21,13 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
+from ..data.collator import interleave
 from ..media_vipolyqwen import load_audio, resample
 from .memory import CLEAR_REFS, peak_host, reset_peaks
 
-MODALITIES = ("image", "audio", "text", "video")  # in this order an input is read: a picture, then its question
-AUDIO_RATE = 16_000  # Hz, as mteb's own; sentence-transformers takes one rate a batch
-PLACEHOLDER = "<image>"  # where each of several images stands in a text
+MODALITIES = ("image", "audio", "text", "video")  # order within an input: an image precedes its question
+AUDIO_RATE = 16_000  # Hz, as in mteb; sentence-transformers requires one rate per batch
+PLACEHOLDER = "<image>"  # marks the place of each of several images in a text
 ENCODE = {None: SentenceTransformer.encode, PromptType.query: SentenceTransformer.encode_query}
 ENCODE[PromptType.document] = SentenceTransformer.encode_document
 
@@ -36,20 +37,24 @@ def load_encoder(
 ) -> "MeasuredEncoder":
     """Loads a folder or a model of the Hub.
 
-    A model that mteb knows is loaded as mteb does, with its own prompts; any other through sentence-transformers.
+    A model registered in mteb is loaded by mteb, with the prompts registered there; others by sentence-transformers.
 
     Args:
         name: folder or Hub id.
-        table: see `prompt_key`; a value is the name of one of the model's prompts, or None for none.
+        table: keys as in `prompt_keys` -> the name of one of the model's prompts, or None for no prompt.
         device: such as "cuda"; None: the library's choice.
-        dtype: such as "bfloat16"; None: the library's choice, as for a model that mteb knows.
-        trust_remote_code: whether code from the Hub may run; code of a folder always may.
+        dtype: such as "bfloat16"; None, and for models registered in mteb: the library's choice.
+        trust_remote_code: whether code from the Hub may run; code in a folder always may.
+
+    Raises:
+        ValueError: the model returns no vectors, or the commit of a Hub model is unknown.
     """
     folder = Path(name)
     if name in MODEL_REGISTRY and not folder.is_dir():
         encoder = mteb.get_model(name, device=device)
         if not isinstance(encoder, EncoderProtocol):
-            raise ValueError(f"{name}: mteb has it as {type(encoder).__name__}, which makes no vectors of its own.")
+            kind = type(encoder).__name__
+            raise ValueError(f"{name}: mteb loads it as {kind}, which returns no vectors; name an embedding model.")
         return MeasuredEncoder(encoder)
     model = SentenceTransformer(
         name,
@@ -64,7 +69,7 @@ def load_encoder(
 
 
 def _content(folder: Path) -> str:
-    """A name for the weights and settings in a folder: results of another training are never taken for these."""
+    """Returns a hash of the weights and settings in a folder, so that cached results never belong to other weights."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.rglob("*.json"))):
         with path.open("rb") as file:
@@ -73,18 +78,18 @@ def _content(folder: Path) -> str:
 
 
 def _commit(name: str) -> str:
-    """The commit of a model that was loaded from the Hub."""
+    """Returns the commit of a model that was loaded from the Hub."""
     for file in ("modules.json", "config.json"):
         cached = try_to_load_from_cache(name, file)
         if isinstance(cached, str):  # neither unknown nor known to be absent
             return Path(cached).parent.name
-    raise ValueError(f"{name}: the commit it was loaded from cannot be told; give a folder instead.")
+    raise ValueError(f"{name}: the commit of the cached files is unknown; download the model and pass its folder.")
 
 
 def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[str]:
-    """The keys of a suite's table of prompts that fit one side of a task, the first being the strongest.
+    """Returns the keys of a suite's table of prompts that match one side of a task, in descending priority.
 
-    They are the task's name, its type and the side's modalities (such as "text" or "image+text"), each with and
+    The keys are the task's name, its type and the side's modalities (such as "text" or "image+text"), each with and
     without "-query" or "-document".
     """
     modalities = metadata.get_modalities(prompt_type)
@@ -94,9 +99,11 @@ def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[
 
 
 class SentenceEncoder(AbsEncoder):
-    """A SentenceTransformer with the prompts of a suite.
+    """Encodes with a SentenceTransformer and the prompts of a suite.
 
-    Sounds are read by soundfile and resampled by scipy: mteb's own way needs torchcodec and torchaudio.
+    Replaces mteb's `SentenceTransformerEncoderWrapper`, whose `encode` cannot be extended: it decodes audio with
+    torchcodec and torchaudio (here: soundfile and scipy), orders the parts of an input as the data set's columns are,
+    does not place several images in a text, and ignores prompts that are not named after tasks of mteb.
     """
 
     def __init__(self, model: SentenceTransformer, name: str, revision: str, table: Mapping[str, str | None]) -> None:
@@ -107,15 +114,15 @@ class SentenceEncoder(AbsEncoder):
         self.mteb_model_meta = meta.model_copy(update={"name": name, "revision": revision, "modalities": modalities})
 
     def prompt(self, metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
-        """What the model gets in front of an input: by the suite's table, else by mteb's rule from its own prompts."""
+        """Returns the text that precedes an input, by the suite's table or by mteb's rule for the model's prompts."""
         for key in prompt_keys(metadata, prompt_type):
             if key in self.table:
                 name = self.table[key]
                 if name is None or name in self.model.prompts:
-                    return self.model.prompts[name] if name else ""  # None would let the model choose
-                break  # a prompt that this model does not have
-        own = get_prompt_name(self.model.prompts, metadata, prompt_type) or self.model.default_prompt_name
-        return self.model.prompts[own] if own else None
+                    return self.model.prompts[name] if name else ""  # None would select the model's default
+                break  # this model lacks the prompt
+        name = get_prompt_name(self.model.prompts, metadata, prompt_type) or self.model.default_prompt_name
+        return self.model.prompts[name] if name else None
 
     def encode(
         self,
@@ -127,7 +134,7 @@ class SentenceEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """(rows, dimension) float32 vectors of what the loader's data set shows."""
+        """Returns (rows, dimension) float32 vectors of the rows of the loader's data set."""
         table = inputs.dataset
         if "audio" in table.features:
             table = table.cast_column("audio", datasets.Audio(decode=False))
@@ -135,7 +142,7 @@ class SentenceEncoder(AbsEncoder):
         loader = DataLoader(table, inputs.batch_size, num_workers=inputs.num_workers, collate_fn=list)
         options = {"prompt": self.prompt(task_metadata, prompt_type), **kwargs}
         encode = ENCODE[prompt_type]
-        if columns == ["text"]:  # all at once: sentence-transformers sorts them by length
+        if columns == ["text"]:  # in one call, which sorts them by length
             return _as_array(encode(self.model, [row["text"] for batch in loader for row in batch], **options))
         options["show_progress_bar"] = False
         parts = [encode(self.model, [as_input(row, columns) for row in batch], **options) for batch in loader]
@@ -143,7 +150,7 @@ class SentenceEncoder(AbsEncoder):
 
 
 def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
-    """One row as sentence-transformers takes it; several images as a message, at their places in the text or first."""
+    """Returns one row as sentence-transformers accepts it; a message where an input has several images."""
     shown = {name: row[name] for name in columns}
     if "audio" in shown:
         source = shown["audio"]["bytes"] or shown["audio"]["path"]
@@ -152,21 +159,19 @@ def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | lis
     images = shown.get("image")
     if not isinstance(images, list):
         return shown
-    pieces = shown.get("text", "").split(PLACEHOLDER)
-    if len(pieces) != len(images) + 1:
-        pieces = [""] * len(images) + [shown.get("text", "")]
-    content: list[dict[str, Any]] = []
-    for piece, image in zip(pieces, [*images, None], strict=True):
-        content.extend([{"type": "text", "text": piece}] if piece else [])
-        content.extend([{"type": "image", "image": image}] if image else [])
+    text = shown.get("text", "")
+    if text.count(PLACEHOLDER) in (0, len(images)):
+        content = list(interleave(text, images, PLACEHOLDER))
+    else:
+        content = [*interleave("", images, PLACEHOLDER), {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
 
 class MeasuredEncoder:
-    """An encoder of mteb whose rows, seconds and memory are counted, and whose vectors are kept if asked for.
+    """Measures the rows, seconds and memory of an encoder of mteb, and keeps its vectors on request.
 
     Attributes:
-        kept: (subset, split) -> "query", "document" or "inputs" -> arrays in the order in which they were made.
+        kept: (subset, split) -> "query", "document" or "inputs" -> arrays in order of creation.
         documents: (subset, split) -> number of documents.
     """
 
@@ -176,7 +181,7 @@ class MeasuredEncoder:
         self.start(keep_vectors=False)
 
     def start(self, keep_vectors: bool) -> None:
-        """Begins a task: everything is counted from here on."""
+        """Resets all counters before a task."""
         self.keep_vectors = keep_vectors
         self.rows, self.seconds = 0, 0.0
         self.documents: dict[tuple[str, str], int] = defaultdict(int)
@@ -193,7 +198,7 @@ class MeasuredEncoder:
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What the encoder gives."""
+        """Returns the encoder's vectors and counts them."""
         started = time.perf_counter()
         where = {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
         vectors = self.encoder.encode(inputs, prompt_type=prompt_type, **where, **kwargs)
@@ -207,15 +212,15 @@ class MeasuredEncoder:
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """What the encoder gives."""
+        """Returns the encoder's similarity of all pairs."""
         return self.encoder.similarity(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """What the encoder gives."""
+        """Returns the encoder's similarity of matching rows."""
         return self.encoder.similarity_pairwise(embeddings1, embeddings2)
 
     def prompts(self, metadata: TaskMetadata) -> dict[str, str]:
-        """The prompt of each side of a task, to be shown; "" for none, and no side for a model's own ways in mteb."""
+        """Returns the prompt of each side of a task for display: "" for none; empty for a model registered in mteb."""
         if not isinstance(self.encoder, SentenceEncoder):
             return {}
         if metadata.simplified_task_type != "retrieval":
@@ -223,15 +228,15 @@ class MeasuredEncoder:
         return {side.value: self.encoder.prompt(metadata, side) or "" for side in PromptType}
 
     def home(self) -> dict[str, str]:
-        """Device and dtype of the weights."""
-        model = vars(self.encoder).get("model")  # what mteb's own wrappers call theirs
+        """Returns device and dtype of the weights."""
+        model = vars(self.encoder).get("model")  # the attribute's name in mteb's wrappers
         weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         if weight is None:
             return {"device": "unknown", "dtype": "unknown"}
         return {"device": _device(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
 
     def measures(self) -> dict[str, Any]:
-        """What was counted since `start`."""
+        """Returns the measurements since `start`."""
         return {
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
