@@ -1,4 +1,4 @@
-"""Every page keeps its word: commands parse, Python examples run, links and files resolve."""
+"""Every page keeps its word: commands parse, recipes are read, Python examples run, links and files resolve."""
 
 import argparse
 import re
@@ -12,8 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers import random_image, save_tiny_model
+
+from vipolyqwen.data.readers import SourceConfig
+from vipolyqwen.data.schema import declare_tasks
+from vipolyqwen.evaluation.suite import read_suite
+from vipolyqwen.training.arguments import read_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -137,6 +143,20 @@ def test_a_command_that_does_not_run_is_found(
 ) -> None:
     with pytest.raises(AssertionError):
         check_command(line, monkeypatch)
+
+
+@pytest.mark.parametrize("block", named(blocks("yaml")))
+def test_every_yaml_block_is_a_recipe_or_a_suite(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "block.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    content = yaml.safe_load(block.text)
+    if isinstance(content.get("tasks"), list):
+        assert read_suite(str(path)).entries
+        return
+    recipe = read_recipe(path)
+    declare_tasks(recipe.get("tasks"))
+    for entry in [*(recipe.get("train_data") or []), *(recipe.get("eval_data") or [])]:
+        assert SourceConfig.from_dict(entry).path == entry["path"]
 
 
 @pytest.fixture(scope="module")
