@@ -18,7 +18,7 @@ from vipolyqwen.training.arguments import (
 )
 from vipolyqwen.training.build import build_collator, build_loss, load_model, read_pairs
 from vipolyqwen.training.callbacks import CompactProgressCallback
-from vipolyqwen.training.distributed import loading_whole
+from vipolyqwen.training.distributed import unsharded_loading
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     tasks = declare_tasks(data_args.tasks)
     mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
-    with loading_whole(args):
+    with unsharded_loading(args):
         model, processor = load_model(model_args, args, tasks)
     train_pairs = read_pairs(data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks)
     eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media)

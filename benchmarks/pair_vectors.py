@@ -54,10 +54,12 @@ def collate(pairs: PairDataset, collator: MixedBatchCollator, batch_size: int) -
 
 def by_length(model: ViPolyQwenModel, batch: Mapping[str, Any]) -> Tensor:
     """Vectors of a collated batch in its order; rows of like length go through the model together."""
-    calls = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
-    inputs = [{name: value.to(model.device) for name, value in take_rows(batch, rows).items()} for rows in calls]
+    microbatches = [torch.tensor(rows) for rows in length_buckets(row_lengths(batch).tolist())]
+    inputs = [
+        {name: value.to(model.device) for name, value in take_rows(batch, rows).items()} for rows in microbatches
+    ]
     vectors = torch.cat([model(**rows).embeddings for rows in inputs])
-    return torch.empty_like(vectors).index_copy(0, torch.cat(calls).to(vectors.device), vectors)
+    return torch.empty_like(vectors).index_copy(0, torch.cat(microbatches).to(vectors.device), vectors)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.charts import line_chart
-from .distributed import whole
+from .distributed import full_parameters
 from .parts import new_parameters
 
 logger = logging.get_logger(__name__)
@@ -57,7 +57,7 @@ class BalanceMonitor(TrainerCallback):
     ) -> None:
         """Remembers where the new parts started, unless a resumed run has brought it."""
         if not self.start and model is not None:
-            self.start = {name: value.cpu() for name, value in whole(new_parameters(model)).items()}
+            self.start = {name: value.cpu() for name, value in full_parameters(new_parameters(model)).items()}
 
     def record(self, loss: float) -> None:
         """Adds the loss of one batch."""
@@ -72,7 +72,7 @@ class BalanceMonitor(TrainerCallback):
         if gradient_norm is not None and math.isfinite(gradient_norm):
             self.gradient_norms.append(float(gradient_norm))
         squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for name, value in whole(new_parameters(model)).items():
+        for name, value in full_parameters(new_parameters(model)).items():
             if name in self.start:
                 start = self.start[name].to(value.device)
                 part = squares[f"drift/{name.split('.')[0]}"]

@@ -22,7 +22,7 @@ def is_deepspeed(model: nn.Module) -> bool:
     return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
 
 
-def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def full_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Copies of parameters in full, on their device; all processes have to call this together."""
     if is_deepspeed_zero3_enabled():
         import deepspeed  # only then it is there
@@ -36,7 +36,7 @@ def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def loading_whole(args: TrainingArguments) -> Iterator[None]:
+def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
     """A process loads all weights for a while, also under ZeRO-3, which spreads those of training when it begins.
 
     transformers (5.23) would spread them while it loads, wait for the other processes to do the same, and fail at the
@@ -54,7 +54,7 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
 
 
 @contextmanager
-def own_class(model: nn.Module) -> Iterator[nn.Module]:
+def unsharded_class(model: nn.Module) -> Iterator[nn.Module]:
     """The model as an instance of its own class for a while.
 
     `fully_shard` makes a subclass of FSDPModule of it. Saving would then write torch's code beside the weights in

@@ -1,4 +1,4 @@
-"""Which rows of a batch go through the model together: like lengths, shared images, at most so many rows or tokens."""
+"""Plans micro-batches: groups rows by length and by shared images, within limits on rows and tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,94 +9,95 @@ import torch
 
 from ..data.collator import members
 
-CALL_COST = 64  # tokens: what a call of the model costs beside its tokens; benchmarks/length_buckets.py compares
-MOST_CLASSES = 256  # lengths that are told apart when rows are grouped
+MICROBATCH_COST = 64  # tokens; fixed cost of a forward and backward, compared in benchmarks/length_buckets.py
+MAX_LENGTH_CLASSES = 256  # bounds the O(classes²) search of `length_buckets`
 
 
 class RowSize(NamedTuple):
-    """What a row costs, and what it could share with others."""
+    """Size of one row, and the image that it may share with other rows."""
 
-    tokens: int  # 0 for a sound alone
-    frames: int = 0  # of its sound
-    image: int = -1  # number of its first image in the batch; −1 without images
+    tokens: int  # 0 for a row of audio only
+    frames: int = 0  # that the speech encoder makes of its audio
+    image: int = -1  # index of its first image in the batch; −1 without images
 
 
-class CallSize(NamedTuple):
-    """What rows cost in one call of the model."""
+class MicrobatchSize(NamedTuple):
+    """Size of one micro-batch."""
 
     rows: int = 0
     tokens: int = 0
-    texts: int = 0  # rows that have tokens; the others skip the language model
+    texts: int = 0  # rows with tokens; rows without tokens skip the language model
     longest_text: int = 0
-    sounds: int = 0
-    longest_sound: int = 0
+    clips: int = 0
+    longest_clip: int = 0
 
-    def plus(self, rows: Iterable[RowSize]) -> "CallSize":
-        """The size with more rows in the call."""
+    def plus(self, rows: Iterable[RowSize]) -> "MicrobatchSize":
+        """Returns the size with `rows` added."""
         rows = list(rows)
-        return CallSize(
+        return MicrobatchSize(
             self.rows + len(rows),
             self.tokens + sum(row.tokens for row in rows),
             self.texts + sum(row.tokens > 0 for row in rows),
             max([self.longest_text, *(row.tokens for row in rows)]),
-            self.sounds + sum(row.frames > 0 for row in rows),
-            max([self.longest_sound, *(row.frames for row in rows)]),
+            self.clips + sum(row.frames > 0 for row in rows),
+            max([self.longest_clip, *(row.frames for row in rows)]),
         )
 
     def positions(self, packed: bool) -> int:
-        """Tokens and frames of sound that pass through the towers, padding among them."""
+        """Returns the number of tokens and audio frames that the towers process, padding included."""
         texts = self.tokens if packed else self.texts * self.longest_text
-        return texts + self.sounds * self.longest_sound
+        return texts + self.clips * self.longest_clip
 
 
 @dataclass(frozen=True)
-class CallLimit:
-    """The most that one call may hold; a row that is more alone gets a call of its own.
+class MicrobatchLimit:
+    """Upper limits of a micro-batch; a single row that exceeds them forms a micro-batch alone.
 
     Attributes:
-        rows: rows of a call; `None`: any number.
-        tokens: tokens (an image's among them) and frames of sound of a call, with their padding; `None`: any number.
-        packed: the model drops the padding of texts.
+        rows: maximum number of rows; `None` means no limit.
+        tokens: maximum number of tokens (image tokens included) and audio frames, padding included; `None` means no
+            limit.
+        packed: whether the model packs texts, so that their padding costs nothing.
     """
 
     rows: int | None = None
     tokens: int | None = None
     packed: bool = False
 
-    def allows(self, size: CallSize) -> bool:
-        """Whether a call may be of this size."""
+    def allows(self, size: MicrobatchSize) -> bool:
+        """Returns whether a micro-batch of this size is within the limits."""
         return (self.rows is None or size.rows <= self.rows) and (
             self.tokens is None or size.positions(self.packed) <= self.tokens
         )
 
-    def least_calls(self, rows: int, tokens: int) -> int:
-        """Into how many calls rows of so many tokens have to go at least."""
+    def least_microbatches(self, rows: int, tokens: int) -> int:
+        """Returns the minimum number of micro-batches for this many rows and tokens."""
         by_rows = 1 if self.rows is None else -(-rows // self.rows)
         return max(1, by_rows, 1 if self.tokens is None else -(-tokens // self.tokens))
 
 
-def plan_calls(sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
-    """Row numbers of each call of the model, every row once.
+def plan_microbatches(sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[list[int]]:
+    """Assigns every row to one micro-batch and returns the row indices of each.
 
-    Rows of like length go together, since padding short answers to the longest question costs more than further calls;
-    packed texts have no padding and need no such care. Rows whose first image is the same stay together, so that it
-    passes through the vision tower once; unless they are more than a call may hold.
+    Groups rows of similar length, since padding short answers to the longest question costs more than additional
+    micro-batches. Packed texts have no padding and are not grouped by length. Keeps rows with the same first image
+    together, so that the vision tower encodes it once, unless they exceed the limits.
     """
     units = sharing(sizes)
     longest = [max(sizes[row].tokens for row in unit) for unit in units]
     buckets = [list(range(len(units)))]
     if not limit.packed:
         buckets = length_buckets(longest, counts=[len(unit) for unit in units], limit=limit)
-    calls = []
+    microbatches = []
     for bucket in buckets:
         frames = {number: max(sizes[row].frames for row in units[number]) for number in bucket}
         bucket.sort(key=lambda number: (frames[number], longest[number]), reverse=True)
-        calls += cut([units[number] for number in bucket], sizes, limit)
-    return calls
+        microbatches += cut([units[number] for number in bucket], sizes, limit)
+    return microbatches
 
 
 def sharing(sizes: Sequence[RowSize]) -> list[list[int]]:
-    """Groups of row numbers: rows of one image together, any other row alone."""
+    """Groups the indices of rows that share their first image; any other row forms a group alone."""
     groups: dict[tuple[bool, int], list[int]] = {}
     for row, size in enumerate(sizes):
         key = (True, size.image) if size.image >= 0 else (False, row)
@@ -104,42 +105,42 @@ def sharing(sizes: Sequence[RowSize]) -> list[list[int]]:
     return list(groups.values())
 
 
-def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: CallLimit) -> list[list[int]]:
-    """Groups of rows in their order, as many to a call as it may hold; a group that is too large is divided."""
-    calls: list[list[int]] = []
-    size = CallSize()
+def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[list[int]]:
+    """Fills micro-batches with groups of rows in order; splits a group that exceeds the limits."""
+    microbatches: list[list[int]] = []
+    size = MicrobatchSize()
     for unit in units:
-        whole = limit.allows(CallSize().plus(sizes[row] for row in unit))
-        for piece in [unit] if whole else [[row] for row in unit]:
+        fits = limit.allows(MicrobatchSize().plus(sizes[row] for row in unit))
+        for piece in [unit] if fits else [[row] for row in unit]:
             grown = size.plus(sizes[row] for row in piece)
-            if calls and limit.allows(grown):
-                calls[-1].extend(piece)
+            if microbatches and limit.allows(grown):
+                microbatches[-1].extend(piece)
                 size = grown
             else:
-                calls.append(list(piece))
-                size = CallSize().plus(sizes[row] for row in piece)
-    return calls
+                microbatches.append(list(piece))
+                size = MicrobatchSize().plus(sizes[row] for row in piece)
+    return microbatches
 
 
 def length_buckets(
     lengths: Sequence[int],
-    call_cost: int = CALL_COST,
+    microbatch_cost: int = MICROBATCH_COST,
     counts: Sequence[int] | None = None,
-    limit: CallLimit = CallLimit(),
+    limit: MicrobatchLimit = MicrobatchLimit(),
 ) -> list[list[int]]:
-    """Groups items by length, longest first, so that the tokens of all calls and the cost of the calls are least.
+    """Groups items by length, longest first, at the lowest total cost.
 
-    That is the least Σ (longest · rows + call_cost · calls) over all ways to divide the items in order of length.
-    Items without any token (sounds alone) go with the shortest ones: they take no part in the language model.
+    Minimises Σ (longest · rows + microbatch_cost · micro-batches) over all partitions of the items sorted by length.
+    Items without tokens (audio only) join the group of the shortest items: they skip the language model.
 
     Args:
         lengths: tokens of each item.
-        call_cost: what a call costs on top of its tokens, in tokens.
-        counts: rows of each item; `None`: one each.
-        limit: what a call may hold; a group that is larger takes several.
+        microbatch_cost: fixed cost of a micro-batch, in tokens.
+        counts: rows of each item; `None` means one row each.
+        limit: limits of a micro-batch; a group that exceeds them takes several.
     """
     order = sorted(range(len(lengths)), key=lambda item: lengths[item], reverse=True)
-    step = max(1, lengths[order[0]] // MOST_CLASSES if order else 1)
+    step = max(1, lengths[order[0]] // MAX_LENGTH_CLASSES if order else 1)
     classes = [list(items) for _, items in groupby(order, key=lambda item: -(-lengths[item] // step))]
     without = classes.pop() if classes and not lengths[classes[-1][0]] else []
     ends = [0, *accumulate(sum(1 if counts is None else counts[item] for item in items) for items in classes)]
@@ -147,7 +148,7 @@ def length_buckets(
     def cost(start: int, end: int) -> int:
         rows = ends[end] - ends[start]
         tokens = rows * lengths[classes[start][0]]
-        return tokens + call_cost * limit.least_calls(rows, tokens)
+        return tokens + microbatch_cost * limit.least_microbatches(rows, tokens)
 
     best, starts = [0], [0]
     for end in range(1, len(classes) + 1):
@@ -163,11 +164,11 @@ def length_buckets(
 
 
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The model inputs of some rows of a collated batch, without the padding that none of them needs.
+    """Selects the model inputs of some rows of a collated batch and trims the padding that none of them needs.
 
     Args:
-        batch: what `MixedBatchCollator` returns.
-        rows: (rows,) long, numbers in [0, 2B) in the order wanted, on the batch's device.
+        batch: output of `MixedBatchCollator`.
+        rows: (rows,) long, row indices in the order wanted, on the batch's device.
     """
     inputs = {}
     mask = batch["attention_mask"][rows]  # (rows, tokens)
@@ -192,12 +193,12 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
 
 
 def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Number of tokens of each row of a collated batch, (2B,) long; 0 for a sound alone."""
+    """Returns the number of tokens of each row of a collated batch, (rows,) long; 0 for audio only."""
     return batch["attention_mask"].sum(dim=1)
 
 
 def first_images(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Number of the first image of each row of a collated batch, (2B,) long; −1 for a row without images."""
+    """Returns the index of each row's first image in a collated batch, (rows,) long; −1 without images."""
     counts = batch["images_per_row"]
     first = torch.full_like(counts, -1)
     if "image_indices" in batch:

@@ -28,9 +28,9 @@ from .arguments import ViPolyQwenTrainingArguments
 from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
-from .distributed import gather_with_grad, loading_whole, own_class
+from .distributed import gather_with_grad, unsharded_class, unsharded_loading
 from .loss_optimizer import LossOptimizer
-from .microbatches import CallLimit, RowSize, first_images, plan_calls, row_lengths, take_rows
+from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
 from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput
 from .parts import plain_name
 from .resuming import ResumingTrainer
@@ -177,41 +177,41 @@ class ViPolyQwenTrainer(ResumingTrainer):
         )
 
     def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Unit vectors of both sides and of the hard negatives, (2 · pairs + N, D) float32.
+        """Embeds both sides and the hard negatives, (2 · pairs + N, D) float32 unit vectors.
 
-        In one process, rows of like length go through the model together (`plan_calls`), unless they are packed. With
-        several processes it is one call that passes through every tower, so that all ranks take part in the same
-        collectives in the same order. With `embed_chunk` or `embed_chunk_tokens` no call is larger than that, not
-        counting the row for every tower, and all processes make as many calls.
+        On one rank, `plan_microbatches` groups rows of similar length, unless they are packed. On several ranks, all
+        rows form one micro-batch that passes through every tower, so that all ranks join the same collectives in the
+        same order. `embed_chunk` and `embed_chunk_tokens` limit the size of a micro-batch (the row for every tower not
+        counted), and all ranks run the same number of them.
         """
         device = inputs["attention_mask"].device
-        calls = self._calls(inputs)
+        microbatches = self._microbatches(inputs)
 
         def embed(rows: Sequence[int]) -> torch.Tensor:
             return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device), self.packing)
 
         if self.in_chunks:
-            vectors = embed_in_chunks(embed, calls, model, device, exchange=self.accelerator.sync_gradients)
+            vectors = embed_in_chunks(embed, microbatches, model, device, exchange=self.accelerator.sync_gradients)
         else:
-            vectors = torch.cat([embed(rows) for rows in calls])
-        order = torch.tensor([row for rows in calls for row in rows], dtype=torch.long, device=device)
+            vectors = torch.cat([embed(rows) for rows in microbatches])
+        order = torch.tensor([row for rows in microbatches for row in rows], dtype=torch.long, device=device)
         return torch.empty_like(vectors).index_copy(0, order, vectors)
 
-    def _calls(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
-        """Which rows go through the model together, each row once; as many calls in every process."""
+    def _microbatches(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
+        """Returns the row indices of each micro-batch, every row once; as many micro-batches on every rank."""
         rows = _row_count(inputs)
         if self.args.world_size > 1 and not self.in_chunks:
             return [range(rows)]
-        columns = (row_lengths(inputs), self._sound_frames(inputs), first_images(inputs))
+        columns = (row_lengths(inputs), self._audio_frames(inputs), first_images(inputs))
         sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
-        limit = CallLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
-        calls: list[Sequence[int]] = list(plan_calls(sizes, limit))
+        limit = MicrobatchLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
+        microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
         if self.in_chunks:
-            most = self.accelerator.gather(torch.tensor([len(calls)], device=inputs["attention_mask"].device)).max()
-            calls += [()] * (int(most) - len(calls))
-        return calls
+            count = torch.tensor([len(microbatches)], device=inputs["attention_mask"].device)
+            microbatches += [()] * (int(self.accelerator.gather(count).max()) - len(microbatches))
+        return microbatches
 
-    def _sound_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
+    def _audio_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Frames that the speech encoder makes of each row's sound, (rows,) long; 0 without one."""
         frames = torch.zeros_like(inputs["images_per_row"])
         if "has_audio" in inputs:
@@ -377,13 +377,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = Path(output_dir or self.args.output_dir)
         if not is_adapted(model):
-            with own_class(model):
+            with unsharded_class(model):
                 save_repository(model, self.processing_class, folder, state_dict)
         elif self._unfinished is not None:
             save_adapter(model, self.processing_class, folder, state_dict)
         else:
             save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
-            with loading_whole(self.args):  # this process alone reads the base
+            with unsharded_loading(self.args):  # this process alone reads the base
                 save_repository(*load_adapter(folder / ADAPTER), folder)  # base as before any quantisation
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which rows pass through the model together: limits of rows and tokens, images that rows share."""
+"""Micro-batches: limits of rows and tokens, images that rows share."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,20 @@ from torch import Tensor
 
 from vipolyqwen.data.collator import members
 from vipolyqwen.training.arguments import read_arguments
-from vipolyqwen.training.microbatches import CallLimit, RowSize, first_images, length_buckets, plan_calls, take_rows
+from vipolyqwen.training.microbatches import (
+    MicrobatchLimit,
+    RowSize,
+    first_images,
+    length_buckets,
+    plan_microbatches,
+    take_rows,
+)
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 
 @pytest.fixture(scope="module")
 def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base of `world` and its pairs, of which three rows show each of the four pictures; some have negatives."""
+    """The base of `world` and its pairs, of which three rows show each of the four images; some have negatives."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row | {"negatives": [f"no {n} {k}" for k in range(n % 3)]} for n, row in enumerate(rows)]
@@ -28,7 +35,7 @@ def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_batch(corpus: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def full_batch(corpus: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gradients and log of a step of all rows, without limits."""
     trainer, pairs = build_trainer(corpus)
     log = training_step(trainer, list(pairs))
@@ -36,27 +43,30 @@ def whole_batch(corpus: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def watch(trainer: ViPolyQwenTrainer) -> tuple[list[tuple[bool, int, int]], list[tuple[bool, int]]]:
-    """Fills lists while the trainer works: (with gradient, rows, positions) of each call, (…, images) of each pass."""
-    calls, passes = [], []
+    """Fills two lists while the trainer works.
 
-    def see_call(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        positions = sounds = texts = 0
+    They hold (with gradient, rows, positions) of each micro-batch and (with gradient, images) of each vision pass.
+    """
+    microbatches, passes = [], []
+
+    def see_microbatch(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        positions = clips = texts = 0
         if "attention_mask" in inputs:
             mask = inputs["attention_mask"]
             texts, positions = len(mask), int(mask.any(1).sum()) * mask.shape[1]
         if "audio_features" in inputs:
             lengths = inputs["audio_attention_mask"].sum(1)
-            sounds = len(lengths)
+            clips = len(lengths)
             frames = trainer.model.audio_tower._get_feat_extract_output_lengths(lengths)
-            positions += sounds * int(frames.max())
-        calls.append((torch.is_grad_enabled(), max(texts, sounds), positions))
+            positions += clips * int(frames.max())
+        microbatches.append((torch.is_grad_enabled(), max(texts, clips), positions))
 
     def see_images(_: Any, __: Any, inputs: dict[str, Any]) -> None:
         passes.append((torch.is_grad_enabled(), len(inputs["grid_thw"])))
 
-    trainer.model.register_forward_pre_hook(see_call, with_kwargs=True)
+    trainer.model.register_forward_pre_hook(see_microbatch, with_kwargs=True)
     trainer.model.vlm.visual.register_forward_pre_hook(see_images, with_kwargs=True)
-    return calls, passes
+    return microbatches, passes
 
 
 # --- the plan
@@ -66,54 +76,65 @@ def sizes(*tokens: int) -> list[RowSize]:
     return [RowSize(count) for count in tokens]
 
 
-def test_without_a_limit_rows_of_like_length_go_together() -> None:
-    assert plan_calls(sizes(3, 40, 0, 41, 4), CallLimit()) == [[3, 1], [4, 0, 2]]
-    assert plan_calls([], CallLimit()) == []
+def test_without_a_limit_rows_of_similar_length_go_together() -> None:
+    assert plan_microbatches(sizes(3, 40, 0, 41, 4), MicrobatchLimit()) == [[3, 1], [4, 0, 2]]
+    assert plan_microbatches([], MicrobatchLimit()) == []
 
 
 @pytest.mark.parametrize(
-    ("limit", "calls"),
+    ("limit", "microbatches"),
     [
-        (CallLimit(rows=2), [[0, 1], [2, 3]]),  # one call less is worth more than the padding
-        (CallLimit(tokens=12), [[0], [1, 2, 3]]),  # 3 rows × 4 tokens
-        (CallLimit(tokens=11), [[0], [1, 2], [3]]),
-        (CallLimit(tokens=1), [[0], [1], [2], [3]]),  # a row is never cut
-        (CallLimit(rows=2, tokens=12), [[0], [1, 2], [3]]),
-        (CallLimit(packed=True), [[0, 1, 2, 3]]),
-        (CallLimit(tokens=14, packed=True), [[0, 1], [2, 3]]),  # 10 + 4 tokens, without padding
+        (MicrobatchLimit(rows=2), [[0, 1], [2, 3]]),  # one micro-batch less saves more than the padding costs
+        (MicrobatchLimit(tokens=12), [[0], [1, 2, 3]]),  # 3 rows × 4 tokens
+        (MicrobatchLimit(tokens=11), [[0], [1, 2], [3]]),
+        (MicrobatchLimit(tokens=1), [[0], [1], [2], [3]]),  # a row is never cut
+        (MicrobatchLimit(rows=2, tokens=12), [[0], [1, 2], [3]]),
+        (MicrobatchLimit(packed=True), [[0, 1, 2, 3]]),
+        (MicrobatchLimit(tokens=14, packed=True), [[0, 1], [2, 3]]),  # 10 + 4 tokens, without padding
     ],
 )
-def test_no_call_holds_more_than_the_limit(limit: CallLimit, calls: list[list[int]]) -> None:
-    assert plan_calls(sizes(10, 4, 4, 3), limit) == calls
+def test_no_microbatch_exceeds_the_limit(limit: MicrobatchLimit, microbatches: list[list[int]]) -> None:
+    assert plan_microbatches(sizes(10, 4, 4, 3), limit) == microbatches
 
 
-def test_frames_of_sound_count_as_tokens_do_and_sounds_of_like_length_go_together() -> None:
+def test_audio_frames_count_as_tokens_and_audio_of_similar_length_goes_together() -> None:
     rows = [RowSize(0, 5), RowSize(0, 50), RowSize(3), RowSize(0, 6), RowSize(4)]
-    assert plan_calls(rows, CallLimit(tokens=50)) == [[1], [3, 0, 4, 2]]  # 2 sounds × 6 frames + 2 texts × 4 tokens
-    assert plan_calls(rows, CallLimit(tokens=19)) == [[1], [3, 0, 4], [2]]
+    assert plan_microbatches(rows, MicrobatchLimit(tokens=50)) == [
+        [1],
+        [3, 0, 4, 2],
+    ]  # 2 clips × 6 frames + 2 texts × 4
+    assert plan_microbatches(rows, MicrobatchLimit(tokens=19)) == [[1], [3, 0, 4], [2]]
 
 
-def test_rows_of_one_image_go_together_unless_a_call_cannot_hold_them() -> None:
+def test_rows_of_one_image_stay_together_within_the_limit() -> None:
     rows = [RowSize(9, image=1), RowSize(50, image=0), RowSize(8), RowSize(10, image=0), RowSize(9, image=1)]
-    assert plan_calls(rows, CallLimit()) == [[1, 3], [0, 4, 2]]
-    assert plan_calls(rows, CallLimit(rows=2)) == [[1, 3], [0, 4], [2]]
-    assert plan_calls(rows, CallLimit(rows=1)) == [[1], [3], [0], [4], [2]]
+    assert plan_microbatches(rows, MicrobatchLimit()) == [[1, 3], [0, 4, 2]]
+    assert plan_microbatches(rows, MicrobatchLimit(rows=2)) == [[1, 3], [0, 4], [2]]
+    assert plan_microbatches(rows, MicrobatchLimit(rows=1)) == [[1], [3], [0], [4], [2]]
 
 
-def test_groups_of_lengths_cost_least() -> None:
+def test_length_buckets_have_the_lowest_cost() -> None:
     lengths = [80, 3, 40, 0, 79, 2, 41, 5, 0]
-    assert length_buckets(lengths, call_cost=0) == [[0], [4], [6], [2], [7], [1], [5, 3, 8]]  # no padding at all
-    assert length_buckets(lengths, call_cost=10) == [[0, 4], [6, 2], [7, 1, 5, 3, 8]]  # 160 + 82 + 15, and 3 calls
-    assert length_buckets(lengths, call_cost=1000) == [[0, 4, 6, 2, 7, 1, 5, 3, 8]]
+    assert length_buckets(lengths, microbatch_cost=0) == [[0], [4], [6], [2], [7], [1], [5, 3, 8]]  # no padding at all
+    assert length_buckets(lengths, microbatch_cost=10) == [
+        [0, 4],
+        [6, 2],
+        [7, 1, 5, 3, 8],
+    ]  # 160 + 82 + 15 + 3 · 10
+    assert length_buckets(lengths, microbatch_cost=1000) == [[0, 4, 6, 2, 7, 1, 5, 3, 8]]
     assert length_buckets([0, 0]) == [[0, 1]]
     assert length_buckets([]) == []
 
 
-def test_groups_of_lengths_fill_the_calls_that_a_limit_allows() -> None:
+def test_length_buckets_fill_the_microbatches_that_a_limit_allows() -> None:
     lengths = [10, 10, 9, 5, 5]
-    assert length_buckets(lengths, call_cost=8) == [[0, 1, 2], [3, 4]]  # 30 + 10 + 2 · 8; together 50 + 8
-    assert length_buckets(lengths, call_cost=8, limit=CallLimit(rows=2)) == [[0, 1], [2], [3, 4]]  # 39 + 3 · 8
-    assert length_buckets(lengths, call_cost=8, counts=[1, 1, 4, 1, 1])[0] == [0, 1, 2]
+    assert length_buckets(lengths, microbatch_cost=8) == [[0, 1, 2], [3, 4]]  # 30 + 10 + 2 · 8; together 50 + 8
+    assert length_buckets(lengths, microbatch_cost=8, limit=MicrobatchLimit(rows=2)) == [
+        [0, 1],
+        [2],
+        [3, 4],
+    ]  # 39 + 3 · 8
+    assert length_buckets(lengths, microbatch_cost=8, counts=[1, 1, 4, 1, 1])[0] == [0, 1, 2]
 
 
 def test_many_lengths_are_grouped_in_classes() -> None:
@@ -127,19 +148,21 @@ def test_many_lengths_are_grouped_in_classes() -> None:
 
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 @pytest.mark.parametrize("rows", [None, 3])
-def test_a_token_budget_bounds_each_call_and_keeps_the_gradients(
-    corpus: Path, whole_batch: tuple[dict, dict], budget: int, rows: int | None
+def test_a_token_budget_bounds_each_microbatch_and_keeps_the_gradients(
+    corpus: Path, full_batch: tuple[dict, dict], budget: int, rows: int | None
 ) -> None:
     flags = [] if rows is None else ["--embed_chunk", str(rows)]
     trainer, pairs = build_trainer(corpus, "--embed_chunk_tokens", str(budget), *flags)
-    calls, _ = watch(trainer)
+    microbatches, _ = watch(trainer)
     log = training_step(trainer, list(pairs))
-    assert_same_gradients(gradients_of(trainer), whole_batch[0])
-    assert log == pytest.approx(whole_batch[1], rel=1e-4, abs=1e-6)
-    assert [with_gradient for with_gradient, *_ in calls] == [False] * (len(calls) // 2) + [True] * (len(calls) // 2)
-    for _, size, positions in calls:
+    assert_same_gradients(gradients_of(trainer), full_batch[0])
+    assert log == pytest.approx(full_batch[1], rel=1e-4, abs=1e-6)
+    assert [with_gradient for with_gradient, *_ in microbatches] == [False] * (len(microbatches) // 2) + [True] * (
+        len(microbatches) // 2
+    )
+    for _, size, positions in microbatches:
         assert size == 1 or (positions <= budget and size <= (rows or size))
-    assert (max(size for _, size, _ in calls) > 1) == (budget > 1)
+    assert (max(size for _, size, _ in microbatches) > 1) == (budget > 1)
 
 
 def test_a_budget_without_tokens_is_refused() -> None:
