@@ -13,9 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from vipolyqwen.data.schema import declare_tasks
-from vipolyqwen.training.arguments import (
-    read_arguments,
-)
+from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.build import build_collator, build_loss, load_model, read_pairs
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
@@ -26,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Reads the arguments, trains, evaluates and saves a whole repository to `output_dir`."""
+    """Reads the arguments, trains, evaluates and saves a repository to `output_dir`."""
     model_args, data_args, loss_args, args = read_arguments(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
     tasks = declare_tasks(data_args.tasks)
@@ -59,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def end_processes() -> None:
-    """Ends all processes of a launch together: one that leaves a group whose threads still run may be aborted."""
-    gc.collect()  # a Trainer refers to itself, and so holds the group
+    """Ends all ranks of a launch together; a rank that exits while threads of its group run may be aborted."""
+    gc.collect()  # the Trainer is a reference cycle that holds the process group
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 

@@ -60,7 +60,7 @@ def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool)
 def save_adapter(
     model: "PeftModel", processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes an adapter and what reads its inputs; the base stays where `base_model_name_or_path` says.
+    """Writes an adapter, without its base, and the processor files.
 
     Args:
         model: the model with its adapter.
@@ -74,7 +74,7 @@ def save_adapter(
 
 
 def copy_adapter(checkpoint: Path, base: str, processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:
-    """Copies an adapter, byte by byte, for readers that find its base as `base`, and writes what reads its inputs.
+    """Copies an adapter for publishing: same weights, `base` as its base; writes the processor files.
 
     Args:
         checkpoint: folder that `save_adapter` wrote.
@@ -157,7 +157,7 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
-        raise PublishError(f"{folder / 'adapter_config.json'} does not say what `base_model_name_or_path` is.")
+        raise PublishError(f"{folder / ADAPTER_CONFIG} does not say what `base_model_name_or_path` is.")
     if os.path.isabs(base) and not os.path.isdir(base):
         moved = folder.parent / Path(base).name  # with the run's whole folder
         if not moved.is_dir():
@@ -173,7 +173,7 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     wanted = set(get_peft_model_state_dict(adapted))
     if stored != wanted:
         raise PublishError(
-            f"{folder / 'adapter_model.safetensors'} is not what adapter_config.json describes. "
+            f"{folder / ADAPTER_WEIGHTS} is not what {ADAPTER_CONFIG} describes. "
             f"Missing: {sorted(wanted - stored)}; unexpected: {sorted(stored - wanted)}."
         )
     if (folder / "processor_config.json").is_file():

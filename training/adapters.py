@@ -1,8 +1,8 @@
-"""LoRA and DoRA through peft, QLoRA where bitsandbytes is there: small trained matrices beside frozen weights.
+"""LoRA and DoRA adapters (peft), and QLoRA with bitsandbytes.
 
-What starts from random numbers is no small change of anything, so it is trained in full: poolings and projections, and
-of the token embedding the rows of the task prefixes. An adapter means nothing without its base: a repository that it
-names, which is written beside the run where there is none yet.
+Newly initialised modules cannot be expressed as a low-rank update, so poolings, projections and the embedding rows of
+the task prefixes are trained in full. An adapter names its base, a repository; a base built from backbones is written
+into the output folder.
 """
 
 import re
@@ -26,8 +26,8 @@ from .parts import NEW_PARTS, TOWERS
 if TYPE_CHECKING:
     from peft import PeftModel
 
-BASE = "base"  # in the output folder: what the adapter belongs to, if that is no repository yet
-ADAPTER = "adapter"  # in the output folder: the adapter that was merged into what lies there
+BASE = "base"  # in the output folder: the base of the adapter, unless it is a repository elsewhere
+ADAPTER = "adapter"  # in the output folder: the adapter that is merged into the model saved there
 
 # The linear layers of attention and MLP, below a tower's path in TOWERS.
 TOWER_LAYERS = {
@@ -35,15 +35,20 @@ TOWER_LAYERS = {
     "vision": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
     "audio": r"encoder\.layers\.\d+\.(attention\.(q|k|v|out)_proj|feed_forward\.(intermediate|output)_dense)",
 }
-# WavLM's attention reads the weights of its layers and calls none of them, so an adapter there would do nothing.
+# WavLM's attention reads the weights of its linear layers without calling them, which bypasses an adapter.
 WAVLM_LAYERS = r"encoder\.layers\.\d+\.feed_forward\.(intermediate|output)_dense"
 
-# What must be equal for a run to go on with an adapter.
+# Fields of an adapter's configuration that must be equal to resume it.
 IDENTITY = ("r", "lora_alpha", "use_dora", "target_modules", "modules_to_save", "trainable_token_indices")
 
 
 def check_installed(model_args: ModelArguments, device: torch.device) -> None:
-    """Raises an error that says what to install, or to leave out, before anything is loaded."""
+    """Checks peft, bitsandbytes and the device, before anything is loaded.
+
+    Raises:
+        ImportError: `lora_rank` or `load_in_4bit` needs a package that is not installed.
+        ValueError: `load_in_4bit` without CUDA.
+    """
     if model_args.lora_rank is not None and not is_peft_available():
         raise ImportError(
             f"`lora_rank` is {model_args.lora_rank}, and adapters need peft, which is not installed: pip install peft"
@@ -51,7 +56,7 @@ def check_installed(model_args: ModelArguments, device: torch.device) -> None:
     if model_args.load_in_4bit and device.type != "cuda":
         raise ValueError(
             f"`load_in_4bit` needs a CUDA device, and this run is on {device.type}. Leave it out: `lora_rank` alone "
-            "trains as little, on weights that are not quantised."
+            "trains the same parameters, on a base that is not quantised."
         )
     if model_args.load_in_4bit and not is_bitsandbytes_available():
         raise ImportError(
@@ -61,16 +66,20 @@ def check_installed(model_args: ModelArguments, device: torch.device) -> None:
 
 
 def find_targets(model: ViPolyQwenModel, targets: list[str], frozen: list[str]) -> dict[str, list[str]]:
-    """Regular expression -> names of the linear layers that it finds, all of which get an adapter.
+    """Finds the linear layers to adapt.
 
     Args:
         model: the model.
-        targets: towers, which stand for the linear layers of their attention and MLP, or the last part of layers'
-            names, in all towers.
-        frozen: towers that get no adapter.
+        targets: names of towers, for the linear layers of their attention and MLP, or last parts of layer names, in
+            all towers.
+        frozen: towers without adapter.
+
+    Returns:
+        regular expression -> full names of the layers that it matches, one entry a target.
 
     Raises:
-        ValueError: a target names no linear layer of a tower that is not frozen.
+        ValueError: a target matches a module that is not a linear layer, none in a trained tower, or one that WavLM
+            bypasses.
     """
     towers = {name: path for name, path in TOWERS.items() if name not in frozen}
     if model.config.audio_config is None:
@@ -89,15 +98,15 @@ def find_targets(model: ViPolyQwenModel, targets: list[str], frozen: list[str]) 
             ends = {name.rsplit(".", 1)[-1] for name in linear if re.match(rf"({inside})\.", name)}
             known = sorted(end for end in ends if not end.isdigit())
             raise ValueError(
-                f"`lora_targets` names {target!r}, which is no linear layer of a tower that is trained."
+                f"`lora_targets` names {target!r}, which matches no linear layer of a trained tower."
                 f"{did_you_mean(target, [*towers, *known])} "
-                f"There are the towers {', '.join(towers)}, and the layers {', '.join(known)}."
+                f"Name towers ({', '.join(towers)}) or layers ({', '.join(known)})."
             )
         bypassed = [name for name in found if _is_bypassed(model, name)]
         if bypassed:
             raise ValueError(
-                f"`lora_targets` names {target!r}, and so {bypassed[0]}: WavLM's attention reads that layer's weights "
-                "past any adapter. Name towers, which leave it out, or `freeze` audio."
+                f"`lora_targets` names {target!r}, which matches {bypassed[0]}: WavLM's attention reads the "
+                "weights of that layer without calling it, which bypasses an adapter. Name towers, or `freeze` audio."
             )
         adapted[pattern] = found
     return adapted
@@ -114,21 +123,21 @@ def _is_bypassed(model: ViPolyQwenModel, name: str) -> bool:
 
 
 def untrained_towers(model: ViPolyQwenModel, model_args: ModelArguments) -> list[str]:
-    """The towers in which nothing is trained: frozen ones, and those without adapter.
+    """Returns the towers without trained parameters: frozen ones, and vision and audio without adapter.
 
-    The language model without adapter is none of them unless it is frozen: it has the rows of the task prefixes.
+    The language model counts only if it is frozen: otherwise the rows of its task prefixes are trained.
     """
     targets = find_targets(model, model_args.lora_targets, model_args.freeze)
     layers = [name for found in targets.values() for name in found]
-    there = [tower for tower in ("vision", "audio") if tower == "vision" or model.config.audio_config is not None]
-    without = [tower for tower in there if not any(name.startswith(f"{TOWERS[tower]}.") for name in layers)]
+    present = ["vision"] if model.config.audio_config is None else ["vision", "audio"]
+    without = [tower for tower in present if not any(name.startswith(f"{TOWERS[tower]}.") for name in layers)]
     return [tower for tower in TOWERS if tower in model_args.freeze or tower in without]
 
 
 def new_modules(model: ViPolyQwenModel) -> list[str]:
-    """The modules of the new parts that have weights.
+    """Returns the names of the modules with weights in the new parts.
 
-    They are named one by one because peft compares the ends of names: `projection` would also be a layer of HuBERT.
+    They are listed individually because peft matches suffixes: `projection` would also match a layer of HuBERT.
     """
     return [
         name
@@ -144,14 +153,17 @@ def add_adapter(
     base: str,
     mixed_precision: bool = False,
 ) -> "PeftModel":
-    """Freezes a model but for an adapter, the new parts and the rows of the task prefixes.
+    """Adds an adapter; freezes all but it, the new parts and the embedding rows of the task prefixes.
 
     Args:
-        model: the model that `base` holds; changed in place.
-        processor: its processor, which knows the prefixes.
-        model_args: rank, targets and the like; the towers to freeze.
-        base: the repository that the adapter names as its base.
-        mixed_precision: whether forwards are autocast, so that what is trained can be float32.
+        model: the model in `base`; changed in place.
+        processor: its processor, with the task prefixes.
+        model_args: rank, alpha, dropout, targets and frozen towers.
+        base: repository of the base, a Hub id or a folder.
+        mixed_precision: whether the forward pass is autocast; trained parameters are then float32.
+
+    Returns:
+        the model with its adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -170,13 +182,13 @@ def add_adapter(
     config.base_model_name_or_path = base if on_hub else str(Path(base).resolve())
     config.revision = model.config._commit_hash if on_hub else None
     for parameter in adapted.parameters():
-        if parameter.requires_grad and mixed_precision:  # weights in half precision would lose small updates
+        if parameter.requires_grad and mixed_precision:  # half precision would round small updates away
             parameter.data = parameter.data.float()
     return adapted
 
 
 def continued(model_args: ModelArguments, args: ViPolyQwenTrainingArguments) -> ModelArguments:
-    """The arguments with the base that an interrupted run has written as `model`, where there is one to go on from."""
+    """Returns the arguments; to resume a run that wrote a base, `model` is that base in place of the backbones."""
     resume = args.resume_from_checkpoint
     run = Path(resume).parent if isinstance(resume, str) else Path(args.output_dir)
     if not resume or not (run / BASE).is_dir() or not list(run.glob("checkpoint-*")):
@@ -186,7 +198,7 @@ def continued(model_args: ModelArguments, args: ViPolyQwenTrainingArguments) -> 
 
 
 def write_base(model: ViPolyQwenModel, processor: ViPolyQwenProcessor, args: ViPolyQwenTrainingArguments) -> str:
-    """Writes the model into the output folder, as the base of its adapter; returns the folder."""
+    """Writes the model into the output folder as the base of its adapter, atomically; returns that folder."""
     folder = Path(args.output_dir) / BASE
     with args.main_process_first(local=args.save_on_each_node, desc="writing the base of the adapter"):
         if args.should_save:
@@ -197,7 +209,15 @@ def write_base(model: ViPolyQwenModel, processor: ViPolyQwenProcessor, args: ViP
 
 
 def load_in_4bit(base: str, attention: str, args: ViPolyQwenTrainingArguments) -> PreTrainedModel:
-    """The base with the language model in 4 bits (QLoRA, Dettmers et al. 2023) and everything else as it was."""
+    """Loads the base with its language model in 4 bits (QLoRA, Dettmers et al. 2023).
+
+    The other parts keep their dtype.
+
+    Args:
+        base: repository of the base, a Hub id or a folder.
+        attention: attention kernel.
+        args: device and dtype (`bf16`, `fp16`) of the run.
+    """
     from peft import prepare_model_for_kbit_training
 
     kept = [TOWERS["vision"], TOWERS["audio"], *NEW_PARTS]
@@ -211,33 +231,37 @@ def load_in_4bit(base: str, attention: str, args: ViPolyQwenTrainingArguments) -
     model = ViPolyQwenModel.from_pretrained(
         base, quantization_config=quantisation, device_map={"": args.device}, attn_implementation=attention
     )
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer switches that on
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # left to the Trainer
 
 
 def check_adapter(model: nn.Module, checkpoint: Path) -> None:
-    """Raises ValueError unless a checkpoint's adapter fits the model's, or neither has one."""
-    stored, own = (checkpoint / ADAPTER_CONFIG).is_file(), is_adapted(model)
-    if stored != own:
+    """Compares the adapter of a checkpoint with that of the model to resume.
+
+    Raises:
+        ValueError: only one of them has an adapter, or their configurations differ.
+    """
+    stored, here = (checkpoint / ADAPTER_CONFIG).is_file(), is_adapted(model)
+    if stored != here:
         raise ValueError(
-            f"{checkpoint} holds {'an adapter' if stored else 'a whole model'}, and this run trains "
-            f"{'an adapter' if own else 'a whole model'}. Resume it {'with' if stored else 'without'} `lora_rank`."
+            f"{checkpoint} holds {'an adapter' if stored else 'a full model'}, and this run trains "
+            f"{'an adapter' if here else 'a full model'}. Resume it {'with' if stored else 'without'} `lora_rank`."
         )
-    if not own:
+    if not here:
         return
     from peft import PeftConfig
 
-    there, here = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
+    old, new = PeftConfig.from_pretrained(checkpoint), model.peft_config["default"]
     for name in IDENTITY:
-        before, now = getattr(there, name), getattr(here, name)
+        before, now = getattr(old, name), getattr(new, name)
         if before != now:
             raise ValueError(
-                f"The adapter in {checkpoint} has {name} {before!r}, and this run {now!r}. Resume it with the "
-                "settings that it was begun with, or begin a new run."
+                f"The adapter in {checkpoint} has {name} {before!r}, and this run has {now!r}. Resume it with the "
+                "settings of its run, or start a new run."
             )
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether it is a model with an adapter."""
+    """Returns whether a model has a peft adapter."""
     if not is_peft_available():
         return False
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""What a training run can be told: a recipe (YAML or JSON) and flags, read into dataclasses."""
+"""Arguments of a training run: recipes (YAML or JSON) and flags, read into dataclasses."""
 
 import argparse
 import json
@@ -15,57 +15,71 @@ from .parts import TOWERS
 
 @dataclass
 class ModelArguments:
-    """Where the model comes from: a viPolyQwen repository, or the backbones to build a new one on."""
+    """The model to train: a viPolyQwen repository, or backbones to build a new model on; its adapter."""
 
     model: str | None = field(
-        default=None, metadata={"help": "viPolyQwen repository (Hub id or folder) to go on from"}
+        default=None, metadata={"help": "viPolyQwen repository (Hub id or folder) to continue from"}
     )
-    vlm: str | None = field(default=None, metadata={"help": "Qwen2-VL checkpoint, without `model`"})
-    audio: str | None = field(default=None, metadata={"help": "speech encoder's checkpoint; none: bimodal"})
-    pooling: str | None = field(default=None, metadata={"help": "attention, mean or last"})
-    projection: str | None = field(default=None, metadata={"help": "linear or mlp"})
-    audio_fusion: str | None = field(default=None, metadata={"help": "mean or audio"})
-    attn_implementation: str = field(default="auto", metadata={"help": "auto: the fastest that is installed"})
-    max_length: int = field(default=8192, metadata={"help": "most tokens of an input"})
-    min_pixels: int | None = field(default=None, metadata={"help": "fewest pixels of an image"})
-    max_pixels: int | None = field(default=None, metadata={"help": "most pixels of an image"})
-    max_audio_seconds: float | None = field(default=None, metadata={"help": "longest sound"})
-    freeze: list[str] | None = field(
-        default=None, metadata={"help": f"towers that are not trained: {','.join(TOWERS)}, or some of these"}
+    vlm: str | None = field(
+        default=None, metadata={"help": "Qwen2-VL checkpoint to build a new model on, in place of `model`"}
     )
+    audio: str | None = field(
+        default=None, metadata={"help": "checkpoint of the speech encoder; none: a model without audio"}
+    )
+    pooling: str | None = field(default=None, metadata={"help": "pooling of text and images: attention, mean or last"})
+    projection: str | None = field(default=None, metadata={"help": "projection to the embedding: linear or mlp"})
+    audio_fusion: str | None = field(
+        default=None,
+        metadata={"help": "embedding of an input that has audio and text or images: mean or audio"},
+    )
+    attn_implementation: str = field(
+        default="auto", metadata={"help": "attention kernel, such as sdpa; auto: the fastest installed"}
+    )
+    max_length: int = field(default=8192, metadata={"help": "maximum tokens of an input"})
+    min_pixels: int | None = field(default=None, metadata={"help": "minimum pixels of an image after resizing"})
+    max_pixels: int | None = field(default=None, metadata={"help": "maximum pixels of an image after resizing"})
+    max_audio_seconds: float | None = field(
+        default=None, metadata={"help": "maximum length of an audio input, in seconds"}
+    )
+    freeze: list[str] | None = field(default=None, metadata={"help": f"towers to freeze, out of {','.join(TOWERS)}"})
     lora_rank: int | None = field(
-        default=None, metadata={"help": "train an adapter of this rank, poolings and projections; none: everything"}
+        default=None,
+        metadata={"help": "rank of the LoRA adapter to train; none: train all weights"},
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "scale · rank of the adapter; none: 2 · rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "alpha of the adapter, whose scale is alpha / rank; none: 2 · rank"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the adapter"})
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"what gets an adapter: attention and MLP of {','.join(TOWERS)}, or layers by the last part of "
-            "their name, such as q_proj,v_proj; none: language"
+            "help": f"layers with an adapter: attention and MLP of the towers {','.join(TOWERS)}, or linear layers by "
+            "the last part of their name, such as q_proj,v_proj; none: language"
         },
     )
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: train the length of the weights' columns apart"})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the language model in 4 bits (CUDA)"})
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: train the magnitude of each weight column separately"}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the language model in 4 bits (CUDA)"})
 
     def __post_init__(self) -> None:
-        """Refuses two origins, or none, towers that there are not, and adapters that would never learn."""
+        """Raises ValueError for an unknown tower, an ambiguous or missing model, and an adapter that cannot learn."""
         self.freeze = _split_names(self.freeze)
         for name in self.freeze:
             if name not in TOWERS:
                 raise ValueError(
-                    f"`freeze` names {name!r}; the towers are {', '.join(TOWERS)}. Poolings and projections are "
-                    "always trained."
+                    f"`freeze` names {name!r}; it must name towers out of {', '.join(TOWERS)}. Poolings and "
+                    "projections are always trained."
                 )
         if (self.model is None) == (self.vlm is None):
             raise ValueError(
                 f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "
-                "repository to go on from or a Qwen2-VL checkpoint to build on."
+                "repository to continue from or a Qwen2-VL checkpoint to build on."
             )
         if self.model is not None and (Path(self.model) / "adapter_config.json").is_file():
             raise ValueError(
-                f"`model` is {self.model!r}, an adapter. Go on from it with `resume_from_checkpoint`, or from the "
-                f"whole model that `python publish_vipolyqwen.py {self.model} --out FOLDER` makes of it."
+                f"`model` is {self.model!r}, an adapter. Resume it with `resume_from_checkpoint`, or merge it with "
+                f"`python publish_vipolyqwen.py {self.model} --out FOLDER` and continue from FOLDER."
             )
         self._check_adapter()
 
@@ -77,10 +91,10 @@ class ModelArguments:
             options |= {"load_in_4bit": self.load_in_4bit, "lora_targets": self.lora_targets if given else None}
             for name, value in options.items():
                 if value:
-                    raise ValueError(f"`{name}` is {value!r}, but there is no adapter; give `lora_rank` too.")
+                    raise ValueError(f"`{name}` is {value!r}, but `lora_rank` is not set; set it to train an adapter.")
             return
         if self.lora_rank < 1:
-            raise ValueError(f"`lora_rank` is {self.lora_rank}; give a whole number >= 1, or leave it out.")
+            raise ValueError(f"`lora_rank` is {self.lora_rank}; give an integer >= 1, or leave it out.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must lie in [0, 1).")
         for name in self.lora_targets:
@@ -93,98 +107,115 @@ class ModelArguments:
 
 
 def _split_names(names: list[str] | str | None) -> list[str]:
-    """["a,b", "c"] or "a, b, c" -> ["a", "b", "c"]."""
+    """Splits lists and strings at commas: `["a,b", "c"]` and `"a, b, c"` both give `["a", "b", "c"]`."""
     joined = names if isinstance(names, str) else ",".join(names or [])
     return [name.strip() for name in joined.split(",") if name.strip()]
 
 
 @dataclass
 class DataArguments:
-    """Which pairs the model learns from, and how their task reaches it."""
+    """The pairs to train and evaluate on, and the task prefixes of their inputs."""
 
-    train_data: Any = field(default=None, metadata={"help": "list of sources, see README"})
-    eval_data: Any = field(default=None, metadata={"help": "held-out pairs, as `train_data`"})
+    train_data: Any = field(
+        default=None, metadata={"help": "sources of training pairs, a list of mappings (docs/data.md)"}
+    )
+    eval_data: Any = field(default=None, metadata={"help": "sources of held-out pairs, as in `train_data`"})
     tasks: Any = field(default_factory=dict, metadata={"help": "further tasks: prefix and loss of each"})
-    prefix_sides: str = field(default="a", metadata={"help": "which side carries the task prefix: a or both"})
-    prefix_dropout: float = field(default=0.1, metadata={"help": "share of rows trained without prefix"})
-    tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get one"})
-    without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks whose training rows are left out"})
-    check_media: bool = field(default=True, metadata={"help": "read every file's header before training"})
+    prefix_sides: str = field(default="a", metadata={"help": "sides that get the task prefix: a or both"})
+    prefix_dropout: float = field(default=0.1, metadata={"help": "fraction of training rows without task prefix"})
+    tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get a prefix"})
+    without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks to leave out of training"})
+    check_media: bool = field(
+        default=True, metadata={"help": "read the header of every image and audio file before training"}
+    )
 
 
 @dataclass
 class LossArguments:
     """The loss of each task and the weights between tasks."""
 
-    loss_table: str = field(default="mixed", metadata={"help": "mixed, dle, nce or sum"})
+    loss_table: str = field(default="mixed", metadata={"help": "loss of each task: mixed, dle, nce or sum"})
     temperature: Any = field(
-        default=0.07, metadata={"help": "T of InfoNCE and Triplet; or {text-text: T, image-text: T, audio-text: T}"}
+        default=0.07,
+        metadata={"help": "temperature of InfoNCE and Triplet: T, or {text-text: T, image-text: T, audio-text: T}"},
     )
-    learnable_temperature: bool = field(default=False, metadata={"help": "learn T from there on"})
-    mask_duplicates: bool = field(default=True, metadata={"help": "equal content is no negative"})
-    mask_groups: bool = field(default=True, metadata={"help": "rows of one `group` are no negatives"})
-    nce_min_score: float | None = field(default=0.5, metadata={"help": "pairs scored lower are no positives"})
+    learnable_temperature: bool = field(
+        default=False, metadata={"help": "train the temperature, from `temperature` on"}
+    )
+    mask_duplicates: bool = field(default=True, metadata={"help": "exclude copies of the positive from the negatives"})
+    mask_groups: bool = field(default=True, metadata={"help": "exclude rows of the same `group` from the negatives"})
+    nce_min_score: float | None = field(default=0.5, metadata={"help": "minimum score of a positive pair in InfoNCE"})
     false_negative_margin: float | None = field(
-        default=None, metadata={"help": "leave out negatives more similar than the positive by more than this"}
+        default=None,
+        metadata={"help": "exclude negatives whose similarity exceeds the positive's by more than this margin"},
     )
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "lengths at which the vector's beginning is trained too, such as 1024 512 256"}
+        default=None, metadata={"help": "Matryoshka dimensions to train, such as 1024 512 256"}
     )
     task_weighting: str = field(
-        default="none", metadata={"help": "none, table, inverse_loss, uncertainty or gradnorm"}
+        default="none",
+        metadata={"help": "weighting between tasks: none, table, inverse_loss, uncertainty or gradnorm"},
     )
     task_weighting_options: Any = field(
-        default=None, metadata={"help": "options of that weighting, such as {baseline: ema} (weighting_vipolyqwen.py)"}
+        default=None, metadata={"help": "options of the weighting, such as {baseline: ema} (training/weighting.py)"}
     )
 
 
 @dataclass
 class ViPolyQwenTrainingArguments(TrainingArguments):
-    """Stock training arguments plus a learning rate for each part of the model."""
+    """The stock training arguments; learning rates by part, micro-batches, packing, monitoring."""
 
-    vision_learning_rate: float | None = field(default=None, metadata={"help": "vision tower; none: learning_rate"})
-    audio_learning_rate: float | None = field(default=None, metadata={"help": "speech encoder; none: learning_rate"})
-    head_learning_rate: float | None = field(default=None, metadata={"help": "poolings and projections"})
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the vision tower; none: learning_rate"}
+    )
+    audio_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the speech encoder; none: learning_rate"}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of poolings and projections; none: learning_rate"}
+    )
     loss_learning_rate: float | None = field(
-        default=None, metadata={"help": "learned temperature and log-variances, by AdamW; none: learning_rate"}
+        default=None, metadata={"help": "learning rate of temperature and log-variances (AdamW); none: learning_rate"}
     )
     embed_chunk: int | None = field(
         default=None,
-        metadata={"help": "most rows of one forward, by cached gradients: memory of so many, any batch; none: all"},
+        metadata={"help": "maximum rows of a micro-batch (cached gradients); none: no limit"},
     )
     embed_chunk_tokens: int | None = field(
         default=None,
-        metadata={"help": "likewise, most tokens and frames of sound of one forward, padding included; none: all"},
+        metadata={"help": "maximum tokens and audio frames of a micro-batch, padding included; none: no limit"},
     )
     packing: str = field(
         default="auto",
-        metadata={"help": "texts without padding, as one sequence: true, false or auto (where attention profits)"},
+        metadata={"help": "pack texts into one sequence without padding: true, false or auto (if attention profits)"},
     )
     monitor_steps: int = field(
-        default=10, metadata={"help": "measure the tasks' gradients every so many steps; 0: never"}
+        default=10, metadata={"help": "steps between measurements of the gradient of each task; 0: never"}
     )
-    on_nan: str = field(default="error", metadata={"help": "a loss that is not finite: error, or skip the update"})
-    remove_unused_columns: bool = False  # the collator needs all of a row
-    logging_nan_inf_filter: bool = False  # a NaN must be seen, not logged as 0
+    on_nan: str = field(
+        default="error", metadata={"help": "policy for a loss that is not finite: error, or skip (the update)"}
+    )
+    remove_unused_columns: bool = False  # the collator needs every column
+    logging_nan_inf_filter: bool = False  # log a NaN as NaN, not as 0
 
     def __post_init__(self) -> None:
-        """Checks what the stock arguments do not know."""
+        """Raises ValueError for invalid values of the arguments above."""
         if self.on_nan not in ("error", "skip"):
             raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
         for name, unit in (("embed_chunk", "rows"), ("embed_chunk_tokens", "tokens")):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; give a number of {unit} >= 1, or leave it out.")
-        self.packing = str(self.packing).lower()  # a recipe's true is no string
+        self.packing = str(self.packing).lower()  # YAML reads true as a boolean
         if self.packing not in ("auto", "true", "false"):
             raise ValueError(f"`packing` is {self.packing!r}; it must be auto, true or false.")
         if self.monitor_steps < 0:
             raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
         if self.on_nan == "skip":
-            self.logging_nan_inf_filter = True  # the mean loss is then that of the steps that count
+            self.logging_nan_inf_filter = True  # average the loss over the steps that were not skipped
         super().__post_init__()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch would warn of it
+            self.dataloader_pin_memory = False  # it needs an accelerator; torch would warn
 
 
 JSON_ARGUMENTS = (
@@ -199,14 +230,14 @@ Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTraini
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Reads `[RECIPE.yaml …] [--argument value …]`; a later recipe wins over an earlier one, a flag over all."""
+    """Reads `[RECIPE.yaml …] [--argument value …]`; later recipes override earlier ones, flags override recipes."""
     recipe = {}
     while argv and not argv[0].startswith("--"):
         recipe, argv = recipe | read_recipe(argv[0]), argv[1:]
     parser = HfArgumentParser(ARGUMENT_CLASSES)
     parser.add_argument("--data_types", dest="data_types", type=json.loads, help="old name of `--tasks`")
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # so that only what was given comes back
+        action.default = argparse.SUPPRESS  # return given flags only, to not override the recipe
         action.required = False
         if action.dest in JSON_ARGUMENTS:
             action.type = json.loads
@@ -218,16 +249,20 @@ def read_arguments(argv: list[str]) -> Arguments:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML or JSON recipe; an unknown key is an error that suggests the nearest known one."""
+    """Reads a YAML or JSON recipe.
+
+    Raises:
+        ValueError: the file is missing or malformed, or has an unknown key; names the nearest known one.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no recipe at {str(path)!r}; see recipes/ for examples.")
+        raise ValueError(f"The recipe {str(path)!r} does not exist; see recipes/ for examples.")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds {type(recipe).__name__}, not `key: value` lines.")
+        raise ValueError(f"{path} holds {type(recipe).__name__}; a recipe is a mapping of `key: value` lines.")
     recipe = rename_old_keys(recipe, str(path))
     known = [item.name for cls in ARGUMENT_CLASSES for item in fields(cls) if item.init]
     for key in recipe:

@@ -1,7 +1,7 @@
-"""Is any task starved? What a run shows about its balance, while it goes and as a page afterwards.
+"""Balance between tasks: figures in the log of a run, and a page at its end.
 
-`BalanceMonitor` adds to the log what no single batch shows: volatility, drift, phase. `write_page` draws the log of a
-run. Everything about a batch (losses, shares, gradients) is in the log already: `MixedLoss.summarise`.
+`BalanceMonitor` logs figures over many batches: volatility, drift, phase. `MixedLoss.summarise` logs those of a batch:
+losses, shares, gradients. `write_page` renders the log as HTML.
 """
 
 import math
@@ -25,27 +25,27 @@ logger = logging.get_logger(__name__)
 
 PHASES = ("exploration", "stabilisation", "optimisation")
 PHASE_BOUNDS = (2000, 10_000)  # steps (STW paper §3.4.2)
-SHORTEST_FULL_RUN = 12_500  # steps; in a shorter run every bound is as far along as it is in this one
-CHECKPOINTS = {  # step -> what is expected there (STW paper §5.3)
+SHORTEST_FULL_RUN = 12_500  # steps; shorter runs scale every step of the schedule down in proportion
+CHECKPOINTS = {  # step -> expectation (STW paper §5.3)
     1000: "the loss has a falling trend",
     2000: "a sharp improvement has begun",
     5000: "the tasks are in balance",
     10_000: "training is stable",
 }
 BALANCED = 3.0  # largest over smallest gradient share
-SHARP = 0.9  # of the loss around the checkpoint before
-WINDOW = 100  # values that a volatility looks back
+SHARP = 0.9  # largest loss of a sharp improvement, as a fraction of that at the previous checkpoint
+WINDOW = 100  # values in a volatility
 
 Log = dict[str, Any]
 
 
 class BalanceMonitor(TrainerCallback):
-    """Keeps the last losses and gradient norms and where the new parts started, and makes numbers of them."""
+    """Computes volatility and drift from the last losses and gradient norms and the initial new parts."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.gradient_norms: deque[float] = deque(maxlen=WINDOW)
-        self.start: dict[str, torch.Tensor] = {}  # parameter -> its values when training began
+        self.start: dict[str, torch.Tensor] = {}  # parameter -> initial values
 
     def on_train_begin(
         self,
@@ -55,7 +55,7 @@ class BalanceMonitor(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Remembers where the new parts started, unless a resumed run has brought it."""
+        """Copies the initial new parts, unless they came with the checkpoint of a resumed run."""
         if not self.start and model is not None:
             self.start = {name: value.cpu() for name, value in full_parameters(new_parameters(model)).items()}
 
@@ -64,10 +64,15 @@ class BalanceMonitor(TrainerCallback):
         self.losses.append(loss)
 
     def summary(self, model: nn.Module, state: TrainerState, gradient_norm: float | None) -> dict[str, float]:
-        """`volatility/loss`, `volatility/gradient_norm`, `drift/PART` and `phase`, for one log.
+        """Returns `volatility/loss`, `volatility/gradient_norm`, `drift/PART` and `phase` for one log entry.
 
-        A volatility is standard deviation / mean, of the last 100 batches' losses and of the last 100 logged norms of
-        the whole gradient; a drift is ‖θ − θ₀‖ / ‖θ₀‖ of a part.
+        Volatility is standard deviation / mean of the losses of the last 100 batches, and of the last 100 logged
+        norms of the full gradient. Drift is ‖θ − θ₀‖ / ‖θ₀‖ of a new part. Phase is an index of `PHASES`.
+
+        Args:
+            model: the model, unwrapped.
+            state: step and length of the run.
+            gradient_norm: norm of the gradient before clipping, if one was logged.
         """
         if gradient_norm is not None and math.isfinite(gradient_norm):
             self.gradient_norms.append(float(gradient_norm))
@@ -94,7 +99,7 @@ class BalanceMonitor(TrainerCallback):
         logs: Log | None = None,
         **kwargs: Any,
     ) -> None:
-        """Says at each of the paper's checkpoints whether what it expects there is seen."""
+        """Logs the result of each checkpoint of the paper when a run passes it."""
         if state.is_world_process_zero and logs and "loss" in logs:
             before = _step_before(state)
             for checkpoint in paper_checkpoints(state.log_history, state.max_steps):
@@ -104,7 +109,7 @@ class BalanceMonitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes balance.html into the output folder."""
+        """Writes `balance.html` into the output folder."""
         if state.is_world_process_zero:
             write_page(state.log_history, state.max_steps, Path(args.output_dir) / "balance.html")
 
@@ -115,7 +120,7 @@ def _step_before(state: TrainerState) -> int:
 
 
 def volatility(values: Any) -> float:
-    """Standard deviation over mean of a series; 0 for fewer than two values."""
+    """Returns standard deviation / mean of a series; 0 for fewer than two values."""
     series = torch.tensor(list(values), dtype=torch.float64)
     if len(series) < 2 or not series.mean():
         return 0.0
@@ -123,23 +128,23 @@ def volatility(values: Any) -> float:
 
 
 def scaled(step: int, max_steps: int) -> int:
-    """A step of the paper's schedule in a run of `max_steps`: the same in long runs, moved forward in short ones."""
+    """Scales a step of the paper's schedule to a run of `max_steps`; unchanged from `SHORTEST_FULL_RUN` on."""
     return max(1, round(step * min(1.0, max_steps / SHORTEST_FULL_RUN)))
 
 
 def phase(step: int, max_steps: int) -> str:
-    """The phase of the STW paper (§3.4.2) in which a step lies."""
+    """Returns the phase of a step (STW paper §3.4.2)."""
     return PHASES[sum(step >= scaled(bound, max_steps) for bound in PHASE_BOUNDS)]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One of the paper's checkpoints and what the run shows there."""
+    """A checkpoint of the STW paper (§5.3) and the result of a run there."""
 
     step: int
     expected: str
-    figure: str  # what was measured
-    seen: bool | None  # None: nothing was measured
+    figure: str  # measurement, in words
+    seen: bool | None  # `None`: not measured
 
     def __str__(self) -> str:
         verdict = {True: "seen", False: "NOT seen", None: "not measured"}[self.seen]
@@ -147,11 +152,12 @@ class Checkpoint:
 
 
 def paper_checkpoints(history: list[Log], max_steps: int) -> list[Checkpoint]:
-    """The checkpoints that a run has passed. The paper gives no thresholds; these are ours.
+    """Judges the checkpoints of the paper that a run has passed, by thresholds of ours (the paper gives none).
 
-    Each looks at the last quarter of the steps up to it: the loss there against the first quarter (trend), against the
-    same window of the checkpoint before (sharp improvement: 10 % lower), the gradient shares (balance: largest below
-    three times the smallest), the loss's volatility against that of the first quarter (stable: lower).
+    Each compares the last quarter of the steps before it: the loss with that of the first quarter (trend) or of the
+    last quarter before the previous checkpoint (sharp improvement: 10 % lower), the gradient shares with one another
+    (balance: largest below three times the smallest), the volatility of the loss with that of the first quarter
+    (stability: lower).
     """
     entries = [entry for entry in history if "loss" in entry]
     reached = entries[-1]["step"] if entries else 0
@@ -166,7 +172,7 @@ def paper_checkpoints(history: list[Log], max_steps: int) -> list[Checkpoint]:
 
 
 def _quarter(entries: list[Log], step: int, first: bool = False) -> list[Log]:
-    """The entries of the first or last quarter of the steps up to `step`."""
+    """Returns the entries in the first or last quarter of the steps up to `step`."""
     low, high = (0, step / 4) if first else (step * 3 / 4, step)
     return [entry for entry in entries if low < entry["step"] <= high]
 
@@ -198,13 +204,13 @@ def _stability(entries: list[Log], step: int, before: int) -> tuple[str, bool | 
 
 
 def task_means(entries: list[Log], name: str) -> dict[str, float]:
-    """{task: mean of `NAME/TASK`} over log entries."""
+    """Returns {task: mean of `NAME/TASK`} over log entries."""
     keys = sorted({key for entry in entries for key in entry if key.startswith(f"{name}/") and key.count("/") == 1})
     return {key.removeprefix(f"{name}/"): _mean(entries, key) for key in keys}
 
 
 def share_ratio(entries: list[Log]) -> float:
-    """Largest over smallest mean gradient share of the tasks in log entries; NaN where none was measured."""
+    """Returns the largest over the smallest mean gradient share of the tasks; NaN if none was measured."""
     shares = task_means(entries, "gradient_share").values()
     if not shares:
         return math.nan
@@ -212,7 +218,7 @@ def share_ratio(entries: list[Log]) -> float:
 
 
 def verdict(entries: list[Log]) -> str:
-    """One sentence: is any task starved?"""
+    """Says in one sentence whether a task is starved of gradient."""
     shares = task_means(entries, "gradient_share")
     ratio = share_ratio(entries)
     if math.isnan(ratio):
@@ -223,7 +229,13 @@ def verdict(entries: list[Log]) -> str:
 
 
 def write_page(history: list[Log], max_steps: int, path: Path) -> None:
-    """Draws the log of a run as one self-contained page."""
+    """Renders the log of a run as a self-contained page.
+
+    Args:
+        history: entries of `TrainerState.log_history`.
+        max_steps: length of the run.
+        path: HTML file to write.
+    """
     entries = [entry for entry in history if "loss" in entry]
     last = entries[-max(1, len(entries) // 4) :]
     tasks = sorted(task_means(entries, "loss"))
@@ -257,7 +269,7 @@ def write_page(history: list[Log], max_steps: int, path: Path) -> None:
 
 
 def _series(entries: list[Log], name: str) -> dict[str, list[tuple[float, float]]]:
-    """{what comes after NAME/: points (step, value)} of the log."""
+    """Returns {X: points (step, value)} of the figures `NAME/X` in the log."""
     series = defaultdict(list)
     for entry in entries:
         for key, value in entry.items():
@@ -267,7 +279,7 @@ def _series(entries: list[Log], name: str) -> dict[str, list[tuple[float, float]
 
 
 def _cosine_table(entries: list[Log], tasks: list[str]) -> dict[str, dict[str, float]]:
-    """{task: {task: mean gradient cosine}}, both ways round."""
+    """Returns {task: {task: mean gradient cosine}}, symmetric."""
     table: dict[str, dict[str, float]] = defaultdict(dict)
     for one in tasks:
         for other in tasks:

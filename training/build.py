@@ -1,4 +1,4 @@
-"""The parts of a run from its arguments: model and processor on pretrained backbones, loss, pairs, collator."""
+"""Builds the parts of a run from its arguments: model and processor on backbones, loss, pairs, collator."""
 
 import os
 from os import PathLike
@@ -47,17 +47,21 @@ def build_model(
     attn_implementation: str | None = None,
     **config_kwargs: Any,
 ) -> ViPolyQwenModel:
-    """Builds a model from pretrained backbones, with new poolings and projections on top.
+    """Builds a model on pretrained backbones, with newly initialised poolings and projections.
 
     Args:
-        vlm: a Qwen2-VL checkpoint (Hub id or folder), or its configuration for random weights.
-        audio: a speech encoder's checkpoint or configuration; `None` gives the bimodal model.
+        vlm: Qwen2-VL checkpoint (Hub id or folder), or a configuration for random weights.
+        audio: checkpoint or configuration of the speech encoder (hubert, wav2vec2, wavlm, …); `None` for a model
+            without audio.
         dtype: dtype of all parameters.
-        attn_implementation: passed to every tower; `None` leaves the choice to transformers.
-        **config_kwargs: fields of `ViPolyQwenConfig` (`pooling`, `projection`, …).
+        attn_implementation: attention kernel of every tower; `None` leaves the choice to transformers.
+        **config_kwargs: fields of `ViPolyQwenConfig` (`pooling`, `projection`, `projection_dim`, …).
+
+    Returns:
+        a model whose embeddings are (rows, projection_dim), of norm 1.
 
     Raises:
-        ValueError: a backbone's checkpoint lacks a weight, has one too many, or one of another shape.
+        ValueError: `vlm` is not a Qwen2-VL checkpoint, or a checkpoint has missing, unexpected or mismatched weights.
     """
     vlm_config = vlm if isinstance(vlm, PreTrainedConfig) else AutoConfig.from_pretrained(vlm)
     audio_config = audio
@@ -73,7 +77,7 @@ def build_model(
         keep_supported_attention(config.audio_config)
         towers["audio_tower"] = make_padding_invariant(_backbone(AutoModel, audio, config.audio_config, dtype))
         config.audio_config = towers["audio_tower"].config
-    with torch.device("meta"):  # random backbones would only be thrown away
+    with torch.device("meta"):  # its backbones are replaced below
         model = ViPolyQwenModel._from_config(config, dtype=dtype)
     for name, module in model.named_children():
         if name in towers:
@@ -84,10 +88,11 @@ def build_model(
 
 
 def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **config_kwargs: Any) -> ViPolyQwenConfig:
-    """One configuration from two.
+    """Joins the configurations of the backbones.
 
-    SpecAugment and LayerDrop, which the speech encoder's own pretraining used, are off: they draw from another random
-    generator than torch's and leave parameters without a gradient, so that a step could be neither redone nor shared.
+    SpecAugment and LayerDrop, used to pretrain the speech encoder, are switched off: the former draws from numpy's
+    random generator, the latter leaves parameters without gradient, and a step could be neither recomputed nor split
+    over ranks.
     """
     if not isinstance(vlm, Qwen2VLConfig):
         raise ValueError(f"`vlm` is a {vlm.model_type} checkpoint; a Qwen2-VL one (qwen2_vl) is needed.")
@@ -100,7 +105,7 @@ def _joint_config(vlm: PreTrainedConfig, audio: PreTrainedConfig | None, **confi
 def _backbone(
     auto_class: type, source: str | PathLike | PreTrainedConfig, config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A backbone from its checkpoint, whole or not at all, or with random weights from its configuration."""
+    """Loads a backbone, every weight of it, or builds it with random weights from a configuration."""
     if isinstance(source, PreTrainedConfig):
         build = auto_class.from_config if auto_class is AutoModel else auto_class._from_config
         return build(config, dtype=dtype)
@@ -109,13 +114,13 @@ def _backbone(
         config=config,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below, with the other faults
+        ignore_mismatched_sizes=True,  # reported below, with the other faults
     )
     problems = loading_problems(report)
     if problems:
         raise ValueError(
             f"The checkpoint {str(source)!r} does not fit {type(model).__name__}. {problems}. "
-            "Nothing was re-initialised: use a whole checkpoint of this architecture."
+            "No weight is initialised at random: use a complete checkpoint of this architecture."
         )
     return model
 
@@ -123,7 +128,20 @@ def _backbone(
 def build_processor(
     vlm: str | os.PathLike, audio: str | os.PathLike | None = None, **kwargs: Any
 ) -> ViPolyQwenProcessor:
-    """Builds the processor of `build_model(vlm, audio)`."""
+    """Builds the processor of `build_model(vlm, audio)`.
+
+    Args:
+        vlm: Qwen2-VL checkpoint (Hub id or folder), for the tokenizer and the image processor.
+        audio: checkpoint of the speech encoder, for the feature extractor and the shortest audio, one frame of its
+            convolutions (in samples); `None`: a stock feature extractor at 16 kHz.
+        **kwargs: further arguments of `ViPolyQwenProcessor`.
+
+    Returns:
+        a processor for inputs of at most 8192 tokens.
+
+    Raises:
+        OSError: a checkpoint lacks a tokenizer, an image processor or a feature extractor.
+    """
     tokenizer = AutoTokenizer.from_pretrained(vlm)
     tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
     feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
@@ -136,7 +154,16 @@ def build_processor(
 def load_model(
     model_args: ModelArguments, args: ViPolyQwenTrainingArguments, tasks: dict[str, Task]
 ) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
-    """A model to go on from, or a new one on its backbones, that knows the prefix of every task."""
+    """Loads or builds the model of a run, with its task prefixes, frozen towers and adapter.
+
+    Args:
+        model_args: the model, its limits, frozen towers and adapter.
+        args: device and precision of the run; the output folder, for the base of an adapter.
+        tasks: tasks, whose prefixes become tokens.
+
+    Returns:
+        the model (with an adapter, a `PeftModel`), and its processor.
+    """
     check_installed(model_args, args.device)
     attention = model_args.attn_implementation
     if attention == "auto":
@@ -173,6 +200,7 @@ def load_model(
 
 
 def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) -> None:
+    """Sets the limits of `model_args` on tokens, pixels and seconds of audio."""
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, model_args.max_length)
     if model_args.min_pixels is not None:
         processor.image_processor.size["shortest_edge"] = model_args.min_pixels
@@ -183,7 +211,16 @@ def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) ->
 
 
 def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], tasks: list[str]) -> MixedLoss:
-    """The loss of each task: the table's rows and those that the recipe declares, in the order of the task ids."""
+    """Builds the loss of each task, from the loss table and the tasks that a recipe declares.
+
+    Args:
+        loss_args: loss table, temperature, masks and weighting.
+        declared: declared task -> its fields, among them `loss`: {component: weight}.
+        tasks: all tasks, in the order of their ids.
+
+    Raises:
+        ValueError: an unknown loss table, or a declared task without `loss`.
+    """
     if loss_args.loss_table not in LOSS_TABLES:
         raise ValueError(f"`loss_table` is {loss_args.loss_table!r}; it must be one of {', '.join(LOSS_TABLES)}.")
     losses = dict(LOSS_TABLES[loss_args.loss_table])
@@ -211,7 +248,7 @@ def read_pairs(
     check_media: bool,
     without_tasks: list[str] | None = None,
 ) -> PairDataset | None:
-    """All rows of all sources, checked, but those of `without_tasks`; `None` if no source is given."""
+    """Reads and checks the rows of all sources, except those of `without_tasks`; `None` without sources."""
     if sources is None:
         return None
     return load_pairs(sources, tasks, processor.min_audio_samples, check_media, without_tasks or ())
@@ -224,7 +261,7 @@ def build_collator(
     args: ViPolyQwenTrainingArguments,
     training: bool,
 ) -> MixedBatchCollator:
-    """Rows to a joint batch of both sides; prefix dropout and hard negatives are for training."""
+    """Builds the collator of both sides of pairs; only that for training drops prefixes and adds hard negatives."""
     return MixedBatchCollator(
         processor,
         tasks,

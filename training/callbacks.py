@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: rates, updates that are left out, the progress bar."""
+"""Callbacks: throughput, skipped updates, the progress bar."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ from .loss_optimizer import LossOptimizer
 
 
 class RateCallback(TrainerCallback):
-    """Counts pairs and tokens, and turns them into rates since the last time it was asked."""
+    """Measures pairs and tokens per second."""
 
     def __init__(self) -> None:
         self._reset()
@@ -27,12 +27,12 @@ class RateCallback(TrainerCallback):
         self._reset()
 
     def count(self, pairs: int, inputs: dict[str, Any]) -> None:
-        """Adds one batch: pairs of all processes, tokens of this one."""
+        """Adds one batch: pairs of all ranks, tokens of this rank."""
         self.pairs += pairs
         self.tokens += int(inputs["attention_mask"].sum())
 
     def rates(self) -> dict[str, float]:
-        """Pairs and tokens a second since the last call."""
+        """Returns pairs (of all ranks) and tokens (of this rank) per second since the last call."""
         seconds = time.perf_counter() - self.since
         rates = {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
         self._reset()
@@ -40,10 +40,10 @@ class RateCallback(TrainerCallback):
 
 
 class DiscardCallback(TrainerCallback):
-    """Leaves out the update of a step in which a loss was not finite, and counts such steps.
+    """Skips the update of a step whose loss was not finite, and counts such steps.
 
     Args:
-        loss_optimizer: the optimizer of what the loss learns, which takes its step after the model's.
+        loss_optimizer: optimizer of the learnable loss parameters, which steps after that of the model.
     """
 
     def __init__(self, loss_optimizer: LossOptimizer) -> None:
@@ -59,7 +59,7 @@ class DiscardCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Without gradients the optimiser changes neither weights nor moments."""
+        """Drops the gradients, so that the optimizer changes neither weights nor moments."""
         if self.pending and optimizer is not None:
             optimizer.zero_grad(set_to_none=True)
             self.loss_optimizer.zero_grad()
@@ -68,7 +68,7 @@ class DiscardCallback(TrainerCallback):
 
 
 class CompactProgressCallback(ProgressCallback):
-    """The stock progress bar, with loss and rates in its postfix instead of a dictionary on a line of its own."""
+    """The stock progress bar, with loss, throughput and balance as postfix in place of a printed dictionary."""
 
     def on_log(
         self,
@@ -78,7 +78,7 @@ class CompactProgressCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows what a person looks for; everything else is in the log history and in `report_to`."""
+        """Shows a selection; log history and `report_to` have all values."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
@@ -93,7 +93,7 @@ class CompactProgressCallback(ProgressCallback):
 
 
 def balance(logs: dict[str, float]) -> str:
-    """The task with the smallest gradient share and how many times larger the largest is; empty if not measured."""
+    """Formats the ratio of largest to smallest gradient share and the task with the smallest; "" if not measured."""
     shares = task_means([logs], "gradient_share")
     if len(shares) < 2 or not min(shares.values()):
         return ""

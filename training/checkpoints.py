@@ -1,7 +1,7 @@
-"""Checkpoints that are there whole or not at all, also after a kill or a power cut, and that show damage.
+"""Atomic checkpoints, also under a kill or a power cut, with a manifest that reveals damage.
 
-A checkpoint is written in a folder of its own, flushed to the disk and then renamed. The last file written is a
-manifest of all others; what differs from it is damaged.
+A checkpoint is written to a temporary folder, flushed to disk and then renamed. The last file is a manifest with size
+and SHA-256 of all others.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# In the output folder: checkpoints that are being written, or deleted. The stock upload leaves out what begins with _.
+# In the output folder: checkpoints being written or deleted. The stock upload ignores names that begin with _.
 UNFINISHED = "_unfinished"
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not as it was written."""
+    """A checkpoint differs from its manifest, or has none."""
 
 
 def publish_checkpoint(written: Path, final: Path) -> None:
-    """Gives a checkpoint that was written whole its place and name; a kill at any moment leaves it there or not.
+    """Adds the manifest to a checkpoint, flushes it to disk and renames it, atomically.
 
     Args:
-        written: a folder on the same disk.
-        final: where to; a checkpoint that is there already is replaced.
+        written: complete checkpoint, on the same file system as `final`.
+        final: folder to move it to; an existing checkpoint is replaced.
     """
     files = sorted(path for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
@@ -50,30 +50,30 @@ def publish_checkpoint(written: Path, final: Path) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
+    """Compares every file of a checkpoint with its manifest.
 
     Raises:
-        DamagedCheckpointError: something is missing or different; says what, and what to do.
-        FileNotFoundError: there is no such folder.
+        DamagedCheckpointError: a file is missing or differs; lists such files.
+        FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no checkpoint {folder}; name a folder `checkpoint-STEP` of a run.")
+        raise FileNotFoundError(f"The checkpoint {folder} does not exist; name a folder `checkpoint-STEP` of a run.")
     faults = find_faults(folder)
     if faults:
         raise DamagedCheckpointError(
             f"The checkpoint {folder} is damaged: {'; '.join(faults)}. Resume from another one, or from the newest "
-            "that is whole with `--resume_from_checkpoint true`."
+            "intact one with `--resume_from_checkpoint true`."
         )
 
 
 def find_faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint; empty if it is whole. Files are read only if all are there in full."""
+    """Lists the faults of a checkpoint; empty if it is intact. Contents are read only if names and sizes are right."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return [f"{MANIFEST} is missing, so it was not written to its end"]
+        return [f"{MANIFEST} is missing, so writing it was interrupted"]
     except ValueError as error:
-        return [f"{MANIFEST} is no JSON ({error})"]
+        return [f"{MANIFEST} is not valid JSON ({error})"]
     faults = []
     for name, entry in entries.items():
         path = folder / name
@@ -92,28 +92,28 @@ def find_faults(folder: Path) -> list[str]:
         ]
 
 
-def newest_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning. `None` if there is none at all.
+def newest_intact_checkpoint(output_dir: Path) -> Path | None:
+    """Returns the newest intact checkpoint, or `None` if there are no checkpoints; warns of damaged ones.
 
     Raises:
-        DamagedCheckpointError: there are some, and all are damaged.
+        DamagedCheckpointError: all checkpoints are damaged.
     """
     checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(output_dir)))]
     for folder in checkpoints:
         faults = find_faults(folder)
         if not faults:
             return folder
-        logger.warning(f"The checkpoint {folder} is damaged and left out: {'; '.join(faults)}.")
+        logger.warning(f"Skipping the damaged checkpoint {folder}: {'; '.join(faults)}.")
     if checkpoints:
         raise DamagedCheckpointError(
             f"All checkpoints in {output_dir} are damaged: {', '.join(path.name for path in checkpoints)}. Restore "
-            "one, or start anew in another folder or without `--resume_from_checkpoint`."
+            "one, or start a new run in another folder or without `--resume_from_checkpoint`."
         )
     return None
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Deletes a checkpoint, if it is there, so that a kill leaves no part of it under its name."""
+    """Deletes a checkpoint, if it exists, atomically: it is renamed first."""
     if not folder.exists():
         return
     doomed = folder.parent / UNFINISHED / f"deleted-{folder.name}"
@@ -124,7 +124,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
-    """Deletes the oldest checkpoints until `limit` are left, none of `keep` among them."""
+    """Deletes the oldest checkpoints beyond `limit`, but none of `keep`; `None` or 0 for no limit."""
     if limit is None or limit <= 0:
         return
     checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
@@ -134,7 +134,7 @@ def delete_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path])
 
 
 def delete_unfinished(output_dir: Path) -> None:
-    """Deletes what a killed run has left."""
+    """Deletes what a killed run was writing or deleting."""
     leftovers = output_dir / UNFINISHED
     if leftovers.exists():
         shutil.rmtree(leftovers)

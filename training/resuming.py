@@ -1,4 +1,4 @@
-"""A Trainer that can be killed at any moment: whole checkpoints, and data that go on where they stopped."""
+"""A Trainer that can be killed at any moment: atomic checkpoints, and an exact position in the data."""
 
 import json
 import math
@@ -22,31 +22,31 @@ from .checkpoints import (
     check_checkpoint,
     delete_old_checkpoints,
     delete_unfinished,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     publish_checkpoint,
 )
 
 logger = logging.get_logger(__name__)
 
-SAMPLER_STATE = "sampler_state.json"  # in a checkpoint: how far the run was in its data, counted in rows
+SAMPLER_STATE = "sampler_state.json"  # in a checkpoint: the position of the run in its data, in rows
 
 
 class ResumingTrainer(Trainer):
-    """The stock Trainer with checkpoints that are there whole or not at all, and a place in the data that is exact.
+    """The stock Trainer with atomic checkpoints and an exact position in the data.
 
-    The place is kept in rows of the epoch's order, not in steps, so that a run goes on with any batch size and any
-    number of processes (under DeepSpeed, which keeps a piece of its state for each, with the same number); no row is
-    then lost or visited twice in an epoch. `_get_train_sampler` of a subclass returns a `MixtureSampler`.
+    The position is counted in rows of the epoch, not in steps: a run resumes with any batch size and number of ranks
+    (with DeepSpeed, which shards its state by rank, the same number), and no row of an epoch is skipped or repeated.
+    `_get_train_sampler` of a subclass returns a `MixtureSampler`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unfinished: Path | None = None  # where checkpoints go while one is being written
-        self._resumed: dict[str, Any] | None = None  # SAMPLER_STATE of the checkpoint that this run goes on from
-        self._epoch_start = (0, 0)  # the running epoch, and the step at which it began in this run
+        self._unfinished: Path | None = None  # parent of the checkpoint being written
+        self._resumed: dict[str, Any] | None = None  # SAMPLER_STATE of the checkpoint to resume from
+        self._epoch_start = (0, 0)  # current epoch, and the step at which this run began it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains; `True` goes on from the newest checkpoint that is whole, or begins where there is none yet."""
+        """Trains; `True` resumes from the newest intact checkpoint, or starts if there is none yet."""
         if self.args.should_save:
             delete_unfinished(Path(self.args.output_dir))
         checkpoint = self._choose_checkpoint(resume_from_checkpoint)
@@ -57,40 +57,43 @@ class ResumingTrainer(Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint to go on from, the same in all processes; one of them reads it to see that it is whole."""
+        """Returns the checkpoint to resume from, the same on all ranks; rank 0 compares it with its manifest."""
         chosen: list[str | None] = [None]
         if wanted and self.args.process_index == 0:
             if wanted is True:
-                newest = newest_whole_checkpoint(Path(self.args.output_dir))
+                newest = newest_intact_checkpoint(Path(self.args.output_dir))
                 chosen = [newest and str(newest)]
                 if newest is None:
-                    logger.warning(f"There is no checkpoint in {self.args.output_dir} yet; the run begins.")
+                    logger.warning(f"No checkpoint in {self.args.output_dir} yet; starting a new run.")
             else:
                 check_checkpoint(Path(wanted))
                 chosen = [str(wanted)]
         return broadcast_object_list(chosen)[0]
 
     def _read_place(self, checkpoint: Path) -> dict[str, Any]:
-        """Where its run was; raises ValueError if this run cannot go on from there."""
+        """Returns the position of a checkpoint in its run.
+
+        Raises:
+            ValueError: this run was launched in another way or has other data, so it cannot resume from there.
+        """
         place = json.loads((checkpoint / SAMPLER_STATE).read_text(encoding="utf-8"))
         launch = place.get("launch", "an earlier version of this code")
         if launch != self._launch():
             raise ValueError(
-                f"{checkpoint} was written by {launch}, and this run is {self._launch()}, to which its "
-                "optimizer's state means nothing. Launch it as before; or begin a new run from its weights with "
-                "`--model CHECKPOINT`."
+                f"{checkpoint} was written by {launch}, and this run is {self._launch()}, which cannot read that "
+                "optimizer state. Launch it as before, or start a new run from its weights with `--model CHECKPOINT`."
             )
         now = self._get_train_sampler().identity()
         if place["order"] != now and not self.args.ignore_data_skip:
             raise ValueError(
-                f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its place in the "
-                "data means nothing here. Give it the same sources, weights and seed; or begin the epoch anew with "
-                "`--ignore_data_skip true`; or begin a new run with `--model CHECKPOINT`."
+                f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its position in "
+                "the data does not apply. Give the same sources, weights and seed; or restart the epoch with "
+                "`--ignore_data_skip true`; or start a new run with `--model CHECKPOINT`."
             )
         return place
 
     def get_train_dataloader(self) -> DataLoader:
-        """The stock loader on `MixtureBatches`, which share a batch between the processes themselves."""
+        """Returns the stock loader on `MixtureBatches`, which split every batch between the ranks."""
         args = self.args
         sampler = self._get_train_sampler()
         self._batches = MixtureBatches(
@@ -98,8 +101,8 @@ class ResumingTrainer(Trainer):
         )
         if len(self._batches) == 0:
             raise ValueError(
-                f"An epoch has {len(sampler)} rows, and a batch of all processes {self._batches.joined}: nothing is "
-                "left with `dataloader_drop_last`. Drop it, or make `per_device_train_batch_size` smaller."
+                f"An epoch has {len(sampler)} rows, fewer than the {self._batches.joined} of a batch of all ranks, "
+                "and `dataloader_drop_last` drops them. Leave it out, or lower `per_device_train_batch_size`."
             )
         if self._resumed is not None:
             self._batches.start_at(self._resumed["epoch"], self._resumed["row"], args.gradient_accumulation_steps)
@@ -115,7 +118,7 @@ class ResumingTrainer(Trainer):
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
-        return prepare_data_loader(  # for one process, since the batches are shared out already
+        return prepare_data_loader(  # as for one rank: the batches are split already
             loader,
             args.device,
             num_processes=1,
@@ -125,12 +128,14 @@ class ResumingTrainer(Trainer):
         )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """The stock values; a run that has gone on with other batches takes more or fewer steps to its end."""
+        """Returns the stock values; after resuming with another batch size, more or fewer steps remain."""
         epochs, updates, *counts, max_steps = super().set_initial_training_values(args, dataloader)
         if self._resumed is not None:
             epoch = self._resumed["epoch"]
             _, before, batches = self._batches.begin(epoch)
-            here = epoch * updates + before // args.gradient_accumulation_steps  # as if all batches had been as now
+            here = (
+                epoch * updates + before // args.gradient_accumulation_steps
+            )  # if all batches so far had had the present size
             shift = self._resumed["step"] - here + self._updates(batches) - updates
             max_steps += 0 if args.max_steps > 0 else shift
             epochs = math.ceil((max_steps - shift) / updates)
@@ -140,14 +145,14 @@ class ResumingTrainer(Trainer):
         return math.ceil(batches / self.args.gradient_accumulation_steps)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Epoch, and batches that count as taken in it, by rows instead of steps."""
+        """Returns the epoch and the number of batches to count as taken in it, from rows instead of steps."""
         stock = super()._init_training_state(*args, **kwargs)
         if self._resumed is None:
             return stock
         return self._resumed["epoch"], self._batches.begin(self._resumed["epoch"])[1]
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """The stock epoch, if there is still something to do: a run can be resumed from its last checkpoint too."""
+        """Runs the stock epoch, unless the run was resumed from its last checkpoint and is complete."""
         self._epoch_start = (epoch, self.state.global_step)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -157,15 +162,15 @@ class ResumingTrainer(Trainer):
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The stock evaluation; it leaves the random state alone, so that it may come before or after a checkpoint."""
-        with torch.random.fork_rng(devices=[]):  # a loader draws a seed on the CPU
+        """Runs the stock evaluation and restores the random state, so that its order with saving does not matter."""
+        with torch.random.fork_rng(devices=[]):  # a data loader draws its seed on the CPU
             return super().evaluate(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The stock checkpoint, written beside its place and put there whole; then older ones are deleted."""
+        """Writes the stock checkpoint atomically, then deletes older ones."""
         output_dir = Path(self._get_output_dir(trial))
         final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written = output_dir / UNFINISHED / final.name
@@ -179,7 +184,7 @@ class ResumingTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             (written / SAMPLER_STATE).write_text(json.dumps(self._place(), indent=2) + "\n", encoding="utf-8")
-        self.accelerator.wait_for_everyone()  # every process writes its random state
+        self.accelerator.wait_for_everyone()  # every rank writes its random state
         if self.args.should_save:
             publish_checkpoint(written, final)
             best = self.state.best_model_checkpoint
@@ -190,12 +195,12 @@ class ResumingTrainer(Trainer):
             self._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else it comes when the checkpoint has its place
+        if self._unfinished is None:  # otherwise `_save_checkpoint` calls it after the renaming
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _launch(self) -> str:
-        """What the form of the optimizer's state in a checkpoint depends on."""
-        if self.is_deepspeed_enabled:  # it keeps one piece for each process
+        """Describes the launch as far as the format of the optimizer state depends on it."""
+        if self.is_deepspeed_enabled:  # one shard a rank
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"DeepSpeed ZeRO-{stage} with {self.args.world_size} processes"
         return "FSDP with any number of processes" if self.is_fsdp_enabled else "one process, or several with DDP"

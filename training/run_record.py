@@ -1,4 +1,4 @@
-"""What a run writes down about itself, for the model card: settings, data, hardware, versions; no local path."""
+"""The record of a run for its model card: provenance, settings, data, hardware, versions; no local path."""
 
 import json
 import os
@@ -27,7 +27,14 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 
 
 def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, held_out: PairDataset | None) -> None:
-    """Writes `training.json` into the run's folder."""
+    """Writes `training.json`.
+
+    Args:
+        folder: output folder of the run; created if it does not exist.
+        arguments: arguments of the run.
+        train: pairs to train on.
+        held_out: pairs to evaluate on.
+    """
     model_args, data_args, loss_args, args = arguments
     values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
     names = SETTINGS if model_args.lora_rank is None else (*SETTINGS, *ADAPTER_SETTINGS)
@@ -45,7 +52,7 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
 
 
 def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
-    """One entry a source: its file's name or its id on the Hub, and how many rows of which task it has."""
+    """Returns one entry a source: file name or Hub id, weight, and number of rows by task."""
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
         on_hub = _is_hub_id(source.path)
@@ -63,7 +70,7 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
 
 
 def _origin(model_args: ModelArguments) -> dict[str, Any]:
-    """The published backbones, also of a model that goes on from another, and that other if it is on the Hub."""
+    """Returns the Hub ids of the backbones, also if inherited from `model`, and that of `model` itself."""
     if model_args.model is None:
         names = [name for name in (model_args.vlm, model_args.audio) if name is not None]
         return {"base_models": [name for name in names if _is_hub_id(name)]}

@@ -1,4 +1,4 @@
-"""What a run shows about its balance, and what it does about losses that are not finite."""
+"""The balance of a run in its log and on its page; hard negatives; losses that are not finite."""
 
 import json
 import math
@@ -47,10 +47,10 @@ def history(losses: list[float], shares: tuple[float, float] = (0.5, 0.5), volat
     ]
 
 
-# --- what the numbers mean
+# --- figures
 
 
-def test_phases_are_the_papers_and_move_forward_in_a_short_run() -> None:
+def test_phases_are_those_of_the_paper_and_scale_with_a_short_run() -> None:
     assert [phase(step, 100_000) for step in (0, 1999, 2000, 9999, 10_000)] == [
         "exploration",
         "exploration",
@@ -68,7 +68,7 @@ def test_volatility_is_the_standard_deviation_over_the_mean() -> None:
     assert volatility([5.0]) == 0.0
 
 
-def test_checkpoints_say_what_was_seen_and_what_was_not() -> None:
+def test_checkpoints_of_the_paper_are_seen_not_seen_or_not_measured() -> None:
     entries = [{**entry, "step": entry["step"] // 10} for entry in history([4, 3.9, 3.9, 3.5, 3.0, 2, 2, 2, 2, 2])]
     # a run of 2500 steps: the checkpoints stand at 200, 400, 1000 and 2000
     found = {c.step: c.seen for c in paper_checkpoints(entries, 2500)}
@@ -92,7 +92,7 @@ def test_a_starved_task_is_named_with_its_share() -> None:
     assert verdict([{"step": 1, "loss": 1.0}]) == "No gradients were measured (monitor_steps: 0)."
 
 
-def test_the_progress_bar_names_the_task_with_the_least() -> None:
+def test_the_progress_bar_shows_the_task_with_the_smallest_gradient_share() -> None:
     assert balance({"gradient_share/ocr": 0.8, "gradient_share/instr": 0.2}) == ", balance 4.0× (instr)"
     assert balance({"loss": 1.0}) == ""
 
@@ -133,7 +133,7 @@ def test_a_run_logs_shares_gradients_cosines_volatility_drift_and_phase(monitore
     assert entries[-1]["skipped_steps"] == 0
 
 
-def test_a_run_leaves_the_page(monitored: tuple[Path, list[dict]]) -> None:
+def test_a_run_writes_the_page(monitored: tuple[Path, list[dict]]) -> None:
     page = (monitored[0] / "balance.html").read_text(encoding="utf-8")
     assert all(task in page for task in TASKS) and "Drift of the new parts" in page
 
@@ -147,7 +147,7 @@ def test_a_run_leaves_the_page(monitored: tuple[Path, list[dict]]) -> None:
     ],
     ids=lambda flags: flags[1],
 )
-def test_a_resumed_run_goes_on_with_the_same_weights(world: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_a_resumed_run_has_the_same_task_weights(world: Path, tmp_path: Path, flags: list[str]) -> None:
     straight = train_run(world, tmp_path / "straight", *flags, *BRIEF)
     first = str(tmp_path / "straight" / "checkpoint-2")
     resumed = train_run(world, tmp_path / "resumed", *flags, *BRIEF, "--resume_from_checkpoint", first)
@@ -246,7 +246,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_two_processes_skip_the_same_step_and_agree_on_gradnorm_and_negatives(world: Path, tmp_path: Path) -> None:
+def test_two_ranks_skip_the_same_step_and_agree_on_gradnorm_and_negatives(world: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [
         json.dumps(row | {"group": f"g{number % 5}", "negatives": [f"no {number}"] * (number % 3)})

@@ -50,9 +50,9 @@ IGNORED = "audio_tower.encoder.layers.0.attention.k_proj.bias"  # its gradient i
 
 @pytest.fixture(scope="module")
 def rows(world: Path) -> list[dict]:
-    """Texts, images and sounds in turn. Every batch of both processes has all of them.
+    """Texts, images and audio in turn, all of them in every batch of both ranks.
 
-    Without that, one process would leave the weights of a tower alone in a step, and two would move them by momentum.
+    Otherwise one rank would have no gradient for a tower in a step, and two would move it by momentum.
     """
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["task"] in ("instr", "ocr", "audio")][:COUNT]
@@ -62,7 +62,7 @@ def rows(world: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one_process(world: Path, rows: list[dict]) -> Path:
-    """What one process makes of the joined batches."""
+    """The run of one process on the joined batches."""
     output = world / "one_process"
     train_run(world, output, *FLAGS, *LEARNED, *data(world), "--per_device_train_batch_size", str(2 * SIZE))
     return output
@@ -70,7 +70,7 @@ def one_process(world: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_of_one_process(world: Path, rows: list[dict]) -> Path:
-    """What one process makes of an adapter, without chunks and without checkpointing."""
+    """The run of one process with an adapter, without micro-batches and gradient checkpointing."""
     output = world / "adapter_of_one_process"
     flags = [*FLAGS, *LEARNED, *ADAPTER, *data(world)]
     train_run(world, output, *flags, "--per_device_train_batch_size", str(2 * SIZE))
@@ -81,7 +81,7 @@ def adapter_of_one_process(world: Path, rows: list[dict]) -> Path:
 def backbones(world: Path) -> list[str]:
     """The base's towers as two checkpoints, and a recipe that begins with them: flags of a run of two steps.
 
-    The first step has two batches, the second one, and a loss with what the first has taught it.
+    The first step has two batches, the second one, whose loss depends on the first.
     """
     model = ViPolyQwenModel.from_pretrained(world / "base")
     processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
@@ -149,7 +149,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
     first, last = straight / "checkpoint-1", straight / "checkpoint-3"
     assert find_faults(first) == [] and find_faults(last) == []
     assert same_weights(last, resumed / "checkpoint-3")
-    assert_one_process_goes_on_or_is_refused(kind, world, straight, tmp_path / "alone")
+    assert_one_process_resumes_or_is_refused(kind, world, straight, tmp_path / "alone")
     best = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
     assert same_weights(straight, Path(best))
 
@@ -169,7 +169,7 @@ def test_two_processes_end_where_one_ends_and_resume_bit_by_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ZERO_KINDS)
 @pytest.mark.parametrize("batches", [1, 3], ids=["one_batch", "accumulated"])
-@pytest.mark.parametrize("chunk", [[], IN_CHUNKS], ids=["whole", "in_chunks"])
+@pytest.mark.parametrize("chunk", [[], IN_CHUNKS], ids=["full", "in_chunks"])
 def test_deepspeed_has_the_gradients_of_one_process(
     kind: str, chunk: list[str], batches: int, world: Path, rows: list[dict], tmp_path: Path
 ) -> None:
@@ -195,7 +195,7 @@ def gradients_of_one_process(world: Path, output: Path, *flags: str) -> list[dic
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if parameters[0] in names:  # not what the loss learns, which has an optimizer of its own
+        if parameters[0] in names:  # not the optimizer of the learnable loss parameters
             kept.append({names[parameter]: parameter.grad.clone() for parameter in parameters})
 
     hook = register_optimizer_step_pre_hook(keep)
@@ -206,8 +206,8 @@ def gradients_of_one_process(world: Path, output: Path, *flags: str) -> list[dic
     return kept
 
 
-def assert_one_process_goes_on_or_is_refused(kind: str, world: Path, straight: Path, output: Path) -> None:
-    """From the first checkpoint of two: under DDP and FSDP2 by joined batches; without a launcher from DDP alone."""
+def assert_one_process_resumes_or_is_refused(kind: str, world: Path, straight: Path, output: Path) -> None:
+    """Checks resuming on one rank from two: with DDP and FSDP2 by joined batches, without a launcher from DDP only."""
     flags = [*FLAGS, *LEARNED, *data(world), "--per_device_train_batch_size", str(2 * SIZE)]
     flags += ["--resume_from_checkpoint", str(straight / "checkpoint-1")]
     if kind == "fsdp2":
@@ -223,7 +223,7 @@ def assert_one_process_goes_on_or_is_refused(kind: str, world: Path, straight: P
 
 
 def assert_a_repository(folder: Path) -> None:
-    """With the model's own code and all of its tensors, and fit to be published."""
+    """Checks that a folder has the code and all tensors of the model and can be published."""
     refuse_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"]["AutoModel"] == "modeling_vipolyqwen.ViPolyQwenModel"
@@ -232,7 +232,7 @@ def assert_a_repository(folder: Path) -> None:
 
 
 def assert_same_weights(folder: Path, other: Path, base: Path) -> None:
-    """All weights together, relative to how far they have moved."""
+    """Compares all weights, relative to their distance from the base."""
     found, wanted, start = (state_dict(path) for path in (folder, other, base))
     assert found.keys() == wanted.keys()
     names = [name for name in wanted if name != IGNORED]
@@ -243,7 +243,7 @@ def assert_same_weights(folder: Path, other: Path, base: Path) -> None:
 
 
 def learned(folder: Path) -> dict[str, torch.Tensor]:
-    """What the loss has learned in three steps, a temperature and uncertainties, and the moments of its optimizer."""
+    """Returns temperature and log-variances after three steps, and the moments of their optimizer."""
     state = load_file(folder / "loss_state.safetensors")
     names = ("log_temperatures", "weighting.log_variances")
     state = {key: value for key, value in state.items() if key.endswith(names) or key.startswith("optimizer.")}
@@ -254,7 +254,7 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors as a model has them: DeepSpeed's checkpoints use older names, which loading translates."""
+    """Returns the tensors by the names of the model; DeepSpeed checkpoints use older names, which loading translates."""
     model, report = ViPolyQwenModel.from_pretrained(folder, output_loading_info=True)
     assert loading_problems(report) == ""
     return model.state_dict()

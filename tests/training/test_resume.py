@@ -1,4 +1,4 @@
-"""Resuming: killed runs, torn and damaged checkpoints, another number of processes, towers that stay frozen."""
+"""Resuming: killed runs, truncated and damaged checkpoints, another number of ranks, frozen towers."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from vipolyqwen.training.checkpoints import (
     check_checkpoint,
     delete_old_checkpoints,
     find_faults,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     publish_checkpoint,
 )
 from vipolyqwen.training.parts import NEW_PARTS, TOWERS, freeze_towers
@@ -64,14 +64,14 @@ def test_neighbours_do_not_stay_together() -> None:
     assert not np.array_equal(order, permute(np.arange(20_000), np.int64(20_000), np.uint64([6])))
 
 
-def test_a_stretch_of_an_epoch_is_what_the_whole_epoch_has_there() -> None:
+def test_a_slice_of_an_epoch_equals_that_of_the_full_epoch() -> None:
     sampler = MixtureSampler([5000, 77, 1], [1, 0.3, 40.0], seed=4)
     for epoch in (0, 3):
         sampler.set_epoch(epoch)
-        whole = list(sampler)
-        assert len(whole) == 5000 + 23 + 40
-        assert sampler.rows(4090, 4110) == whole[4090:4110]
-        assert [row for place in range(300) for row in sampler.rows(place, place + 1)] == whole[:300]
+        rows = list(sampler)
+        assert len(rows) == 5000 + 23 + 40
+        assert sampler.rows(4090, 4110) == rows[4090:4110]
+        assert [row for place in range(300) for row in sampler.rows(place, place + 1)] == rows[:300]
 
 
 def test_row_ten_million_is_found_without_the_rows_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +84,11 @@ def test_row_ten_million_is_found_without_the_rows_before_it(monkeypatch: pytest
     assert computed == [(10_000_000, 10_000_008)]
 
 
-# Batches of several processes
+# Batches of several ranks
 
 
 def visited(batches: list[MixtureBatches], epoch: int, limit: int | None = None) -> list[int]:
-    """Rows that all processes visit in an epoch, or in its first batches."""
+    """Rows that all ranks visit in an epoch, or in its first batches."""
     for share in batches:
         share.sampler.set_epoch(epoch)
     return [row for share in batches for batch in [batch for batch in share if batch][:limit] for row in batch]
@@ -99,7 +99,7 @@ def shares(processes: int, size: int, seed: int = 0) -> list[MixtureBatches]:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_an_epoch_without_doubling_a_row(processes: int) -> None:
+def test_ranks_split_an_epoch_without_repeating_a_row(processes: int) -> None:
     batches = shares(processes, 8)
     assert sorted(visited(batches, 0)) == list(range(53))
     sizes = [[len(batch) for batch in share] for share in batches]
@@ -111,7 +111,7 @@ def test_processes_share_an_epoch_without_doubling_a_row(processes: int) -> None
     ("before", "after"), [((1, 8), (2, 8)), ((2, 5), (1, 3)), ((3, 4), (2, 6)), ((1, 13), (2, 7))]
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_other_processes_go_on_where_the_epoch_stopped(
+def test_another_number_of_ranks_resumes_at_the_same_row(
     before: tuple[int, int], after: tuple[int, int], accumulation: int
 ) -> None:
     first, second = shares(*before), shares(*after)
@@ -128,7 +128,7 @@ def test_other_processes_go_on_where_the_epoch_stopped(
     assert sorted(visited(second, 2)) == list(range(53))
 
 
-def test_an_epoch_that_was_visited_to_its_end_is_followed_by_the_next() -> None:
+def test_the_position_after_the_last_batch_is_the_next_epoch() -> None:
     batches = MixtureBatches(MixtureSampler([10], [1]), 4)
     assert [batches.position(5, number) for number in range(4)] == [(5, 0), (5, 4), (5, 8), (6, 0)]
     batches.drop_last = True
@@ -148,7 +148,7 @@ def write_checkpoint(folder: Path, content: str = "weights") -> Path:
     return folder
 
 
-def test_a_checkpoint_that_was_written_whole_has_no_faults_and_replaces_another(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_has_no_faults_and_replaces_another(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint-1")
     assert find_faults(folder) == []
     write_checkpoint(folder, "other weights")
@@ -162,11 +162,11 @@ def test_a_checkpoint_that_was_written_whole_has_no_faults_and_replaces_another(
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").write_text("weig"), "model.safetensors has 4 bytes of 7"),
         (lambda folder: (folder / "shards/optimizer.pt").write_text("Moments"), "shards/optimizer.pt has changed"),
-        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing, so it was not written to its end"),
-        (lambda folder: (folder / MANIFEST).write_text('{"mod'), "manifest.json is no JSON"),
+        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / MANIFEST).write_text('{"mod'), "manifest.json is not valid JSON"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_chosen(
     tmp_path: Path, damage: object, named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (2, 10):
@@ -174,13 +174,13 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_taken(
     damage(tmp_path / "checkpoint-10")
     with pytest.raises(DamagedCheckpointError, match=f"checkpoint-10 is damaged: .*{named}"):
         check_checkpoint(tmp_path / "checkpoint-10")
-    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_intact_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     damage(tmp_path / "checkpoint-2")
     with pytest.raises(DamagedCheckpointError, match="All checkpoints in .* damaged: checkpoint-10, checkpoint-2"):
-        newest_whole_checkpoint(tmp_path)
+        newest_intact_checkpoint(tmp_path)
 
 
-def test_the_checkpoint_that_was_just_written_and_the_best_are_never_deleted(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_checkpoint_are_never_deleted(tmp_path: Path) -> None:
     folders = [write_checkpoint(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     os.utime(folders[3], (0, 0))  # a clock that went backwards
     delete_old_checkpoints(tmp_path, 2, {folders[0], folders[3]})
@@ -251,7 +251,7 @@ def test_other_batches_after_resuming_still_visit_every_row_of_the_epoch_once(
     assert (place["epoch"], place["row"]) == (1, 0)
 
 
-def test_a_run_without_checkpoint_begins_and_other_data_are_refused(
+def test_a_run_without_checkpoint_starts_and_other_data_are_refused(
     world: Path, straight: tuple[Path, list[dict]], tmp_path: Path
 ) -> None:
     train_run(world, tmp_path, *PLAIN, *EPOCHS, "--resume_from_checkpoint", "true")
@@ -259,11 +259,11 @@ def test_a_run_without_checkpoint_begins_and_other_data_are_refused(
     flags = ["--resume_from_checkpoint", str(straight[0] / "checkpoint-1"), "--seed", "7"]
     with pytest.raises(ValueError, match=r"checkpoint-1 was written by a run on .*'seed': 42.*'seed': 7"):
         train_run(world, tmp_path, *PLAIN, *EPOCHS, *flags)
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint .*checkpoint-99"):
+    with pytest.raises(FileNotFoundError, match="The checkpoint .*checkpoint-99 does not exist"):
         train_run(world, tmp_path, *PLAIN, "--resume_from_checkpoint", str(tmp_path / "checkpoint-99"))
 
 
-def test_a_torn_checkpoint_is_left_out_and_written_anew(
+def test_a_truncated_checkpoint_is_skipped_and_rewritten(
     world: Path, straight: tuple[Path, list[dict]], tmp_path: Path
 ) -> None:
     train_run(world, tmp_path, *PLAIN, *EPOCHS, "--save_total_limit", "2")
@@ -275,7 +275,7 @@ def test_a_torn_checkpoint_is_left_out_and_written_anew(
     assert find_faults(newest) == []
 
 
-def test_the_best_checkpoint_is_known_by_the_place_it_has_in_the_end(world: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_recorded_under_its_final_path(world: Path, tmp_path: Path) -> None:
     train_run(world, tmp_path, "--save_total_limit", "1")
     [kept] = tmp_path.glob("checkpoint-*")
     state = json.loads((kept / "trainer_state.json").read_text(encoding="utf-8"))
@@ -290,20 +290,20 @@ FROZEN = [*PLAIN, "--freeze", "vision,audio", "--per_device_train_batch_size", "
 
 @pytest.fixture(scope="module")
 def frozen(world: Path) -> Path:
-    """Most of an epoch in one process with two frozen towers and gradient checkpointing."""
+    """Most of an epoch on one rank with two frozen towers and gradient checkpointing."""
     train_run(world, world / "frozen", *FROZEN, "--save_steps", "1", "--gradient_checkpointing", "true")
     return world / "frozen"
 
 
 def moved_parts(world: Path, folder: Path) -> set[str]:
-    """The parts of the model some weight of which a run has changed."""
+    """Returns the parts of the model that a run has changed."""
     base, trained = (load_file(path / "model.safetensors") for path in (world / "base", folder))
     same_shape = [name for name in base if base[name].shape == trained[name].shape]  # the embedding has grown
     moved = [name for name in same_shape if not torch.equal(base[name], trained[name])]
     return {name.removeprefix("vlm.").split(".")[0] for name in moved}
 
 
-def test_frozen_towers_stay_and_everything_else_learns(world: Path, frozen: Path) -> None:
+def test_frozen_towers_do_not_change_and_other_parts_learn(world: Path, frozen: Path) -> None:
     assert moved_parts(world, frozen) == {"language_model", *NEW_PARTS}
     record = json.loads((frozen / "training.json").read_text(encoding="utf-8"))
     assert record["settings"]["freeze"] == ["vision", "audio"]
@@ -316,7 +316,7 @@ def test_poolings_and_projections_learn_on_frozen_towers_alone(world: Path, tmp_
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("names", [["vision", "audio"], ["language"], ["vision", "audio", "language"]])
-def test_a_frozen_tower_behind_which_nothing_is_trained_builds_no_graph(
+def test_a_frozen_tower_after_frozen_inputs_builds_no_graph(
     world: Path, names: list[str], checkpointing: bool
 ) -> None:
     model = ViPolyQwenModel.from_pretrained(world / "base").train()
@@ -337,12 +337,12 @@ def test_a_frozen_tower_behind_which_nothing_is_trained_builds_no_graph(
     assert builds == {name: name not in names or names == ["language"] for name in TOWERS}
     vectors[:, 0].sum().backward()
     for name, parameter in model.named_parameters():
-        if not name.endswith("masked_spec_embed"):  # that only takes part where SpecAugment masks something
+        if not name.endswith("masked_spec_embed"):  # used only with SpecAugment
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_a_tower_that_there_is_not_is_named_with_those_there_are(world: Path) -> None:
-    with pytest.raises(ValueError, match="`freeze` names 'visoin'; the towers are vision, language, audio"):
+def test_an_unknown_tower_is_named_with_the_known_ones(world: Path) -> None:
+    with pytest.raises(ValueError, match="`freeze` names 'visoin'.*vision, language, audio"):
         ModelArguments(model="x", freeze="audio,visoin")
     config = ViPolyQwenModel.config_class.from_pretrained(world / "base")
     config.audio_config = None
@@ -355,14 +355,14 @@ def test_a_tower_that_there_is_not_is_named_with_those_there_are(world: Path) ->
     version.parse(transformers.__version__) < version.parse("5.23"),
     reason="older Trainers cannot load an optimizer into several processes on CPU (device cpu:0)",
 )
-def test_two_processes_go_on_from_a_checkpoint_of_one(world: Path, frozen: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_from_a_checkpoint_of_one(world: Path, frozen: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, ROOT / "train_vipolyqwen.py", world / "recipe.yaml", "--output_dir", tmp_path, *FROZEN]
     command += ["--max_steps", "-1", "--num_train_epochs", "1", "--ddp_backend", "gloo", "--save_steps", "1"]
     command += ["--resume_from_checkpoint", frozen / "checkpoint-1", "--per_device_train_batch_size", "4"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    newest = newest_whole_checkpoint(tmp_path)
+    newest = newest_intact_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-5"  # 7 of 32 rows were visited: 8, 8, 8 and 1 are left
     place = json.loads((newest / SAMPLER_STATE).read_text(encoding="utf-8"))
     assert (place["epoch"], place["row"], place["step"]) == (1, 0, 5)

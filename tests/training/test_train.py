@@ -59,9 +59,7 @@ def test_a_checkpoint_is_a_repository_that_sentence_transformers_loads(trained: 
     assert not list(trained[0].glob("**/training_args.bin"))
 
 
-def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
-    world: Path, trained: tuple[Path, list[dict]]
-) -> None:
+def test_a_run_records_the_facts_of_its_model_card_and_no_path(world: Path, trained: tuple[Path, list[dict]]) -> None:
     text = (trained[0] / "training.json").read_text(encoding="utf-8")
     assert str(world) not in text
     record = json.loads(text)
@@ -76,7 +74,7 @@ def test_a_run_writes_down_what_its_model_card_needs_and_no_path(
     assert set(record["versions"]) >= {"torch", "transformers"} and "cpu" in record["hardware"]
 
 
-def test_a_model_that_goes_on_from_another_keeps_its_backbones(world: Path, tmp_path: Path) -> None:
+def test_a_model_continued_from_another_keeps_its_backbones(world: Path, tmp_path: Path) -> None:
     backbones = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
     for number, flags in enumerate(
         (["--vlm", backbones[0], "--audio", backbones[1]], ["--model", str(tmp_path / "0")])
@@ -97,7 +95,7 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
+def test_two_ranks_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
     flags = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
     flags += ["--max_steps", "3", "--prefix_dropout", "0", "--max_grad_norm", "0", "--optim", "sgd"]
     train_run(world, tmp_path / "one", *flags)
@@ -115,7 +113,7 @@ def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(world: P
     assert apart.sqrt() <= 1e-4 * moved.sqrt()
 
 
-def test_rows_of_like_length_together_give_the_vectors_of_one_batch(world: Path) -> None:
+def test_batches_of_similar_length_give_the_vectors_of_one_batch(world: Path) -> None:
     model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
     tasks = declare_tasks(None)
     pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
@@ -149,7 +147,7 @@ def test_each_part_of_the_model_has_its_learning_rate(world: Path, tmp_path: Pat
     assert len(rate_of) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_flag_wins_over_the_recipe(world: Path) -> None:
+def test_a_flag_overrides_the_recipe(world: Path) -> None:
     arguments = read_arguments([str(world / "recipe.yaml"), "--output_dir", "x", "--temperature", "0.2"])
     assert arguments[2].temperature == 0.2
     assert arguments[2].loss_table == "dle"
@@ -178,7 +176,7 @@ def test_declared_tasks_may_have_their_old_name_but_not_both(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["stw", "bimodal", "trimodal", "demo"])
-def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
+def test_the_recipes_are_valid_and_have_the_settings_of_the_papers(name: str) -> None:
     model_args, data_args, loss_args, args = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
     tasks = declare_tasks(data_args.tasks)
     build_loss(loss_args, data_args.tasks, list(tasks))
@@ -201,7 +199,7 @@ def test_the_recipes_are_valid_and_say_what_the_papers_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
-def test_an_ablation_changes_what_it_says_on_top_of_any_recipe(path: Path) -> None:
+def test_an_ablation_changes_only_its_keys_of_any_recipe(path: Path) -> None:
     changed = read_recipe(path)
     for name in ("trimodal", "demo"):
         command = [str(ROOT / f"recipes/{name}.yaml"), str(path), "--use_cpu", "true"]
