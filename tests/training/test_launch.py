@@ -254,7 +254,7 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors by the names of the model; DeepSpeed checkpoints use older names, which loading translates."""
+    """Returns the tensors by the names of the model; loading translates the older ones of DeepSpeed checkpoints."""
     model, report = ViPolyQwenModel.from_pretrained(folder, output_loading_info=True)
     assert loading_problems(report) == ""
     return model.state_dict()

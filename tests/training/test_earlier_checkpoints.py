@@ -1,0 +1,83 @@
+"""Checkpoints of the flat layout (before the rooms) resume to the same weights or are refused in words.
+
+The literals below are copied from a checkpoint that commit 3ab4e3a wrote of the same run.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import PLAIN, train_run
+from killing import same_weights
+from safetensors.torch import load_file, save_file
+
+from vipolyqwen.training.checkpoints import MANIFEST, UNFINISHED, publish_checkpoint
+from vipolyqwen.training.resuming import SAMPLER_STATE
+from vipolyqwen.training.trainer import LOSS_STATE
+
+RUN = [*PLAIN, "--learnable_temperature", "true", "--task_weighting", "uncertainty", "--loss_learning_rate", "0.1"]
+POSITION = {
+    "epoch": 0,
+    "row": 16,
+    "step": 2,
+    "order": {"lengths": [24, 8], "visits": [24, 8], "seed": 42},
+    "launch": "one process, or several with DDP",
+}
+LEARNED = ("log_temperatures", "weighting.log_variances")
+LOSS_NAMES = {"discard.count", *(f"loss.{name}" for name in LEARNED)}
+LOSS_NAMES |= {f"optimizer.{name}.{moment}" for name in LEARNED for moment in ("step", "exp_avg", "exp_avg_sq")}
+LOSS_NAMES |= {f"start.{route}pooling.query" for route in ("", "audio_")}
+LOSS_NAMES |= {
+    f"start.{route}projection.{part}"
+    for route in ("", "audio_")
+    for part in ("dense.weight", "norm.weight", "norm.bias")
+}
+# The stock Trainer's pickle of the arguments names a class by its module, which has moved.
+ARGUMENTS = b"cvipolyqwen.arguments_vipolyqwen\nViPolyQwenTrainingArguments\n."
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of today's code that is not interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    train_run(world, folder, *RUN)
+    return folder
+
+
+def as_earlier(checkpoint: Path, folder: Path, position: dict) -> Path:
+    """Rewrites a checkpoint in the format of the flat layout, tensor by tensor of the state of the loss."""
+    written = folder / UNFINISHED / checkpoint.name
+    shutil.copytree(checkpoint, written)
+    state = load_file(written / LOSS_STATE)
+    save_file({name: state[name] for name in LOSS_NAMES}, written / LOSS_STATE)
+    (written / SAMPLER_STATE).write_text(json.dumps(position), encoding="utf-8")
+    (written / "audio_vipolyqwen.py").unlink()  # was part of modeling_vipolyqwen.py
+    (written / "training_args.bin").write_bytes(ARGUMENTS)
+    (written / MANIFEST).unlink()
+    publish_checkpoint(written, folder / checkpoint.name)
+    return folder / checkpoint.name
+
+
+def test_a_checkpoint_of_the_flat_layout_resumes_to_the_same_weights(
+    world: Path, straight: Path, tmp_path: Path
+) -> None:
+    checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", POSITION)
+    train_run(world, tmp_path / "resumed", *RUN, "--resume_from_checkpoint", str(checkpoint))
+    assert same_weights(straight, tmp_path / "resumed")
+    before, after = (load_file(folder / "checkpoint-4" / LOSS_STATE) for folder in (straight, tmp_path / "resumed"))
+    assert before.keys() == after.keys() == LOSS_NAMES
+    assert all(value.equal(after[name]) for name, value in before.items())
+
+
+def test_a_checkpoint_without_its_launch_is_refused_in_words(world: Path, straight: Path, tmp_path: Path) -> None:
+    position = {name: value for name, value in POSITION.items() if name != "launch"}
+    checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", position)
+    with pytest.raises(ValueError, match=r"checkpoint-2 was written by an earlier version .*`--model CHECKPOINT`"):
+        train_run(world, tmp_path / "resumed", *RUN, "--resume_from_checkpoint", str(checkpoint))
+
+
+def test_no_pickle_of_a_checkpoint_names_a_module_of_the_package(straight: Path) -> None:
+    pickles = [path for path in (straight / "checkpoint-2").iterdir() if path.suffix in (".pt", ".pth", ".bin")]
+    assert {path.name for path in pickles} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert not [path.name for path in pickles if b"vipolyqwen" in path.read_bytes()]
