@@ -215,6 +215,19 @@ def test_readme_is_read_in_five_minutes_and_its_status_is_plain() -> None:
     assert b"`make test`" in readme
 
 
+def test_the_hub_finds_licence_and_base_models_in_readme() -> None:
+    _, front, _ = (ROOT / "README.md").read_text(encoding="utf-8").split("---\n", maxsplit=2)
+    described = yaml.safe_load(front)
+    assert described["license"] == "apache-2.0"
+    assert described["base_model"] == ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
+
+
+def test_images_of_pages_are_small() -> None:
+    images = list((ROOT / "docs/images").iterdir())
+    assert images
+    assert all(image.stat().st_size < 300_000 for image in images)
+
+
 def test_pages_fit_the_line_length() -> None:
     for page in PAGES:
         for line in BLOCK.sub("", page.read_text(encoding="utf-8")).splitlines():
