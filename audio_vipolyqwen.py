@@ -104,3 +104,13 @@ def receptive_field(audio_config: Any) -> int:
     for kernel, stride in zip(reversed(audio_config.conv_kernel), reversed(audio_config.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel
     return samples
+
+
+__all__ = [
+    "PADDING_BLIND",
+    "PaddedAudio",
+    "PaddingInvariantFeatureEncoder",
+    "keep_supported_attention",
+    "make_padding_invariant",
+    "receptive_field",
+]

@@ -57,4 +57,4 @@ class ViPolyQwenConfig(Qwen2VLConfig):
 
 ViPolyQwenConfig.register_for_auto_class()
 
-__all__ = ["ViPolyQwenConfig"]
+__all__ = ["AUDIO_FUSIONS", "POOLINGS", "PROJECTIONS", "ViPolyQwenConfig"]

@@ -365,3 +365,21 @@ def _listed(names: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+__all__ = [
+    "FILE_NAME",
+    "Finding",
+    "Measured",
+    "compare",
+    "golden_inputs",
+    "read_fingerprint",
+    "tolerance",
+    "verdict",
+    "verify",
+    "write_fingerprint",
+    "golden_image",
+    "golden_audio",
+    "mark",
+    "TEXTS",
+]

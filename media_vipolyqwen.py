@@ -254,3 +254,16 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
         raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
     common = math.gcd(rate, target)
     return resample_poly(samples, target // common, rate // common).astype(np.float32)
+
+
+__all__ = [
+    "MAX_ASPECT_RATIO",
+    "MAX_IMAGE_PIXELS",
+    "check_is_text",
+    "check_wav_is_complete",
+    "download",
+    "is_url",
+    "load_audio",
+    "load_image",
+    "resample",
+]

@@ -169,8 +169,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             `ViPolyQwenOutput` with one unit vector a row.
 
         Raises:
-            ValueError: a row has neither tokens nor audio, the clips do not match the rows, a bimodal model gets
-                audio, or `packing` is combined with hidden states or attentions.
+            ValueError: a row is empty, clips do not match rows, or the model or `packing` does not support an input.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None and audio_features is None:
@@ -183,19 +182,15 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             mask = torch.ones(tokens.shape[:2], device=tokens.device) if attention_mask is None else attention_mask
             rows = mask.any(dim=-1).nonzero().flatten()  # rows without tokens (audio alone) skip the language model
             if len(rows) > 0:
-                tokens_of_rows = [
-                    _take_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)
-                ]
-                tokens_of_rows.append(_take_rows(position_ids, rows, batch, dim=1))
-                images = (pixel_values, image_grid_thw, image_indices)
-                vectors, extras = self._embed_text(*tokens_of_rows, *images, packing, **kwargs)
+                inputs = [_take_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)]
+                inputs += [_take_rows(position_ids, rows, batch, dim=1), pixel_values, image_grid_thw, image_indices]
+                vectors, extras = self._embed_text(*inputs, packing, **kwargs)
                 routes.append((rows, vectors))
         if audio_features is not None:
             vectors, extras["audio_pooling_weights"] = self._embed_audio(audio_features, audio_attention_mask)
             routes.append((_audio_rows(has_audio, len(vectors), batch, vectors.device), vectors))
-        if not output_pooling_weights:
-            extras = {key: value for key, value in extras.items() if not key.endswith("pooling_weights")}
-        return ViPolyQwenOutput(embeddings=self._fuse(routes, batch), **extras)
+        kept = {key: extras[key] for key in extras if output_pooling_weights or not key.endswith("pooling_weights")}
+        return ViPolyQwenOutput(embeddings=self._fuse(routes, batch), **kept)
 
     def _embed_text(
         self,
@@ -362,4 +357,4 @@ def _rebuild(
 ForkingPickler.register(ViPolyQwenModel, _reduce)
 ViPolyQwenModel.register_for_auto_class("AutoModel")
 
-__all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel"]
+__all__ = ["AttentionPooling", "ViPolyQwenModel", "ViPolyQwenOutput", "ViPolyQwenPreTrainedModel", "loading_problems"]

@@ -134,21 +134,21 @@ def torch_varlen_attention(
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, heads, size)
     causal = module.is_causal if is_causal is None else is_causal
     before = -1 if sliding_window is None else sliding_window - 1
-    attended = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(before, 0 if causal else -1),
-        enable_gqa=True,
-    )
+    window = (before, 0 if causal else -1)
+    rows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)  # of queries and of keys
+    attended = varlen_attn(query, key, value, *rows, scale=scaling, window_size=window, enable_gqa=True)
     return attended[None], None
 
 
 if HAS_TORCH_VARLEN:
     AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
     AttentionMaskInterface.register(TORCH_VARLEN, sdpa_mask)
+
+__all__ = [
+    "TORCH_VARLEN",
+    "choose_attn_implementation",
+    "pack",
+    "packed_attention",
+    "takes_lengths",
+    "torch_varlen_attention",
+]

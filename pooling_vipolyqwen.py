@@ -104,3 +104,13 @@ class MLPProjection(nn.Module):
 
 
 PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
+
+__all__ = [
+    "POOLING_CLASSES",
+    "PROJECTION_CLASSES",
+    "AttentionPooling",
+    "LastPooling",
+    "LinearProjection",
+    "MLPProjection",
+    "MeanPooling",
+]

@@ -493,4 +493,4 @@ def _as_list(entry: Any) -> list[Any]:
 
 ViPolyQwenProcessor.register_for_auto_class()
 
-__all__ = ["ViPolyQwenProcessor"]
+__all__ = ["CHAT_TEMPLATE", "TASK_PREFIXES", "EmbeddingInput", "ViPolyQwenProcessor"]

@@ -51,3 +51,6 @@ def infer_task(text: str, images: int, has_audio: bool) -> str | None:
             return "vqa_multi"
         return "ocr" if READING.search(text) else "vqa_single"
     return "instr" if REQUEST.search(text.strip()) else "text_pair"
+
+
+__all__ = ["AUTO_TASK", "infer_task"]

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 if TYPE_CHECKING:
     from vipolyqwen.data.sources import PairDataset
     from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+    from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
     from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 TEXTS = [
@@ -57,6 +58,55 @@ def speech_config(kind: str = "hubert", norm: str = "group", **fields: Any) -> P
     if norm == "layer":
         tiny.update(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
     return AutoConfig.for_model(**{**tiny, **fields, "model_type": kind})
+
+
+def build_tiny_model(
+    processor: "ViPolyQwenProcessor", audio_config: Any = None, *, attn: str | None = None, **fields: Any
+) -> "ViPolyQwenModel":
+    """A tiny model whose weights are far from their initial values, so that no output is nearly uniform."""
+    from vipolyqwen.demo.tiny_base import tiny_vlm_config
+    from vipolyqwen.training.build import build_model
+
+    torch.manual_seed(0)
+    vlm_config = tiny_vlm_config(processor.tokenizer, 64, 2, 32)
+    model = build_model(vlm_config, audio_config, attn_implementation=attn, **fields)
+    return shake(model).eval()
+
+
+def shake(module: nn.Module) -> nn.Module:
+    """Adds noise to every parameter."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def ids_of(processor: "ViPolyQwenProcessor", **inputs: Any) -> list[list[int]]:
+    """The ids of each input, without padding."""
+    batch = processor(**inputs)
+    return [
+        [i for i, real in zip(ids, mask, strict=True) if real]
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def user(*parts: str | Image.Image | dict, system: str | None = None) -> list[dict]:
+    """A conversation with one message of the user, and a system text."""
+    content: list[dict] = []
+    for part in parts:
+        kind = "text" if isinstance(part, str) else "audio" if isinstance(part, dict) else "image"
+        content.append({"type": kind, kind: part})
+    messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return messages
+
+
+def chat_ids(processor: "ViPolyQwenProcessor", *conversations: list[dict]) -> list[list[int]]:
+    """The ids of each conversation, without padding."""
+    batch = processor.apply_chat_template(list(conversations), tokenize=True, return_dict=True)
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
 
 
 def save_tiny_model(folder: Path, image_side: int = 56) -> None:

@@ -45,15 +45,15 @@ def encoder(repository: Path) -> SentenceTransformer:
 @pytest.fixture
 def rows(rng: np.random.Generator) -> list[Any]:
     """Inputs of every kind, of different lengths."""
-    image, sound = random_image(rng), random_audio(rng)
+    image, audio = random_image(rng), random_audio(rng)
     return [
         "Huế",
         image,
-        sound,
+        audio,
         {"image": image, "text": "Trên biển ghi gì? " * 4},
         "What colour are the big stars on the grass? " * 3,
         {"audio": random_audio(rng, 0.2), "text": "沙滩上有四个绿色的小方块。"},
-        {"image": random_image(rng, 90, 40), "audio": sound},
+        {"image": random_image(rng, 90, 40), "audio": audio},
     ]
 
 
@@ -167,7 +167,7 @@ def test_several_processes_give_the_same_vectors(encoder: SentenceTransformer, r
     assert distance(vectors, encoder.encode(rows)) <= 1e-5
 
 
-# --- forms of images and sounds ----------------------------------------------------------------------------------
+# --- forms of images and audio -----------------------------------------------------------------------------------
 
 
 def file_bytes(image: Image.Image, kind: str) -> bytes:
@@ -179,7 +179,7 @@ def file_bytes(image: Image.Image, kind: str) -> bytes:
 def test_an_image_may_come_in_any_form(encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path) -> None:
     image = random_image(rng)
     data = file_bytes(image, "PNG")
-    path, other = tmp_path / "ảnh của tôi.PNG", tmp_path / "picture.tif"
+    path, other = tmp_path / "ảnh của tôi.PNG", tmp_path / "other.tif"
     path.write_bytes(data)
     other.write_bytes(file_bytes(image, "TIFF"))
     array = np.asarray(image)
@@ -205,36 +205,36 @@ def test_an_input_may_have_a_list_of_images(
     assert distance(mixed[2], encoder.encode("Huế")) <= 1e-5
 
 
-def sound_forms(sound: dict[str, Any], folder: Path) -> list[Any]:
+def audio_forms(audio: dict[str, Any], folder: Path) -> list[Any]:
     path = folder / "tiếng nói.wav"
-    soundfile.write(path, sound["array"], sound["sampling_rate"], subtype="FLOAT")
-    return [str(path), sound, {"audio": sound}, {"audio": str(path)}, {"audio": path}, {"audio": path.read_bytes()}]
+    soundfile.write(path, audio["array"], audio["sampling_rate"], subtype="FLOAT")
+    return [str(path), audio, {"audio": audio}, {"audio": str(path)}, {"audio": path}, {"audio": path.read_bytes()}]
 
 
 @pytest.mark.parametrize("rate", [16_000, 22_050])
-def test_a_sound_may_come_in_any_form(
+def test_audio_may_come_in_any_form(
     rate: int, encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    sound = random_audio(rng, 0.3, rate)
-    expected = encoder.encode(sound)
-    for given in sound_forms(sound, tmp_path):
+    audio = random_audio(rng, 0.3, rate)
+    expected = encoder.encode(audio)
+    for given in audio_forms(audio, tmp_path):
         assert distance(encoder.encode([given])[0], expected) <= 1e-6
         assert distance(encoder.encode(["Huế", given])[1], expected) <= 1e-5
 
 
-def test_a_sound_may_come_as_a_decoder(encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_audio_may_come_as_a_decoder(encoder: SentenceTransformer, rng: np.random.Generator, tmp_path: Path) -> None:
     decoders = pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
-    sound = random_audio(rng, 0.3)
-    path, *_ = sound_forms(sound, tmp_path)
+    audio = random_audio(rng, 0.3)
+    path, *_ = audio_forms(audio, tmp_path)
     for given in (decoders.AudioDecoder(path), {"audio": decoders.AudioDecoder(path)}):
-        assert distance(encoder.encode([given])[0], encoder.encode(sound)) <= 1e-5
+        assert distance(encoder.encode([given])[0], encoder.encode(audio)) <= 1e-5
 
 
 # --- what stock code would misread -------------------------------------------------------------------------------
 
 
 def test_a_path_that_would_be_embedded_as_letters_is_an_error(encoder: SentenceTransformer, tmp_path: Path) -> None:
-    unknown = tmp_path / "a picture.tif"
+    unknown = tmp_path / "an image.tif"
     unknown.write_bytes(b"")
     for path in ("photos/nothing.png", "nothing.WAV", str(unknown), "https://example.org/film.mp4"):
         with pytest.raises(ValueError, match=r"looks like the path of an image, audio or video file.*plain_text"):
@@ -260,8 +260,8 @@ def test_a_pair_in_place_of_an_input_is_an_error(pair: Any, encoder: SentenceTra
         b"bytes",
         {"video": np.zeros((2, 3, 8, 8))},
         {"texts": "a"},
-        np.zeros(8000, dtype=np.float32),  # a sound without its rate
-        np.zeros((40, 60), dtype=np.uint8),  # stock code takes it for a sound of 40 channels
+        np.zeros(8000, dtype=np.float32),  # audio without its rate
+        np.zeros((40, 60), dtype=np.uint8),  # stock code takes it for audio of 40 channels
         np.zeros((2, 40, 60, 3), dtype=np.uint8),
         "https://example.org/a.png",
         "https://example.org/a.wav",
@@ -272,7 +272,7 @@ def test_what_cannot_be_embedded_stops_the_batch(given: Any, encoder: SentenceTr
         encoder.encode(["Huế", given])
 
 
-def test_sounds_of_two_rates_in_one_batch_are_an_error(encoder: SentenceTransformer, rng: np.random.Generator) -> None:
+def test_audio_of_two_rates_in_one_batch_are_an_error(encoder: SentenceTransformer, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="different sampling rates"):
         encoder.encode([random_audio(rng, 0.2, 16_000), random_audio(rng, 0.2, 22_050)])
 
@@ -301,15 +301,15 @@ def test_urls_are_fetched_if_that_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    image, sound = random_image(rng), random_audio(rng)
+    image, audio = random_image(rng), random_audio(rng)
     image.save(tmp_path / "a.png")
-    soundfile.write(tmp_path / "a.wav", sound["array"], 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "a.wav", audio["array"], 16_000, subtype="FLOAT")
     urls = [f"{website}/a.png", f"{website}/a.wav"]
     for url in urls:
         with pytest.raises(ValueError, match="is a URL; download it"):
             encoder.encode(url)
     online = load(repository, processor_kwargs={"allow_urls": True})
-    expected = encoder.encode([image, sound])
+    expected = encoder.encode([image, audio])
     assert distance(online.encode(urls), expected) <= 1e-5
     assert distance(online.encode([{"image": urls[0]}, {"audio": urls[1]}]), expected) <= 1e-5
     with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched: HTTP Error 404"):

@@ -28,18 +28,18 @@ def batches(tiny: tuple) -> dict[str, dict[str, Tensor]]:
     rng = np.random.default_rng(0)
     images = [random_image(rng), random_image(rng, 90, 30), random_image(rng, 30, 90)]
     texts = ["Biển ghi gì?", "a", "Hai ngôi sao đỏ lớn trên bãi cỏ. " * 5, "有四个"]
-    sounds = [None, random_audio(rng, 0.3), random_audio(rng, 0.5), None]
+    clips = [None, random_audio(rng, 0.3), random_audio(rng, 0.5), None]
 
     def batch(**inputs: Any) -> dict[str, Tensor]:
         return dict(tiny[1](**inputs, return_tensors="pt"))
 
-    pictures = [images[:1], [], images[1:], [images[0]]]
+    shown = [images[:1], [], images[1:], [images[0]]]
     return {
         "text": batch(text=texts),
         "one row": batch(text=texts[:1]),
-        "images": batch(text=texts, images=pictures),
-        "sounds": batch(text=["", "", *texts[2:]], audio=sounds[1:3] + sounds[:2]),
-        "everything": batch(text=texts, images=pictures, audio=sounds),
+        "images": batch(text=texts, images=shown),
+        "audio": batch(text=["", "", *texts[2:]], audio=clips[1:3] + clips[:2]),
+        "everything": batch(text=texts, images=shown, audio=clips),
     }
 
 

@@ -58,9 +58,9 @@ def test_auto_gives_each_input_the_prefix_of_its_task(tiny: tuple, rng: np.rando
     _, processor = tiny
     texts = ["A man is playing.", "Dịch sang tiếng Anh: con cá", "Biển ghi gì?", "Màu gì?", DIALOGUE, "mưa", ""]
     images = [[], [], *[[random_image(rng)] for _ in range(3)], [], [random_image(rng)]]
-    sounds = [None] * 5 + [random_audio(rng), None]
+    clips = [None] * 5 + [random_audio(rng), None]
     true = ["text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio", None]
-    given = {"text": texts, "images": images, "audio": sounds, "return_tensors": "pt"}
+    given = {"text": texts, "images": images, "audio": clips, "return_tensors": "pt"}
     found = processor(**given, task="auto")["input_ids"]
     assert torch.equal(found, processor(**given, task=true)["input_ids"])
     assert torch.equal(found, processor(**given, task=["auto"] * 6 + [None])["input_ids"])
