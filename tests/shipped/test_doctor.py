@@ -75,6 +75,14 @@ def test_a_fingerprint_covers_every_tensor_task_and_kind_of_input(tiny: tuple, p
     assert set(fingerprint.attention) == {"text", "vision", "audio"}
 
 
+def test_a_fingerprint_is_written_with_the_keys_of_those_already_published(published: Path) -> None:
+    stored = json.loads((published / FILE_NAME).read_text(encoding="utf-8"))
+    assert " ".join(stored) == "versions dtype attention settings prefix_ids token_ids marks vectors"
+    names = ["text: vi", "text: en", "text: zh", "image: drawing", "mix: image + text", "audio: tones"]
+    names += ["mix: text + audio", "mix: image + text + audio", *(f"prefix: {task}" for task in TASK_PREFIXES)]
+    assert list(stored["vectors"]) == names
+
+
 # --- five breakages ----------------------------------------------------------------------------------------------
 
 
