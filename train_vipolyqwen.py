@@ -10,7 +10,6 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import logging
 
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.training.arguments import read_arguments
@@ -19,8 +18,6 @@ from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
-
-logger = logging.get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.names import did_you_mean, rename_old_keys
+from ..publishing.repository import ADAPTER_CONFIG
 from .parts import TOWERS
 
 
@@ -76,7 +77,7 @@ class ModelArguments:
                 f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "
                 "repository to continue from or a Qwen2-VL checkpoint to build on."
             )
-        if self.model is not None and (Path(self.model) / "adapter_config.json").is_file():
+        if self.model is not None and (Path(self.model) / ADAPTER_CONFIG).is_file():
             raise ValueError(
                 f"`model` is {self.model!r}, an adapter. Resume it with `resume_from_checkpoint`, or merge it with "
                 f"`python publish_vipolyqwen.py {self.model} --out FOLDER` and continue from FOLDER."

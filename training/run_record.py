@@ -11,7 +11,7 @@ import torch
 from transformers.utils import cached_file
 
 from ..data.sources import PairDataset
-from ..publishing.repository import TRAINING_FILE
+from ..publishing.repository import TRAINING_FILE, write_json
 from .arguments import Arguments, ModelArguments
 
 SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")
@@ -48,7 +48,7 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
         "versions": {name: version(name) for name in PACKAGES},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / TRAINING_FILE, record)
 
 
 def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
