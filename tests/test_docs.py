@@ -6,6 +6,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from helpers import random_image, save_tiny_model
 from vipolyqwen.data.readers import SourceConfig
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.evaluation.suite import read_suite
-from vipolyqwen.training.arguments import read_recipe
+from vipolyqwen.training.arguments import ARGUMENT_CLASSES, read_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -27,6 +28,8 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 QUOTED_PATH = re.compile(r"`((?:\w+/)*[\w.*-]+\.(?:py|yaml|txt|toml)|(?:\w+/)+)`")
+INLINE = re.compile(r"`([^`]+)`")
+COMMANDS = ("python ", "accelerate launch ", "make ", "pip install ")
 WRITTEN = ("outputs/", "base/", "adapter/", "_unfinished/", "pairs/", "model/")  # by a run, or by the reader
 
 
@@ -51,9 +54,16 @@ def blocks(language: str) -> list[Block]:
     return [Block(page, text) for page, name, text in found if name == language]
 
 
+def inline_code() -> list[Block]:
+    """Everything between backticks outside fenced blocks."""
+    texts = [(page.name, BLOCK.sub("", page.read_text(encoding="utf-8"))) for page in PAGES]
+    return [Block(name, " ".join(code.split())) for name, text in texts for code in INLINE.findall(text)]
+
+
 def commands() -> list[Block]:
-    """Each line of the bash blocks."""
-    return [Block(page, line) for page, text in blocks("bash") for line in text.splitlines() if line.strip()]
+    """Each line of the bash blocks, and each command within a sentence."""
+    found = [Block(page, line) for page, text in blocks("bash") for line in text.splitlines() if line.strip()]
+    return found + [code for code in inline_code() if code.text.startswith(COMMANDS)]
 
 
 def named(found: list[Block]) -> list[Any]:
@@ -116,7 +126,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), line
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        assert set(re.findall(r"\.\[(\w+)\]", line)) <= set(project["optional-dependencies"]), line
+        extras = {name for names in re.findall(r"\.\[([^]]*)\]", line) for name in names.split(",")}
+        assert extras <= set(project["optional-dependencies"]), line
     else:
         raise CommandLineError(f"{line!r}: no check for {words[0]!r}; add one")
 
@@ -134,7 +145,7 @@ def test_every_command_is_understood(command: Block, workplace: Path, monkeypatc
         "python -m vipolyqwen.doctor",
         "accelerate launch --config_file recipes/launch/none.yaml train_vipolyqwen.py RECIPE.yaml",
         "make nothing",
-        "pip install -e '.[nothing]'",
+        "pip install -e '.[evaluate,nothing]'",
         "rm -rf outputs",
     ],
 )
@@ -143,6 +154,16 @@ def test_a_command_that_does_not_run_is_found(
 ) -> None:
     with pytest.raises(AssertionError):
         check_command(line, monkeypatch)
+
+
+def test_every_option_within_a_sentence_exists() -> None:
+    known = {f"--{item.name}" for cls in ARGUMENT_CLASSES for item in fields(cls)}
+    known |= {"--help", "--no-build-isolation"}  # of argparse, of pip
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
+        known |= set(re.findall(r"add_argument\(\s*\"(--\w+)\"", path.read_text(encoding="utf-8")))
+    named = [(page, option) for page, code in inline_code() for option in re.findall(r"(?<!\S)--[\w-]+", code)]
+    assert {option for _, option in named} >= {"--check", "--resume_from_checkpoint", "--adapter"}
+    assert [(page, option) for page, option in named if option not in known] == []
 
 
 @pytest.mark.parametrize("block", named(blocks("yaml")))
