@@ -75,15 +75,6 @@ def model_of(world: Path, *flags: str) -> tuple[torch.nn.Module, ViPolyQwenProce
     return load_model(model_args, args, declare_tasks(data_args.tasks))
 
 
-@pytest.fixture(scope="module")
-def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world's base and pairs, laid out for `build`."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for link, target in (("base", "base"), ("pairs.jsonl", "pairs.jsonl"), ("media", "")):
-        (folder / link).symlink_to(world / target)
-    return folder
-
-
 # Trained parameters
 
 

@@ -21,15 +21,6 @@ SHORT = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_st
 
 
 @pytest.fixture(scope="module")
-def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout that `build` expects."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for name, target in {"base": "base", "media": "", "pairs.jsonl": "pairs.jsonl"}.items():
-        (folder / name).symlink_to(world / target)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plain(corpus: Path) -> dict[str, Tensor]:
     """Gradients of a step without any of these options."""
     trainer, pairs = build_trainer(corpus)
