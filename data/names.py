@@ -7,23 +7,24 @@ from typing import Any
 OLD_NAMES = {"data_type": "task", "data_type_column": "task_column", "data_types": "tasks"}
 
 
-def rename_old_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the settings with today's names in place of `OLD_NAMES`.
+def rename_old_keys(values: Mapping[str, Any], where: str, old_names: Mapping[str, str] = OLD_NAMES) -> dict[str, Any]:
+    """Returns the settings with today's names in place of old ones.
 
     Args:
         values: key -> value, as a recipe or the flags give them.
         where: what an error calls them.
+        old_names: old -> new.
 
     Raises:
         ValueError: the old and the new name of one key are given.
     """
-    for old, new in OLD_NAMES.items():
+    for old, new in old_names.items():
         if old in values and new in values:
             raise ValueError(
                 f"{where}: `{old}` ({values[old]!r}) and `{new}` ({values[new]!r}) are old and new name of one key; "
                 f"keep `{new}`."
             )
-    return {OLD_NAMES.get(key, key): value for key, value in values.items()}
+    return {old_names.get(key, key): value for key, value in values.items()}
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:

@@ -1,12 +1,12 @@
-"""Own tasks in mteb's classes, from local pairs: retrieval, STS, six directions between modalities, document pages.
+"""Builds custom tasks of mteb from local pairs: retrieval, STS, six directions between modalities, document pages.
 
 An entry of a suite names a kind, a name and a source of pairs with the keys of a training recipe:
 
-    {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   one for each task: a finds b
-    {task: retrieval, name: Captions, path: dev.jsonl, data_type: image_caption, both_directions: true}
+    {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   a task each: side a finds side b
+    {task: retrieval, name: Captions, path: dev.jsonl, pair_task: image_caption, both_directions: true}
     {task: sts, name: ViSTS, path: vists.csv, columns: {a: sentence1, b: sentence2, score: similarity}}
     {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images: image, audio: audio}}
-    {task: pages, name: Forms, path: forms.jsonl, query: b}                    a text, of side a or b, finds its page
+    {task: pages, name: Forms, path: forms.jsonl, query: b}                    the text of side a or b finds its page
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from .search import MIN_AUDIO_SAMPLES, Side
 
 MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)
-MAX_RANKED = 1000  # as in mteb: a mean rank is given where all candidates are ranked
-MIN_SCORE = 0.5  # a pair scored lower is not relevant, though its b stays a candidate
+MAX_RANKED = 1000  # as in mteb; the mean rank is reported only if all candidates are ranked
+MIN_SCORE = 0.5  # a pair scored lower is not relevant; its side b stays a candidate
 MEDIA = {"image": datasets.Image(), "audio": datasets.Audio()}
-LANGUAGES = ("mul-Latn",)  # what mteb calls "multiple languages"
+LANGUAGES = ("mul-Latn",)  # mteb's code for several languages
 
 
 class CustomRetrieval(AbsTaskRetrieval):
-    """Retrieval over what was read from local pairs; `split` and `metadata` are set by `retrieval_task`."""
+    """Retrieval over local pairs; `retrieval_task` sets `split` and `metadata`."""
 
     split: RetrievalSplitData
     relevant: list[tuple[int, int]]  # positions of query and document
@@ -49,7 +49,7 @@ class CustomRetrieval(AbsTaskRetrieval):
         self._top_k = min(MAX_RANKED, len(self.split["corpus"]))
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Hands over what is there already."""
+        """Assigns the rows, which are already in memory."""
         self.dataset = {"default": {"test": RetrievalSplitData(**self.split)}}
         self.data_loaded = True
 
@@ -61,9 +61,9 @@ class CustomRetrieval(AbsTaskRetrieval):
         hf_split: str,
         hf_subset: str,
     ) -> dict[str, float]:
-        """Scores to full precision (mteb rounds them to 5 places), the number of candidates, chance, the mean rank.
+        """Returns unrounded scores (mteb rounds to 5 places), the number of candidates, chance and the mean rank.
 
-        Chance is the expected hit rate at 1 of a random order. The rank of a query is that of its best document.
+        Chance is the expected hit rate at 1 of a random order. A query's rank is that of its best relevant document.
         """
         queries, candidates = len(scores), len(self.split["corpus"])
         exact = {
@@ -78,14 +78,14 @@ class CustomRetrieval(AbsTaskRetrieval):
 
 
 class CustomSTS(AbsTaskSTS):
-    """Similarity of scored pairs of texts; `pairs` and `metadata` are set by `sts_task`."""
+    """Similarity of scored pairs of texts; `sts_tasks` sets `pairs` and `metadata`."""
 
     pairs: datasets.Dataset
     prompt_names: dict[str, str | None] = {}
     min_score, max_score = 0, 1
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Hands over what is there already."""
+        """Assigns the rows, which are already in memory."""
         self.dataset = {"default": {"test": self.pairs}}
         self.data_loaded = True
 
@@ -96,22 +96,25 @@ def _best_rank(found: Mapping[str, float], relevant: Mapping[str, int]) -> int:
 
 
 def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[AbsTask]:
-    """The tasks of one entry of a suite.
+    """Builds the custom tasks of one entry of a suite.
 
     Args:
         entry: `task` (of `KINDS`), `name`, `languages` (default: several), `only` (tasks of the rows; default: all),
-            `both_directions` (retrieval), `query` (pages: a or b), and the keys of a training recipe's source.
+            `both_directions` (retrieval), `query` (pages: a or b), `pair_task` (a source's `task` in a recipe), and
+            the other keys of a training recipe's source.
         tasks: the tasks of pairs in the order of their task ids.
 
     Raises:
-        FileNotFoundError: a file of the source is not there.
-        ValueError: a setting or a row that is wrong.
+        FileNotFoundError: a file of the source does not exist.
+        ValueError: a setting or a row is invalid.
     """
     entry = dict(entry)
     kind, name = entry.pop("task"), entry.pop("name")
     settings = {key: entry.pop(key) for key in SETTINGS if key in entry}
-    if kind in DEFAULT_TYPES and not {"data_type", "data_type_column", "task_column", "only"} & set(entry):
-        entry["task"] = DEFAULT_TYPES[kind]
+    if "pair_task" in entry:
+        entry["task"] = entry.pop("pair_task")
+    elif kind in DEFAULT_TASKS and not {"task_column", "only"} & set(entry):
+        entry["task"] = DEFAULT_TASKS[kind]
     only = entry.pop("only", None)
     pairs = load_pairs([entry], tasks, MIN_AUDIO_SAMPLES)
     rows = [row for row in map(pairs.row, range(len(pairs))) if only is None or row.task in only]
@@ -124,19 +127,19 @@ def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[Ab
 def answer_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, both_directions: bool = False
 ) -> list[AbsTask]:
-    """For each task of the pairs: side a, with the prompt of that task, finds side b; and the reverse, if asked for.
+    """Builds one task per task of the pairs: side a, with its prompt, finds side b; on request also the reverse.
 
-    Sides a of other modalities, such as a picture with and one without a question, make another task.
+    Sides a of different modalities, such as images with and without a question, make separate tasks.
     """
     kinds: dict[str, dict[tuple[str, ...], list[Row]]] = {}
     for row in rows:
         kinds.setdefault(row.task, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
     tasks = []
-    for task, of_type in kinds.items():
-        for modalities, own in of_type.items():
-            label = f"{name}-{task}" + (f"-{'+'.join(modalities)}" if len(of_type) > 1 else "")
-            sides = [(_side_a(row, placeholder), Side(row.b)) for row in own]
-            relevant = [row.score is None or row.score >= MIN_SCORE for row in own]
+    for task, groups in kinds.items():
+        for modalities, group in groups.items():
+            label = f"{name}-{task}" + (f"-{'+'.join(modalities)}" if len(groups) > 1 else "")
+            sides = [(_side_a(row, placeholder), Side(row.b)) for row in group]
+            relevant = [row.score is None or row.score >= MIN_SCORE for row in group]
             tasks.append(retrieval_task(label, sides, relevant, {"query": task, "document": None}, languages))
             if both_directions:
                 reverse = [(b, a) for a, b in sides]
@@ -148,7 +151,7 @@ def answer_tasks(
 def trimodal_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES
 ) -> list[AbsTask]:
-    """A row's text (side b), image and sound find one another, in all six directions, without prompts."""
+    """Builds six tasks, without prompts: text (side b), image and audio of a row find one another."""
     shown = {
         "text": [Side(row.b) for row in rows],
         "image": [Side(images=tuple(row.images)) for row in rows],
@@ -159,7 +162,7 @@ def trimodal_tasks(
         if missing:
             raise ValueError(
                 f"{name}: {len(missing)} rows have no {modality}, the first being {missing[0]!r}; a trimodal row has "
-                "a text (column b), an image (images) and a sound (audio)."
+                "a text (column b), an image (column images) and audio (column audio)."
             )
     everything = [True] * len(rows)
     return [
@@ -171,12 +174,14 @@ def trimodal_tasks(
 def page_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, query: str = "a"
 ) -> list[AbsTask]:
-    """A row's text, of side a (a question) or b (what stands there), finds the image of its page."""
+    """Builds one task: the text of side a (a question) or b (the page's text) finds the image of the page."""
     if query not in ("a", "b"):
         raise ValueError(f"{name}: query is {query!r}; it must be a or b.")
     several = [row.id for row in rows if len(row.images) != 1]
     if several:
-        raise ValueError(f"{name}: {len(several)} rows have not exactly one image, the first being {several[0]!r}.")
+        raise ValueError(
+            f"{name}: {len(several)} rows do not have one image, e.g. {several[0]!r}; select others with `only`."
+        )
     texts = [row.a.replace(placeholder, "").strip() if query == "a" else row.b for row in rows]
     if "" in texts:
         raise ValueError(f"{name}: side a of {rows[texts.index('')].id!r} has no text; say `query: b`, or `only`.")
@@ -185,10 +190,12 @@ def page_tasks(
 
 
 def sts_tasks(name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES) -> list[AbsTask]:
-    """Spearman's correlation of cosine and score; both texts without a prompt, or as the suite's table says."""
+    """Builds one task: Spearman's correlation of cosine and score, without prompts unless the suite names one."""
     wrong = [row.id for row in rows if row.score is None or row.images or row.audio is not None]
     if wrong:
-        raise ValueError(f"{name}: {len(wrong)} rows are not two texts and a score, the first being {wrong[0]!r}.")
+        raise ValueError(
+            f"{name}: {len(wrong)} rows are not two texts and a score, e.g. {wrong[0]!r}; select others with `only`."
+        )
     pairs = datasets.Dataset.from_dict(
         {
             "sentence1": [row.a for row in rows],
@@ -207,9 +214,9 @@ KINDS: dict[str, Callable[..., list[AbsTask]]] = {
     "trimodal": trimodal_tasks,
     "pages": page_tasks,
 }
-DEFAULT_TYPES = {"sts": "text_pair", "trimodal": "audio", "pages": "ocr"}  # of rows that do not say theirs
+DEFAULT_TASKS = {"sts": "text_pair", "trimodal": "audio", "pages": "ocr"}  # of rows without a task
 SETTINGS = ("languages", "both_directions", "query")
-ENTRY_KEYS = ("task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__, "data_type", "data_type_column")
+ENTRY_KEYS = ("task", "pair_task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__)
 
 
 def retrieval_task(
@@ -220,15 +227,15 @@ def retrieval_task(
     languages: Iterable[str],
     task_type: str | None = None,
 ) -> AbsTask:
-    """A task in which every distinct left side that has a relevant right side searches all distinct right sides.
+    """Builds a task in which each distinct query with a relevant document searches all distinct documents.
 
     Args:
         name: of the task.
-        pairs: query and document of each row; all queries are of the same modalities, and so are all documents.
-        relevant: whether they belong together.
+        pairs: query and document of each row; all queries have the same modalities, and so do all documents.
+        relevant: per row whether the document is relevant to the query.
         prompt_names: name of the model's prompt for "query" and "document"; an absent side has none.
-        languages: as mteb writes them, such as "vie-Latn".
-        task_type: of mteb's; by default the one that the modalities tell.
+        languages: mteb's codes, such as "vie-Latn".
+        task_type: of mteb; by default derived from the modalities.
     """
     documents = {document.key(): document for _, document in pairs}
     position = {key: number for number, key in enumerate(documents)}
@@ -238,7 +245,7 @@ def retrieval_task(
             queries[query.key()] = query
             found.setdefault(query.key(), set()).add(position[document.key()])
     if not queries:
-        raise ValueError(f"{name}: no pair is relevant; all {len(pairs)} are scored below {MIN_SCORE}.")
+        raise ValueError(f"{name}: no pair is relevant; all {len(pairs)} are scored below {MIN_SCORE}; check them.")
     asked, shown = next(iter(queries.values())).modalities, next(iter(documents.values())).modalities
     matches = [(number, document) for number, key in enumerate(queries) for document in sorted(found[key])]
     qrels: dict[str, dict[str, int]] = {f"q{number}": {} for number in range(len(queries))}
@@ -261,13 +268,13 @@ def retrieval_task(
 
 
 def _side_a(row: Row, placeholder: str) -> Side:
-    """Side a; a placeholder stays in the text only where an encoder can follow it: among several images."""
+    """Returns side a; placeholders stay in the text only with several images, where the encoder uses them."""
     text = row.a if len(row.images) > 1 else row.a.replace(placeholder, "").strip()
     return Side(text, tuple(row.images), _audio_file(row.audio))
 
 
 def _audio_file(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
-    """Samples as the bytes of a file; anything else as it is."""
+    """Returns samples as the content of a WAV file; a path or content unchanged."""
     if not isinstance(audio, dict):
         return audio
     buffer = io.BytesIO()
@@ -276,7 +283,7 @@ def _audio_file(audio: str | bytes | dict[str, Any] | None) -> str | bytes | Non
 
 
 def _letters(modalities: tuple[str, ...]) -> str:
-    """As mteb writes a category: "it" is an image with a text."""
+    """Returns the side's letters in mteb's categories: "it" is an image with a text."""
     return "".join(modality[0] for modality in ("image", "audio", "text") if modality in modalities)
 
 
@@ -323,7 +330,7 @@ def _stored(source: str | bytes | list[str | bytes]) -> dict[str, Any] | list[di
 
 
 def _revision(content: str) -> str:
-    """A name for the content: results of other pairs are never taken for these."""
+    """Returns a hash of the content, so that cached results never belong to other pairs."""
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 

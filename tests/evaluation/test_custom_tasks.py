@@ -1,4 +1,4 @@
-"""Own tasks: what is relevant to what, with numbers derived by hand; and what of a pair reaches a model, and how."""
+"""Custom tasks: relevance judgements with numbers derived by hand, and the inputs that reach a model."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from vipolyqwen.data.schema import declare_tasks  # noqa: E402
 from vipolyqwen.evaluation.custom_tasks import custom_tasks  # noqa: E402
 from vipolyqwen.evaluation.encoder import as_input, load_encoder, prompt_keys  # noqa: E402
 
-TYPES = declare_tasks()
+TASKS = declare_tasks()
 
 
 def entry(folder: Path, rows: list[dict[str, Any]], task: str = "retrieval", **more: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_scores_chance_and_mean_rank_are_those_of_a_worked_example(tmp_path: Pat
     # "z" and its answer A do not belong together (score 0.2), so z is no query.
     pairs = [("x", "A", 1.0), ("y", "B", 0.9), ("y", "C", 0.5), ("z", "A", 0.2), ("z", "D", 0.1)]
     rows = [{"task": "text_pair", "a": a, "b": b, "score": score} for a, b, score in pairs]
-    (task,) = custom_tasks(entry(tmp_path, rows), TYPES)
+    (task,) = custom_tasks(entry(tmp_path, rows), TASKS)
     vectors = {"x": [1, 0], "y": [0.8, 0.6], "A": [1, 0.2], "C": [0.1, 1], "B": [-1, 1], "D": [-1, -1]}
     scores = mteb.evaluate(Lookup(vectors), task, cache=None, co2_tracker=False)[0].scores["test"][0]
     assert scores["candidates"] == 4
@@ -60,7 +60,7 @@ def test_scores_chance_and_mean_rank_are_those_of_a_worked_example(tmp_path: Pat
 
 
 def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> None:
-    tasks = custom_tasks({"task": "retrieval", "name": "All", "path": str(world / "pairs.jsonl")}, TYPES)
+    tasks = custom_tasks({"task": "retrieval", "name": "All", "path": str(world / "pairs.jsonl")}, TASKS)
     found = {task.metadata.name: (task.metadata.type, task.metadata.category, task.prompt_names) for task in tasks}
     assert found == {
         "All-text_pair": ("Retrieval", "t2t", {"query": "text_pair", "document": None}),
@@ -78,36 +78,42 @@ def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_pat
         {"task": "ocr", "a": text, "b": f"số {number}", "images": picture}
         for number, (text, picture) in enumerate(zip(("Gì?", "", "Đâu?"), pictures, strict=True))
     ]
-    tasks = custom_tasks(entry(tmp_path, rows), TYPES)
+    tasks = custom_tasks(entry(tmp_path, rows), TASKS)
     found = {task.metadata.name: (task.metadata.category, len(task.split["queries"])) for task in tasks}
     assert found == {"Mine-ocr-text+image": ("it2t", 2), "Mine-ocr-image": ("i2t", 1)}
     with pytest.raises(ValueError, match="side a of 'rows.jsonl:2' has no text; say `query: b`"):
-        custom_tasks(entry(tmp_path, rows, "pages"), TYPES)
+        custom_tasks(entry(tmp_path, rows, "pages"), TASKS)
+
+
+def test_the_entry_names_the_task_of_rows_without_one(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": "A"}]
+    (task,) = custom_tasks(entry(tmp_path, rows, pair_task="instr"), TASKS)
+    assert (task.metadata.name, task.prompt_names["query"]) == ("Mine-instr", "instr")
 
 
 def test_other_content_has_another_revision(tmp_path: Path) -> None:
     rows = [{"task": "instr", "a": "x", "b": word} for word in "ABC"]
     first, again, other = (
-        custom_tasks(entry(tmp_path, some), TYPES)[0].metadata.revision for some in (rows, rows, rows[1:])
+        custom_tasks(entry(tmp_path, some), TASKS)[0].metadata.revision for some in (rows, rows, rows[1:])
     )
     assert first == again != other
 
 
 def test_the_text_of_a_page_finds_its_image(world: Path) -> None:
     source = {"path": str(world / "pairs.jsonl"), "only": ["ocr"]}
-    (task,) = custom_tasks({"task": "pages", "name": "Signs", "query": "b", **source}, TYPES)
+    (task,) = custom_tasks({"task": "pages", "name": "Signs", "query": "b", **source}, TASKS)
     assert (task.metadata.type, task.metadata.category) == ("DocumentUnderstanding", "t2i")
     assert task.split["queries"]["text"][:] == [f"số {number}" for number in range(4)]
     assert task.split["corpus"][1]["image"].tobytes() == Image.open(world / "1.png").tobytes()
     with pytest.raises(ValueError, match="query is 'c'; it must be a or b"):
-        custom_tasks({"task": "pages", "name": "Signs", "query": "c", **source}, TYPES)
+        custom_tasks({"task": "pages", "name": "Signs", "query": "c", **source}, TASKS)
 
 
 @pytest.mark.parametrize(
     ("task", "only", "message"),
     [
         ("trimodal", ["audio"], "4 rows have no image, the first being 'pairs-5'; a trimodal row has"),
-        ("pages", ["instr"], "4 rows have not exactly one image"),
+        ("pages", ["instr"], "4 rows do not have one image"),
         ("sts", ["ocr"], "4 rows are not two texts and a score"),
         ("retrieval", ["nothing"], r"has no rows of \['nothing'\]; it has {'text_pair': 4"),
     ],
@@ -116,7 +122,7 @@ def test_rows_that_do_not_fit_the_kind_of_task_are_named(
     world: Path, task: str, only: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        custom_tasks({"task": task, "name": "Mine", "path": str(world / "pairs.jsonl"), "only": only}, TYPES)
+        custom_tasks({"task": task, "name": "Mine", "path": str(world / "pairs.jsonl"), "only": only}, TASKS)
 
 
 def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, 
     encoder = load_encoder(str(world / "base"), {"audio": None}, "cpu", None, False)
     encoder.encoder.table = {"Mine-vqa_multi-query": "vqa_multi", "Mine-vqa_single-query": "vqa_single"}
     made = {}
-    for task in custom_tasks(entry(tmp_path, [dialogue, single, sound]), TYPES):
+    for task in custom_tasks(entry(tmp_path, [dialogue, single, sound]), TASKS):
         encoder.start(keep_vectors=True)
         mteb.evaluate(encoder, task, cache=None, co2_tracker=False)
         made[task.metadata.name] = encoder.kept["default", "test"]["query"][0][0]
@@ -159,7 +165,7 @@ def test_several_images_without_places_stand_first() -> None:
 
 def test_the_name_of_a_task_is_the_strongest_key_of_a_prompt_and_modalities_the_weakest(tmp_path: Path) -> None:
     rows = [{"task": "instr", "a": "x", "b": "A"}]
-    (task,) = custom_tasks(entry(tmp_path, rows), TYPES)
+    (task,) = custom_tasks(entry(tmp_path, rows), TASKS)
     assert prompt_keys(task.metadata, PromptType.query) == [
         "Mine-instr-query",
         "Mine-instr",

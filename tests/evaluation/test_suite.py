@@ -68,11 +68,15 @@ def test_the_papers_plan_has_both_directions_of_each_pair_of_modalities() -> Non
         ),
         ("tasks: [{task: sts, path: a.jsonl}]", "`task: sts` has no name"),
         ("tasks: [{task: sts, name: A}]", "`task: sts` has no path"),
-        ("tasks: [BIOSSES-VN, BIOSSES-VN]", r"\['BIOSSES-VN'\] stand there twice"),
-        ("tasks: [BIOSSES-VN]\nprompts: {Retrievl: ocr}", "'Retrievl', which is no type .* Did you mean 'Retrieval'?"),
+        ("tasks: [BIOSSES-VN, BIOSSES-VN]", r"\['BIOSSES-VN'\] occur twice"),
+        (
+            "tasks: [BIOSSES-VN]\nprompts: {Retrievl: ocr}",
+            "'Retrievl', which is neither .* Did you mean 'Retrieval'?",
+        ),
+        ("tasks: [BIOSSES-VN]\ndata_types: {}\npair_tasks: {}", "`data_types` .* and `pair_tasks`"),
         ("tasks: [1]", "the entry 1 names no task"),
-        ("tasks: []", "holds no list of tasks"),
-        ("tasks: [", "is no valid YAML"),
+        ("tasks: []", "has no list of tasks"),
+        ("tasks: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_suite_is_an_error_that_names_what_is_meant(tmp_path: Path, content: str, message: str) -> None:
@@ -83,7 +87,7 @@ def test_a_wrong_suite_is_an_error_that_names_what_is_meant(tmp_path: Path, cont
 
 
 def test_an_unknown_suite_is_an_error_that_suggests_one() -> None:
-    with pytest.raises(SuiteError, match="no suite 'vietnam'; known: chinese, .* Did you mean 'vietnamese'"):
+    with pytest.raises(SuiteError, match="Unknown suite 'vietnam'; known: chinese, .* Did you mean 'vietnamese'"):
         read_suite("vietnam")
 
 
@@ -93,3 +97,14 @@ def test_a_task_without_any_of_the_languages_is_an_error(tmp_path: Path) -> None
     suite = read_suite(str(path))
     with pytest.raises(ValueError, match=r"No subsets were found for XFlickr30kCoI2TRetrieval .*\['vie'\]"):
         suite.tasks(suite.entries[0])
+
+
+def test_old_names_of_pair_tasks_keep_working(tmp_path: Path) -> None:
+    path, entry = tmp_path / "mine.yaml", "task: retrieval, name: A, path: a.jsonl"
+    declared = "{caption: {prefix: <caption>}}"
+    path.write_text(f"data_types: {declared}\ntasks: [{{{entry}, data_type: caption}}]", encoding="utf-8")
+    old = read_suite(str(path))
+    path.write_text(f"pair_tasks: {declared}\ntasks: [{{{entry}, pair_task: caption}}]", encoding="utf-8")
+    assert read_suite(str(path)) == old
+    assert old.entries[0]["pair_task"] == "caption"
+    assert old.pair_tasks["caption"].prefix == "<caption>"
