@@ -1,1 +1,1 @@
-"""A model and pairs to figures."""
+"""Evaluates models on pairs and suites of tasks."""

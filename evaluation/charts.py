@@ -1,4 +1,4 @@
-"""Lines and intervals as SVG, for pages that need nothing else."""
+"""Draws line and interval charts as self-contained SVG."""
 
 from html import escape
 from math import isfinite
@@ -10,7 +10,13 @@ Points = list[tuple[float, float]]
 
 
 def line_chart(series: dict[str, Points], width: int = 480, height: int = 160) -> str:
-    """Several lines over common axes that begin at zero (or below, where values do), with a legend under them."""
+    """Draws several lines over common axes that include zero, with a legend below.
+
+    Args:
+        series: name -> (x, y) points.
+        width: of the plot in pixels.
+        height: of the plot in pixels.
+    """
     points = [point for line in series.values() for point in line]
     last = max(x for x, _ in points) or 1
     low, high = min(0.0, *(y for _, y in points)), max(0.0, *(y for _, y in points))
@@ -38,11 +44,11 @@ def line_chart(series: dict[str, Points], width: int = 480, height: int = 160) -
 
 
 def interval_chart(rows: dict[str, tuple[float, float, float]], title: str, width: int = 420) -> str:
-    """A dot and an interval for each row over an axis with zero, as an SVG file of its own.
+    """Draws a dot and an interval per row over an axis that includes zero, as a standalone SVG file.
 
     Args:
-        rows: name -> (value, lower end, upper end); ends that are not finite leave the dot alone.
-        title: what the axis counts.
+        rows: name -> (value, lower end, upper end); without finite ends only the dot is drawn.
+        title: label of the axis.
         width: of the axis in pixels.
     """
     left, line = 150, 24  # pixels for the names, and for each row

@@ -31,7 +31,8 @@ from PIL import Image
 
 from .custom_tasks import media_table
 from .encoder import MeasuredEncoder
-from .task_run import Row, describe, why
+from .scorecard import Row
+from .task_run import describe, why
 
 ROWS = 16  # of a stand-in: cross-validation needs several of each label
 LABELS = 2

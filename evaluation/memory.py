@@ -1,4 +1,4 @@
-"""The most memory that was held: of the host, and of CUDA where it is used."""
+"""Measures peak memory of the host and of CUDA."""
 
 import resource
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak of the resident memory back
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of resident memory
 
 
 def reset_peaks() -> None:
-    """Counts from here on, where the system can; else the host's peak stays that of the process."""
+    """Resets the peaks; off Linux the host's peak stays that of the process."""
     if CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5")
     if torch.cuda.is_available():
@@ -18,7 +18,7 @@ def reset_peaks() -> None:
 
 
 def peak_host() -> int:
-    """Bytes of resident memory at their peak, since `reset_peaks` or since the process began."""
+    """Returns the peak of resident memory in bytes, since `reset_peaks` or since the process started."""
     if CLEAR_REFS.exists():
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
@@ -27,5 +27,5 @@ def peak_host() -> int:
 
 
 def peak_memory() -> int:
-    """Bytes at their peak, of CUDA where it is used, else of the host."""
+    """Returns the peak in bytes of CUDA where available, else of the host."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_host()

@@ -1,4 +1,4 @@
-"""Vectors -> numbers: retrieval and similarity metrics over vectors that a model has already made."""
+"""Computes retrieval and similarity metrics from vectors."""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -9,8 +9,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-MAX_SIMILARITIES = 2**24  # 64 MiB of float32: the part of queries x candidates in memory at any time
-TIE = 1e-6  # cosines closer than this are equal: float32 rounding must not decide a rank
+MAX_SIMILARITIES = 2**24  # 64 MiB of float32: queries × candidates in memory at a time
+TIE = 1e-6  # cosines closer than this count as equal, so that float32 rounding decides no rank
 
 
 def retrieval_metrics(
@@ -18,8 +18,8 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Ranks all candidates for every query by cosine; the rank of a query is that of its best relevant candidate.
 
-    Ties count against the model: a candidate that is not relevant and as similar as the relevant one stands before it,
-    so a constant embedding finds nothing.
+    Ties count against the model: an irrelevant candidate as similar as the relevant one ranks before it, so a constant
+    embedding scores zero.
 
     Args:
         queries: (Q, D) float, finite; need not be normalised.
@@ -39,7 +39,7 @@ def retrieval_metrics(
 
 
 def query_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor) -> Tensor:
-    """(Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`."""
+    """Returns the (Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`."""
     queries, candidates = _directions(queries, "queries"), _directions(candidates, "candidates")
     if len(relevant) != len(queries):
         raise ValueError(f"There are {len(queries)} queries but {len(relevant)} sets of relevant candidates.")
@@ -53,7 +53,7 @@ def query_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[Abstract
 
 
 def _directions(vectors: Tensor, name: str) -> Tensor:
-    """(N, D) float32 unit vectors; raises ValueError for none or for one that is not finite."""
+    """Returns (N, D) float32 unit vectors; raises ValueError if empty or not finite."""
     if vectors.ndim != 2 or not len(vectors):
         raise ValueError(f"{name} has shape {tuple(vectors.shape)}; it must be (N, D) with at least one row.")
     broken = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -63,7 +63,7 @@ def _directions(vectors: Tensor, name: str) -> Tensor:
 
 
 def _relevance_matrix(relevant: Sequence[AbstractSet[int]] | Tensor, first_query: int, width: int) -> Tensor:
-    """(q, C) bool from sets of positions or from the matrix itself, with at least one True per row."""
+    """Returns (q, C) bool with at least one True per row, from sets of positions or from the matrix itself."""
     if isinstance(relevant, Tensor):
         matrix = relevant.bool()
         if matrix.shape[1:] != (width,):
@@ -76,12 +76,12 @@ def _relevance_matrix(relevant: Sequence[AbstractSet[int]] | Tensor, first_query
             matrix[row, list(positions)] = True
     empty = (~matrix.any(dim=1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"Query {first_query + empty[0]} has no relevant candidate; leave such queries out.")
+        raise ValueError(f"Query {first_query + empty[0]} has no relevant candidate; remove it.")
     return matrix
 
 
 def best_ranks(similarities: Tensor, is_relevant: Tensor) -> Tensor:
-    """(q,) rank from 1 of each query's best relevant candidate, after every tied candidate that is not relevant.
+    """Returns the (q,) int64 rank from 1 of each query's best relevant candidate, after all tied irrelevant ones.
 
     Args:
         similarities: (q, C) float.
@@ -99,7 +99,7 @@ def pair_retrieval(
     scores: Tensor | None = None,
     min_score: float | None = 0.5,
 ) -> dict[str, float]:
-    """Retrieval of b by a over held-out pairs: every distinct a that has a relevant b searches all distinct b.
+    """Evaluates held-out pairs: each distinct a with a relevant b searches all distinct b.
 
     Args:
         a: (N, D) float, one row per pair.
@@ -107,10 +107,10 @@ def pair_retrieval(
         a_keys: (N,) int64, equal for equal content of side a.
         b_keys: (N,) int64, equal for equal content of side b.
         scores: (N,) float in [0, 1], NaN where absent; None if no pair has one.
-        min_score: a pair scored below this is not relevant, though its b stays a candidate; None: all are relevant.
+        min_score: a pair scored below is not relevant, but its b stays a candidate; None: all are relevant.
 
     Returns:
-        The numbers of `retrieval_metrics`.
+        The metrics of `retrieval_metrics`.
     """
     columns = {"a": a, "b": b, "a_keys": a_keys, "b_keys": b_keys} | ({} if scores is None else {"scores": scores})
     lengths = {name: None if column is None else len(column) for name, column in columns.items()}
@@ -123,14 +123,14 @@ def pair_retrieval(
 def pair_search(
     a_keys: Tensor, b_keys: Tensor, scores: Tensor | None = None, min_score: float | None = 0.5
 ) -> tuple[list[int], list[int], list[set[int]]]:
-    """What `pair_retrieval` searches: every distinct a that has a relevant b, in all distinct b.
+    """Builds the search of `pair_retrieval`: each distinct a with a relevant b, in all distinct b.
 
     Returns:
         The row of each query, the row of each candidate, and for each query the positions of its relevant candidates.
     """
     is_relevant = torch.ones(len(a_keys), dtype=torch.bool)
     if scores is not None and min_score is not None:
-        is_relevant = ~(scores.cpu() < min_score)  # NaN, no score, is relevant
+        is_relevant = ~(scores.cpu() < min_score)  # NaN (no score) counts as relevant
     if not is_relevant.any():
         raise ValueError(
             f"All {len(a_keys)} pairs are scored below min_score = {min_score}; none is relevant. Lower it."
@@ -144,7 +144,7 @@ def pair_search(
 
 
 def _distinct(keys: Tensor) -> tuple[list[int], list[int]]:
-    """Per row the number of its content, counted in order of appearance, and per content its first row."""
+    """Returns per row the index of its content, in order of appearance, and per content its first row."""
     ids: dict[int, int] = {}
     numbers = [ids.setdefault(key, len(ids)) for key in keys.tolist()]
     first_rows: dict[int, int] = {}
@@ -154,15 +154,15 @@ def _distinct(keys: Tensor) -> tuple[list[int], list[int]]:
 
 
 def spearman(a: Tensor, b: Tensor, scores: Tensor) -> float:
-    """Spearman's ρ between the cosine of each pair and its score.
+    """Computes Spearman's ρ between the cosine of each pair and its score.
 
     Args:
         a: (N, D) float, finite.
         b: (N, D) float, finite.
-        scores: (N,) float; pairs whose score is NaN are left out.
+        scores: (N,) float; pairs whose score is NaN are ignored.
 
     Returns:
-        ρ in [-1, 1]; NaN where it is not defined: fewer than two pairs, or all cosines or all scores equal.
+        ρ in [-1, 1]; NaN where undefined: fewer than two pairs, or all cosines or all scores equal.
     """
     scored = ~scores.isnan()
     cosines = (_directions(a, "a") * _directions(b, "b")).sum(dim=1)[scored]
@@ -173,14 +173,14 @@ def spearman(a: Tensor, b: Tensor, scores: Tensor) -> float:
 
 
 def six_directions(vectors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Retrieval of each modality by each other one, as {"text->image": metrics, …}: six directions for three.
+    """Evaluates retrieval of each modality by each other one: {"text->image": metrics, …}, six directions for three.
 
     Args:
-        vectors: modality -> (N, D) float; row i of every modality shows the same thing.
+        vectors: modality -> (N, D) float; row i of every modality describes the same scene.
     """
     counts = {name: len(rows) for name, rows in vectors.items()}
     if len(counts) < 2 or len(set(counts.values())) != 1:
-        raise ValueError(f"Rows per modality are {counts}; there must be two modalities or more, all with equal rows.")
+        raise ValueError(f"Rows per modality are {counts}; pass two modalities or more, all with equal rows.")
     same = [{row} for row in range(next(iter(counts.values())))]
     pairs = permutations(vectors, 2)
     return {f"{query}->{found}": retrieval_metrics(vectors[query], vectors[found], same) for query, found in pairs}

@@ -1,8 +1,8 @@
-"""How much a retrieval suffers when Vietnamese queries are spelled as people really type them.
+"""Measures how much retrieval degrades when Vietnamese queries are spelled as people really type them.
 
     python evaluate_vipolyqwen.py MODEL --robustness [PAIRS.jsonl or RECIPE.yaml] [--out FOLDER]
 
-Every query is asked as it is written and under each rule of `data/vietnamese.py`; candidates stay as they are. Writes
+Searches with every query as written and under each rule of `vietnamese.py`; candidates keep their spelling. Writes
 robustness.json and robustness.md.
 """
 
@@ -29,28 +29,33 @@ CONFIDENCE = 0.95
 
 
 def robustness(embedder: SentenceTransformer, path: Path) -> dict[str, Any]:
-    """Measures every task of some pairs that has Vietnamese queries.
+    """Measures every task with Vietnamese queries.
 
     Args:
-        embedder: any model that sentence-transformers loads and that takes what the pairs hold.
-        path: a file of pairs, or a recipe, whose `eval_data` and `nce_min_score` count.
+        embedder: any model of sentence-transformers that supports the modalities of the pairs.
+        path: a file of pairs, or a recipe with `eval_data` and optionally `nce_min_score`.
 
     Returns:
-        The settings, speed and memory, and for each search and spelling the metrics with the drop against the queries
-        as written: mean over the queries of the difference of each, with an interval by bootstrap of the queries.
+        Settings, speed and memory, and for each search and spelling the metrics with their drop against the queries
+        as written: the mean of the paired differences, with an interval by bootstrap of the queries.
+
+    Raises:
+        ValueError: no query is Vietnamese.
     """
     pairs, min_score = read_pairs(path)
     started = time.perf_counter()
     results, rows = [], 0
     for search in searches(pairs, min_score, text_asks=True):
-        asked = [place for place, query in enumerate(search.queries) if is_vietnamese(query.text)]
-        if asked:
-            queries, relevant = [search.queries[i] for i in asked], [search.relevant[i] for i in asked]
+        kept = [place for place, query in enumerate(search.queries) if is_vietnamese(query.text)]
+        if kept:
+            queries, relevant = [search.queries[i] for i in kept], [search.relevant[i] for i in kept]
             result, embedded = _measure(embedder, replace(search, queries=queries, relevant=relevant))
             results.append(result)
             rows += embedded
     if not results:
-        raise ValueError(f"{path}: none of the {len(pairs)} pairs has a query with a Vietnamese letter; name others.")
+        raise ValueError(
+            f"{path}: none of the {len(pairs)} pairs has a query with a Vietnamese letter; pass Vietnamese pairs."
+        )
     seconds = time.perf_counter() - started
     return {
         "pairs": str(path),
@@ -64,7 +69,7 @@ def robustness(embedder: SentenceTransformer, path: Path) -> dict[str, Any]:
 
 
 def _measure(embedder: SentenceTransformer, search: Search) -> tuple[dict[str, Any], int]:
-    """The result of one search, and how many rows were embedded for it."""
+    """Returns the result of one search, and the number of embedded rows."""
     candidates = search.embed_candidates(embedder)
     written = search.embed_queries(embedder)
     clean = query_ranks(written, candidates, search.relevant)
@@ -90,17 +95,17 @@ def _measure(embedder: SentenceTransformer, search: Search) -> tuple[dict[str, A
 
 
 def per_query(ranks: torch.Tensor) -> dict[str, np.ndarray]:
-    """{metric: (Q,) its value for each query}."""
+    """Returns {metric: (Q,) float64 value of each query}, from (Q,) float64 ranks."""
     ranks = ranks.numpy()
     return {"recall@1": (ranks <= 1) * 1.0, "recall@10": (ranks <= 10) * 1.0, "mrr": 1 / ranks}
 
 
 def drops(clean: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Each metric under a spelling: its value, the drop against clean queries, and the drop's 95 % interval.
+    """Returns each metric under a spelling: value, drop against clean queries, and the drop's 95 % interval.
 
     Args:
-        clean: (Q,) rank of each query as it is written.
-        ranks: (Q,) its rank under the spelling.
+        clean: (Q,) float64 rank of each query as written.
+        ranks: (Q,) float64 rank of each query under the spelling.
     """
     result = {}
     before, after = per_query(clean), per_query(ranks)
@@ -112,7 +117,7 @@ def drops(clean: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict[str, float
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences: percentiles over 9999 resamples of the queries."""
+    """Returns the 95 % interval of the mean of (Q,) paired differences: percentiles over 9999 resamples of queries."""
     if len(differences) < 2:
         return float("nan"), float("nan")
     found = bootstrap(

@@ -1,4 +1,4 @@
-"""A suite over models through mteb: each task of each model to a row, and the rows to a scorecard."""
+"""Runs or checks a suite over models and writes the scorecard."""
 
 import argparse
 
@@ -7,16 +7,16 @@ from mteb.abstasks import AbsTask
 
 from .dry_run import check_task, show_check
 from .encoder import MeasuredEncoder, load_encoder
-from .scorecard import write_scorecard
+from .scorecard import Row, write_scorecard
 from .suite import Suite, SuiteError, read_suite
-from .task_run import Row, describe, run_task, suite_tasks
+from .task_run import describe, run_task, suite_tasks
 
-BASELINES = "baselines"  # in `--against`: those that the suite names
+BASELINES = "baselines"  # in `--against`: the baselines of the suite
 
 
 def run_suite(options: argparse.Namespace) -> int:
     """Runs or checks the suite of a command line (`evaluate_vipolyqwen.py`); returns the exit code."""
-    datasets.disable_progress_bars()  # mteb casts and maps small tables by the hundred
+    datasets.disable_progress_bars()  # mteb casts and maps hundreds of small tables
     suite = read_suite(options.suite)
     tasks = suite_tasks(suite)
     prompts = suite.table(task for task in tasks if isinstance(task, AbsTask))
@@ -32,14 +32,14 @@ def run_suite(options: argparse.Namespace) -> int:
 
 
 def load(name: str, prompts: dict[str, str | None], options: argparse.Namespace) -> MeasuredEncoder:
-    """The model as an encoder of mteb."""
+    """Loads a model as an encoder of mteb."""
     return load_encoder(name, prompts, options.device, options.dtype, options.trust_remote_code)
 
 
 def baselines(suite: Suite, names: list[str]) -> list[str]:
-    """The models of `--against`, each once."""
+    """Returns the distinct models of `--against`, with `baselines` expanded."""
     if BASELINES in names and not suite.baselines:
-        raise SuiteError(f"--against {BASELINES}: the suite {suite.name!r} names none; give names of models.")
+        raise SuiteError(f"--against {BASELINES}: the suite {suite.name!r} has no baselines; name models.")
     expanded = [model for name in names for model in (suite.baselines if name == BASELINES else [name])]
     return list(dict.fromkeys(expanded))
 
@@ -47,7 +47,7 @@ def baselines(suite: Suite, names: list[str]) -> list[str]:
 def run_all(
     name: str, tasks: list[AbsTask | Row], prompts: dict[str, str | None], options: argparse.Namespace
 ) -> list[Row]:
-    """The rows of one model; a baseline that cannot be loaded has failed in all of them."""
+    """Returns the rows of one model; if a baseline cannot be loaded, all of them have failed."""
     try:
         encoder = load(name, prompts, options)
     except Exception as error:
@@ -68,7 +68,7 @@ def run_all(
 
 
 def check(encoder: MeasuredEncoder, tasks: list[AbsTask | Row]) -> int:
-    """Prints whether every task resolves; returns the exit code."""
+    """Prints the check of every task; returns the exit code."""
     rows = [check_task(encoder, task) if isinstance(task, AbsTask) else task for task in tasks]
     print(show_check(rows))
     return int(any(row["status"] == "failed" for row in rows))

@@ -1,7 +1,7 @@
-"""Local pairs as searches: sides that are embedded and shown, what searches what, and which answers are right."""
+"""Turns local pairs into searches: queries, candidates and relevance judgements, embedded by a model."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ from ..data.sources import PairDataset, content_key, load_pairs
 from ..media_vipolyqwen import load_audio, load_image
 from .metrics import pair_search
 
-MIN_AUDIO_SAMPLES = 400  # what HuBERT-base makes one frame of
-CHUNK = 128  # sides whose pictures and sounds are in memory at a time
+MIN_AUDIO_SAMPLES = 400  # receptive field of one frame of HuBERT-base
+CHUNK = 128  # sides whose images and audio are decoded at a time
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a pair; pictures and sounds stay in their files until they are embedded or shown.
+    """One side of a pair; images and audio are decoded only when embedded or displayed.
 
     Attributes:
-        text: with a placeholder for each image, or without any.
+        text: with one placeholder per image, or without any.
         images: paths or contents of files.
-        audio: path, content of a file, or `{"array", "sampling_rate"}`.
-        placeholder: what marks the place of an image in the text.
+        audio: path or content of a file, or `{"array", "sampling_rate"}`.
+        placeholder: marks the place of an image in the text.
     """
 
     text: str = ""
@@ -39,17 +39,17 @@ class Side:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those that are there, of `text`, `image` and `audio`, in this order."""
+        """Returns the modalities that the side has, in the order `text`, `image`, `audio`."""
         given = {"text": self.text.strip(), "image": self.images, "audio": self.audio is not None}
         return tuple(name for name, value in given.items() if value)
 
     @property
     def kind(self) -> str:
-        """`text`, `image`, `audio`, or such as `text + image`."""
+        """Returns the modalities as one name: `text`, `image`, `audio`, or such as `text + image`."""
         return " + ".join(self.modalities)
 
     def key(self) -> int:
-        """Equal for equal content."""
+        """Returns a hash, equal for equal content."""
         media = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in self.images]
         if isinstance(self.audio, dict):
             media.append(self.audio["array"].tobytes())
@@ -58,12 +58,12 @@ class Side:
         return content_key(self.text, media)
 
     def read_audio(self) -> dict[str, Any]:
-        """The decoded sound."""
+        """Returns the decoded audio as `{"array", "sampling_rate"}`."""
         samples, rate = load_audio(self.audio)
         return {"array": samples, "sampling_rate": rate}
 
     def as_input(self) -> str | list[dict[str, Any]]:
-        """What sentence-transformers takes: a text, or a message of decoded parts in their order."""
+        """Returns an input of sentence-transformers: a text, or a message of decoded parts in order."""
         if not self.images and self.audio is None:
             return self.text
         parts = list(interleave(self.text, [load_image(image) for image in self.images], self.placeholder))
@@ -74,14 +74,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Search:
-    """Queries, what they search, and what is right for each.
+    """Queries, candidates and relevance judgements.
 
     Attributes:
         task: the task of the pairs.
-        queries: distinct, and with at least one right candidate.
+        queries: distinct, each with at least one relevant candidate.
         candidates: distinct.
-        relevant: per query the positions of its right candidates.
-        prompted: the side with the task's prompt, `queries` or `candidates`: that of the pairs' side a.
+        relevant: per query the positions of its relevant candidates.
+        prompted: `queries` or `candidates`, whichever is side a of the pairs and has the task's prompt.
     """
 
     task: str
@@ -91,11 +91,11 @@ class Search:
     prompted: str = "queries"
 
     def embed_queries(self, embedder: SentenceTransformer, sides: Sequence[Side] | None = None) -> torch.Tensor:
-        """(Q, D) vectors of the queries, or of other wordings of them, with their prompt."""
+        """Returns (Q, D) vectors of the queries, or of variants of them, with their prompt."""
         return embed(embedder, self.queries if sides is None else sides, self._prompt(embedder, "queries"))
 
     def embed_candidates(self, embedder: SentenceTransformer) -> torch.Tensor:
-        """(C, D) vectors of the candidates, with their prompt."""
+        """Returns (C, D) vectors of the candidates, with their prompt."""
         return embed(embedder, self.candidates, self._prompt(embedder, "candidates"))
 
     def _prompt(self, embedder: SentenceTransformer, name: str) -> str | None:
@@ -103,7 +103,11 @@ class Search:
 
 
 def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
-    """The pairs of a file, or of a recipe's `eval_data`; and the score from which a pair belongs together, if any."""
+    """Reads the pairs of a file or of a recipe's `eval_data`, and the lowest relevant score (None: no limit).
+
+    Raises:
+        ValueError: the recipe has no `eval_data`.
+    """
     recipe: Mapping[str, Any] = {"eval_data": [{"path": str(path)}]}
     if path.suffix in (".yaml", ".yml"):
         recipe = rename_old_keys(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
@@ -114,12 +118,12 @@ def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
 
 
 def sides_of(row: Row, placeholder: str) -> tuple[Side, Side]:
-    """Both sides of a pair."""
+    """Returns sides a and b of a pair."""
     return Side(row.a, tuple(row.images), row.audio, placeholder), Side(row.b)
 
 
-def read_sides(pairs: PairDataset) -> Iterable[tuple[Row, Side, Side]]:
-    """Every row with its two sides."""
+def read_sides(pairs: PairDataset) -> Iterator[tuple[Row, Side, Side]]:
+    """Yields every row with its two sides."""
     ends = [0, *pairs.ends]
     for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         placeholder = pairs.sources[pairs.piece_sources[number]].image_placeholder
@@ -129,37 +133,37 @@ def read_sides(pairs: PairDataset) -> Iterable[tuple[Row, Side, Side]]:
 
 
 def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = False) -> list[Search]:
-    """For each task: every distinct side a that has a right side b searches all distinct sides b.
+    """Builds one search per task: each distinct side a with a relevant side b searches all distinct sides b.
 
     Args:
         pairs: the rows.
-        min_score: a pair scored below this does not belong together, though its sides stay candidates; None: all do.
-        text_asks: a task whose side a has no text (a sound and what it says) is searched by its side b.
+        min_score: a pair scored below is not relevant, but its sides stay candidates; None: all pairs are relevant.
+        text_asks: swaps the sides of a task whose side a has no text, such as audio and its transcript.
     """
     rows: dict[str, list[tuple[Row, Side, Side]]] = {}
     for row, a, b in read_sides(pairs):
         rows.setdefault(row.task, []).append((row, a, b))
     found = (
-        _search(task, group, min_score, turned=text_asks and not any(a.text.strip() for _, a, _ in group))
+        _search(task, group, min_score, swapped=text_asks and not any(a.text.strip() for _, a, _ in group))
         for task, group in rows.items()
     )
     return [search for search in found if search is not None]
 
 
-def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, turned: bool) -> Search | None:
-    """The search of one task; `None` if no pair belongs together."""
+def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, swapped: bool) -> Search | None:
+    """Builds the search of one task; `None` if no pair is relevant."""
     scores = torch.tensor([math.nan if row.score is None else row.score for row, _, _ in rows])
     if min_score is not None and (scores < min_score).all():
         return None
-    asking, found = ([pair[place] for pair in rows] for place in ((2, 1) if turned else (1, 2)))
+    asking, found = ([pair[place] for pair in rows] for place in ((2, 1) if swapped else (1, 2)))
     keys = (torch.tensor([side.key() for side in sides]) for sides in (asking, found))
     queries, candidates, relevant = pair_search(*keys, scores, min_score)
-    prompted = "candidates" if turned else "queries"
+    prompted = "candidates" if swapped else "queries"
     return Search(task, [asking[i] for i in queries], [found[i] for i in candidates], relevant, prompted)
 
 
 def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str | None = None) -> torch.Tensor:
-    """(N, D) float32 vectors; texts go by themselves, so that they are never taken for anything else."""
+    """Returns (N, D) float32 vectors; encodes texts separately, so that none is interpreted as media."""
     groups: dict[bool, list[int]] = {}
     for place, side in enumerate(sides):
         groups.setdefault(side.kind == "text", []).append(place)

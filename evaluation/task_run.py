@@ -1,4 +1,4 @@
-"""A suite's tasks run through mteb, each to one row of a scorecard; nothing is left out silently."""
+"""Runs the tasks of a suite through mteb; every task yields one row of the scorecard, also if skipped or failed."""
 
 import json
 import logging
@@ -13,16 +13,16 @@ from mteb.results import TaskResult
 
 from .custom_tasks import CustomRetrieval, CustomSTS
 from .encoder import MeasuredEncoder
+from .scorecard import Row
 from .suite import Suite
 
 logger = logging.getLogger(__name__)
 
 SHOWN_SCORES = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "ndcg_at_10", "mean_rank", "cosine_spearman")
-Row = dict[str, Any]
 
 
 def suite_tasks(suite: Suite) -> list[AbsTask | Row]:
-    """The tasks of a suite in its order, with a row in place of an entry that could not be made into tasks."""
+    """Returns the tasks of a suite in order; an entry that cannot be read is replaced by a row with the reason."""
     made: list[AbsTask | Row] = []
     for entry in suite.entries:
         row = {"task": entry.get("name", entry["task"])}
@@ -36,30 +36,30 @@ def suite_tasks(suite: Suite) -> list[AbsTask | Row]:
 
 
 def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int, save_vectors: bool) -> Row:
-    """Runs one task, or takes what a run with the same model, data and prompts has left.
+    """Runs one task, or returns the cached result of a run with the same model, data, prompts and dtype.
 
     Args:
         encoder: the model.
-        task: of mteb or of one's own.
-        out: folder of the results of mteb's tasks (`results/`) and of own ones (`own/results/`), in mteb's format,
-            of what was measured beside (`measures/`) and of vectors (`vectors/`).
-        batch_size: rows that are embedded at a time.
-        save_vectors: whether to write vectors, for own tasks with what is relevant to what.
+        task: a task of mteb or a custom task.
+        out: folder for the results of mteb's tasks (`results/`) and of custom tasks (`custom/results/`), in mteb's
+            format, for measurements (`measures/`) and for vectors (`vectors/`).
+        batch_size: rows per batch.
+        save_vectors: whether to write vectors, for custom tasks with the relevance judgements; disables the cache.
 
     Returns:
-        What the task is, `status` (run, cached, skipped, failed) and `reason`, or scores and measures.
+        The task's description, `status` (run, cached, skipped, failed) and `reason`, or scores and measurements.
     """
     row = describe(task) | {"prompts": encoder.prompts(task.metadata)}
     if missing := sorted(set(task.metadata.modalities) - set(encoder.mteb_model_meta.modalities)):
-        takes = ", ".join(encoder.mteb_model_meta.modalities)
-        return row | {"status": "skipped", "reason": f"it needs {', '.join(missing)}; the model takes {takes}"}
+        supported = ", ".join(encoder.mteb_model_meta.modalities)
+        return row | {"status": "skipped", "reason": f"it needs {', '.join(missing)}; the model supports {supported}"}
     meta = encoder.mteb_model_meta
     kept = out / "measures" / meta.model_name_as_path() / str(meta.revision) / f"{row['task']}.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     known = {key: row[key] for key in ("revision", "subsets", "prompts")} | {"dtype": encoder.home()["dtype"]}
     is_same = before is not None and all(before[key] == value for key, value in known.items())
-    is_own = isinstance(task, CustomRetrieval | CustomSTS)
-    cache = mteb.ResultCache(out / "own" if is_own else out)  # what is submitted holds mteb's tasks alone
+    is_custom = isinstance(task, CustomRetrieval | CustomSTS)
+    cache = mteb.ResultCache(out / "custom" if is_custom else out)  # a submission holds only mteb's tasks
     if is_same and before["status"] == "run" and not save_vectors:
         result = cache.load_task_result(row["task"], meta)
         if result is not None:
@@ -77,12 +77,12 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
             show_progress_bar=False,
         )
-    except Exception as error:  # a suite goes on after a task that fails; the row and the exit code tell of it
+    except Exception as error:  # a failed task does not end the suite; the row and the exit code report it
         status, reason = why(error, task)
         if status == "failed":
             logger.exception("%s failed", row["task"])
         return row | {"status": status, "reason": reason}
-    if not run.task_results:  # mteb does not raise for a private data set that it may not read
+    if not run.task_results:  # mteb does not raise for a private data set without access
         return row | {"status": "skipped", "reason": run.exceptions[0].exception}
     result = run.task_results[0]
     measures = encoder.measures() | {"candidates": list(encoder.documents.values())}
@@ -93,7 +93,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
 
 
 def describe(task: AbsTask) -> Row:
-    """What a task is, before it is run."""
+    """Returns the description of a task."""
     metadata = task.metadata
     return {
         "task": metadata.name,
@@ -108,17 +108,17 @@ def describe(task: AbsTask) -> Row:
 
 
 def why(error: Exception, task: AbsTask) -> tuple[str, str]:
-    """Status and reason for what a task raised: what is not here is skipped, anything else has failed."""
+    """Returns status and reason of an error: skipped if data or a library is missing, failed otherwise."""
     metadata = task.metadata
     if isinstance(error, ConnectionError):
-        there = f"{metadata.dataset['path']} at revision {metadata.dataset['revision']}"
-        return "skipped", f"the data set {there} is not here and the Hub cannot be reached"
-    if isinstance(error, FileNotFoundError):  # also what `datasets` raises for a gated or a removed data set
+        missing = f"{metadata.dataset['path']} at revision {metadata.dataset['revision']}"
+        return "skipped", f"the data set {missing} is not cached and the Hub cannot be reached"
+    if isinstance(error, FileNotFoundError):  # `datasets` also raises it for a gated or removed data set
         return "skipped", str(error)
     if isinstance(error, ImportError) and "audio" in metadata.modalities:
         return "skipped", (
-            f"{error} mteb's own loaders of models read sounds with torchcodec, FFmpeg and torchaudio: install those "
-            "of your torch's version. A model that sentence-transformers loads needs none of them here."
+            f"{error} mteb's loaders of models decode audio with torchcodec, FFmpeg and torchaudio: install the "
+            "versions for your torch. Models loaded by sentence-transformers need none of them."
         )
     if isinstance(error, ImportError):
         return "skipped", str(error)
@@ -126,7 +126,7 @@ def why(error: Exception, task: AbsTask) -> tuple[str, str]:
 
 
 def scores(task: AbsTask, result: TaskResult, measures: Mapping[str, Any]) -> Row:
-    """Main score, the usual further ones, and chance where it can be told; means over splits and subsets."""
+    """Returns the main score, further common scores, and chance where defined; means over splits and subsets."""
     of_parts = [part for parts in result.scores.values() for part in parts]
     shown = {name: float(np.mean([part[name] for part in of_parts])) for name in SHOWN_SCORES if name in of_parts[0]}
     if "chance" in of_parts[0]:
@@ -137,7 +137,7 @@ def scores(task: AbsTask, result: TaskResult, measures: Mapping[str, Any]) -> Ro
 
 
 def expected_hits(metric: str, candidates: list[int]) -> float | None:
-    """The score of a random order with one right answer, for metrics where that is K / candidates."""
+    """Returns the score of a random order with one relevant document: K / candidates, for hit rate and recall."""
     name, _, cutoff = metric.rpartition("_at_")
     if name not in ("hit_rate", "recall") or not candidates:
         return None
@@ -147,8 +147,8 @@ def expected_hits(metric: str, candidates: list[int]) -> float | None:
 def write_vectors(encoder: MeasuredEncoder, task: AbsTask, folder: Path) -> None:
     """Writes SUBSET-SPLIT.npz with (rows, dimension) float32 arrays.
 
-    Arrays: `query` and `document`, or `inputs0`, `inputs1`, … in the order in which mteb asked for them; for own tasks
-    also `relevant`, (pairs, 2) positions of query and document, or `score`, (pairs,).
+    Arrays: `query` and `document`, or `inputs0`, `inputs1`, … in mteb's order of encoding; for custom tasks also
+    `relevant`, (pairs, 2) int64 positions of query and document, or `score`, (pairs,) float64.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for (subset, split), sides in encoder.kept.items():

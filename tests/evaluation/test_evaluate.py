@@ -79,7 +79,7 @@ def summary(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def evaluated(world: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of results of a suite of all kinds of own tasks."""
+    """The folder of results of a suite of all kinds of custom tasks."""
     out = tmp_path_factory.mktemp("evaluation")
     suite = write_suite(
         out, tasks=[scenes(pairs), captions(pairs, both_directions=True), sts(pairs)], prompts={"STS": "text_pair"}
@@ -89,7 +89,7 @@ def evaluated(world: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def mteb_scores(out: Path, task: str) -> dict[str, float]:
-    (path,) = (out / "own" / "results").glob(f"local__base/*/{task}.json")
+    (path,) = (out / "custom" / "results").glob(f"local__base/*/{task}.json")
     return json.loads(path.read_text(encoding="utf-8"))["scores"]["test"][0]
 
 
@@ -191,10 +191,10 @@ def test_models_stand_side_by_side_and_what_one_cannot_take_is_said(
     ]
     words, nowhere = str(tmp_path / "words"), str(tmp_path / "nowhere")
     assert list(rows) == [str(world / "base"), words, RANDOM, nowhere]
-    assert rows[words][1]["reason"] == "it needs image; the model takes text"
+    assert rows[words][1]["reason"] == "it needs image; the model supports text"
     assert f"{nowhere} cannot be loaded" in rows[nowhere][0]["reason"]
     page = capsys.readouterr().out
-    assert f"| Captions-vqa_single | {words} | skipped | it needs image; the model takes text |" in page
+    assert f"| Captions-vqa_single | {words} | skipped | it needs image; the model supports text |" in page
 
 
 def test_a_data_set_that_cannot_be_reached_is_skipped_by_name(
