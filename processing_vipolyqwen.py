@@ -1,5 +1,6 @@
 """Processor: turns text, images, audio and a task into tensors, and keeps content from forging special tokens."""
 
+import hashlib
 import math
 import unicodedata
 from dataclasses import dataclass, field
@@ -213,6 +214,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         task: str | list[str | None] | None = None,
         plain_text: bool = False,
+        share_images: bool = False,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature | list[list[int]]:
         """Prepares conversations: a system message is the task prefix, every other part is content in its order.
@@ -230,6 +232,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
             processor_kwargs: keyword arguments of `__call__`.
             task: as in `__call__`, for conversations without a system message.
             plain_text: embed a text that looks like the path of an image or audio file; otherwise it is an error.
+            share_images: prepare images of equal content once. `pixel_values` and `image_grid_thw` are then of the
+                different images, and `image_indices` (slots,) long gives the image of each slot.
             **kwargs: further keyword arguments of `__call__`.
 
         Returns:
@@ -250,7 +254,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
         inputs = [self._from_messages(messages, merged, plain_text) for messages in conversations]
-        encoded = self._encode(self._set_tasks(inputs, task), merged)
+        encoded = self._encode(self._set_tasks(inputs, task), merged, share_images)
         return encoded if return_dict else encoded["input_ids"]
 
     def _merge(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -337,16 +341,23 @@ class ViPolyQwenProcessor(ProcessorMixin):
             )
         return samples[:limit]
 
-    def _encode(self, inputs: list[EmbeddingInput], merged: dict[str, dict]) -> BatchFeature:
+    def _encode(
+        self, inputs: list[EmbeddingInput], merged: dict[str, dict], share_images: bool = False
+    ) -> BatchFeature:
         """Turns loaded inputs into the tensors of a batch."""
         data = {}
         tensors = merged["text_kwargs"].get("return_tensors")
         images = [image for item in inputs for image in item.images]
         image_tokens: list[int] = []
         if images:
+            slots = range(len(images))
+            if share_images:
+                images, slots = _share(images)
+                data["image_indices"] = slots
             data.update(self.image_processor(images, **merged["images_kwargs"]))
             merge = self.image_processor.merge_size**2
-            image_tokens = [int(np.prod(grid)) // merge for grid in np.asarray(data["image_grid_thw"])]
+            counts = [int(np.prod(grid)) // merge for grid in np.asarray(data["image_grid_thw"])]
+            image_tokens = [counts[slot] for slot in slots]
         if any(item.parts or item.audio is None for item in inputs):
             data.update(self._encode_tokens(inputs, image_tokens, merged["text_kwargs"]))
         if any(item.audio is not None for item in inputs):
@@ -463,6 +474,20 @@ def _clean_text(text: Any) -> str:
             f"The text has a lone surrogate, {text[error.start]!r}, at position {error.start}; decode it as UTF-8."
         ) from error
     return unicodedata.normalize("NFC", text)
+
+
+def _share(images: list[Any]) -> tuple[list[Any], list[int]]:
+    """Returns the different ones among loaded images, and which of them stands in each slot."""
+    numbers: dict[tuple, int] = {}
+    different, slots = [], []
+    for image in images:
+        pixels = np.asarray(image)
+        key = pixels.shape, pixels.dtype.str, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+        if key not in numbers:
+            numbers[key] = len(different)
+            different.append(image)
+        slots.append(numbers[key])
+    return different, slots
 
 
 def _is_samples(audio: list | tuple) -> bool:

@@ -22,9 +22,9 @@ from PIL import Image
 from result_files import claim, write_result
 from torch import nn
 
-from vipolyqwen.data.collator import members
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.publishing.repository import save_repository
+from vipolyqwen.training.microbatches import members
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 SIZES = {"hidden_size": 256, "layers": 4, "vision_size": 160, "audio_size": 32, "image_side": 224}

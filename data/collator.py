@@ -1,12 +1,11 @@
 """Pairs to tensors: both sides of a mixed batch in one set of model inputs, and parts of such a batch."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .schema import MODALITY_PAIRS, Task
 from .sources import content_key
@@ -17,6 +16,9 @@ PREFIX_SIDES = ("a", "both")
 @dataclass
 class MixedBatchCollator:
     """Makes one batch of 2B model inputs of B pairs: rows [0, B) are the sides a, rows [B, 2B) the sides b.
+
+    Every row passes through the processor as a conversation, the door by which `SentenceTransformer.encode` enters: a
+    text, image or prefix gives the same tokens in training and in use.
 
     Whether a pair loses its prefix is a hash of the seed, the ids of the batch and its place in it: the same for any
     number of workers and after resuming, and new in every epoch as shuffled batches are, without telling the workers
@@ -84,16 +86,18 @@ class MixedBatchCollator:
             conversations.append(_conversation(None, list(self.extra_parts)))
         batch = dict(
             self.processor.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, return_tensors="pt", plain_text=True
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                plain_text=True,
+                share_images=True,
             )
         )
         task_ids = {name: task_id for task_id, name in enumerate(self.tasks)}
-        images = [
-            [part["image"] for part in turns[-1]["content"] if part["type"] == "image"] for turns in conversations
-        ]
-        images_per_row = _long([len(of_row) for of_row in images])
-        if "pixel_values" in batch:
-            batch |= _share_images(batch, [image for of_row in images for image in of_row])
+        images_per_row = _long(
+            [sum(part["type"] == "image" for part in turns[-1]["content"]) for turns in conversations]
+        )
         scores = [float("nan") if row["score"] is None else row["score"] for row in rows]
         return {
             **batch,
@@ -127,32 +131,6 @@ def _long(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long)  # also where there are none
 
 
-def _share_images(batch: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-    """Pixels and grids of the different ones among the images of a batch, and which of them stands in each slot."""
-    numbers: dict[tuple, int] = {}
-    indices, kept = [], []
-    for slot, image in enumerate(images):
-        content = image.mode, image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-        if content not in numbers:
-            numbers[content] = len(kept)
-            kept.append(slot)
-        indices.append(numbers[content])
-    kept = _long(kept)
-    return {
-        "pixel_values": batch["pixel_values"][members(batch["image_grid_thw"].prod(dim=-1), kept)],
-        "image_grid_thw": batch["image_grid_thw"][kept],
-        "image_indices": _long(indices),
-    }
-
-
-def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
-    sizes = counts[groups]
-    starts = (counts.cumsum(0) - counts)[groups]
-    within = torch.arange(int(sizes.sum()), device=counts.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return starts.repeat_interleave(sizes) + within
-
-
 def _modality_pair(row: Mapping[str, Any]) -> str:
     """The entry of `MODALITY_PAIRS` that a pair belongs to."""
     if row["audio"] is not None:
@@ -167,24 +145,30 @@ def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[
 
 def _side_a(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of side a: images at their placeholders or else first, text, sound."""
-    parts = list(interleave(row["a"], row["images"], row["image_placeholder"]))
+    parts = interleave(row["a"], row["images"], row["image_placeholder"])
     if row["audio"] is not None:
         parts.append({"type": "audio", "audio": row["audio"]})
     return parts
 
 
-def interleave(text: str, images: list[Any], placeholder: str) -> Iterator[dict[str, Any]]:
-    """Message parts: texts and images in their order, images first where the text has no placeholder for them."""
+def interleave(text: str, images: Sequence[Any], placeholder: str) -> list[dict[str, Any]]:
+    """Returns message parts: texts and images in their order.
+
+    Args:
+        text: a text with one placeholder for each image. With any other number of them the images stand first, and the
+            text stays as it is.
+        images: sources of images, in their order.
+        placeholder: marks the place of an image in the text.
+    """
     places = [{"type": "image", "image": image} for image in images]
     pieces = text.split(placeholder) if images else [text]
-    if len(pieces) == 1:
-        yield from places
-        places = []
+    if len(pieces) != len(images) + 1:
+        return [*places, *([_text(text)] if text else [])]
+    parts: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces):
-        if piece:
-            yield _text(piece)
-        if number < len(places):
-            yield places[number]
+        parts += [_text(piece)] if piece else []
+        parts += places[number : number + 1]
+    return parts
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 
 from .names import did_you_mean, rename_old_keys
-from .schema import COLUMNS, Place, Row, RowError, Task, canonical_task, clean_row
+from .schema import COLUMNS, Place, Row, RowError, Task, canonical_task, clean_row, row_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
@@ -147,13 +148,17 @@ class RowReader:
     file: str  # what an error calls the file
     columns: dict[str, str]  # column of the schema -> column of the table
     root: str  # folder of relative media paths
+    cleaned: bool = False  # whether the table holds rows that were cleaned when a text file was converted
 
     def read(self, record: Mapping[str, Any], index: int) -> tuple[Row, Place]:
         """The row of `record`, the table's record number `index`, and the place to name if it is wrong."""
-        values = {name: record[column] for name, column in self.columns.items()}
-        existing = [record["task_column"]] if "task_column" in record else record
-        place = _place(self.source, self.file, record.get("line", index + 1), values.get("id"), existing)
-        row = clean_row(values, place, self.root)
+        if self.cleaned:
+            place = _place(self.source, self.file, record["line"], record["id"], [record["task_column"]])
+            row = _restore_row(record, place, self.root)
+        else:
+            values = {name: record[column] for name, column in self.columns.items()}
+            place = _place(self.source, self.file, index + 1, values.get("id"), record)
+            row = clean_row(values, place, self.root)
         task = self.source.task or row.task
         row.task = canonical_task(self.source.map.get(task, task))
         return row, place
@@ -162,7 +167,8 @@ class RowReader:
 def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[datasets.Dataset, RowReader]]:
     """The table and the reader of each file of a source."""
     for file in _find_files(source) or [source.path]:
-        if Path(file).suffix in TEXT_READERS:
+        is_text = Path(file).suffix in TEXT_READERS
+        if is_text:
             table = _convert_text_file(file, source, tasks)
             columns = {name: name for name in COLUMNS}
         else:
@@ -178,7 +184,8 @@ def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tup
         if len(table) == 0:
             raise _no_rows(file)
         root = source.media_root or (os.path.dirname(file) if os.path.isfile(file) else "")
-        yield table.with_format("arrow"), RowReader(source, file, columns, os.path.abspath(os.path.expanduser(root)))
+        root = os.path.abspath(os.path.expanduser(root))
+        yield table.with_format("arrow"), RowReader(source, file, columns, root, is_text)
 
 
 def _no_rows(file: str) -> ValueError:
@@ -310,6 +317,18 @@ def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> It
         source.check_columns(existing, tasks, file)
     else:
         raise _no_rows(file)
+
+
+def _restore_row(record: Mapping[str, Any], place: Place, root: str) -> Row:
+    """Returns the row that `_text_rows` has cleaned, with its media below `root`."""
+    values = {name: record[name] for name in COLUMNS}
+    audio = record["audio"]
+    if audio is not None and audio["path"] is not None:
+        audio = os.path.join(root, audio["path"])
+    elif audio is not None:
+        audio = {"array": np.array(audio["array"], np.float32), "sampling_rate": audio["sampling_rate"]}
+    images = [os.path.join(root, path) for path in record["images"]]
+    return Row(**{**values, "id": row_id(place), "images": images, "audio": audio})
 
 
 def _place(source: SourceConfig, file: str, row: int, row_id: Any, existing: Iterable[str]) -> Place:

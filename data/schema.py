@@ -119,6 +119,11 @@ class Row:
     negatives: list[str]
 
 
+def row_id(place: Place) -> str:
+    """Returns the id that a row has, or gets by its place."""
+    return place.id or f"{os.path.basename(place.file)}:{place.row}"
+
+
 def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     """Brings the values of one record to the types of `Row`.
 
@@ -132,7 +137,7 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     """
     task, group = record.get("task"), record.get("group")
     return Row(
-        id=place.id or f"{os.path.basename(place.file)}:{place.row}",
+        id=row_id(place),
         task="" if task is None else str(task),
         a=_clean_text("a", record.get("a"), place),
         b=_clean_text("b", record.get("b"), place),

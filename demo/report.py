@@ -21,6 +21,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from ..data.collator import interleave
 from ..evaluation.figures import STYLE, show, views
 from ..evaluation.metrics import pair_retrieval, six_directions
 from ..evaluation.pooling_weights import inspect_pooling
@@ -121,13 +122,8 @@ def side_a(row: dict[str, Any], corpus: Path) -> str | dict[str, Any] | list[dic
         return sound(corpus / row["audio"])
     if not row["images"]:
         return row["a"]
-    images = [{"type": "image", "image": Image.open(corpus / path).convert("RGB")} for path in row["images"]]
-    pieces = [{"type": "text", "text": piece} for piece in row["a"].split("<image>")]
-    if len(pieces) == 1:
-        content = [*images, *pieces]
-    else:
-        content = [part for pair in zip(pieces, [*images, None], strict=True) for part in pair if part is not None]
-    return [{"role": "user", "content": content}]
+    images = [Image.open(corpus / path).convert("RGB") for path in row["images"]]
+    return [{"role": "user", "content": interleave(row["a"], images, "<image>")}]
 
 
 def key_of(*content: str | None) -> int:

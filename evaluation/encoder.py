@@ -159,12 +159,7 @@ def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | lis
     images = shown.get("image")
     if not isinstance(images, list):
         return shown
-    text = shown.get("text", "")
-    if text.count(PLACEHOLDER) in (0, len(images)):
-        content = list(interleave(text, images, PLACEHOLDER))
-    else:
-        content = [*interleave("", images, PLACEHOLDER), {"type": "text", "text": text}]
-    return [{"role": "user", "content": content}]
+    return [{"role": "user", "content": interleave(shown.get("text", ""), images, PLACEHOLDER)}]
 
 
 class MeasuredEncoder:

@@ -66,7 +66,7 @@ class Side:
         """Returns an input of sentence-transformers: a text, or a message of decoded parts in order."""
         if not self.images and self.audio is None:
             return self.text
-        parts = list(interleave(self.text, [load_image(image) for image in self.images], self.placeholder))
+        parts = interleave(self.text, [load_image(image) for image in self.images], self.placeholder)
         if self.audio is not None:
             parts.append({"type": "audio", "audio": self.read_audio()})
         return [{"role": "user", "content": parts}]

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.collator import members
-
 MICROBATCH_COST = 64  # tokens; fixed cost of a forward and backward, compared in benchmarks/length_buckets.py
 MAX_LENGTH_CLASSES = 256  # bounds the O(classes²) search of `length_buckets`
 
@@ -190,6 +188,14 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         inputs["audio_attention_mask"] = mask[:, used]
         inputs["has_audio"] = batch["has_audio"][rows]
     return inputs
+
+
+def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
+    sizes = counts[groups]
+    starts = (counts.cumsum(0) - counts)[groups]
+    within = torch.arange(int(sizes.sum()), device=counts.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return starts.repeat_interleave(sizes) + within
 
 
 def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 from helpers import random_image
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import BatchFeature
 
-from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.collator import MixedBatchCollator, interleave
 from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import TASKS, RowError, Task, declare_tasks
+from vipolyqwen.data.schema import TASKS, Place, Row, RowError, Task, clean_row, declare_tasks
 from vipolyqwen.data.sources import PairDataset, SourceConfig, content_key, load_pairs
 from vipolyqwen.training.microbatches import row_lengths, take_rows
 
@@ -456,6 +457,58 @@ def test_a_mixed_batch_holds_both_sides(folder: Path, collator: MixedBatchCollat
     assert batch["a_keys"].dtype == torch.int64
     assert batch["ids"] == ["p1", "o1", "s1", "i1", "m1", "v1"]
     assert row_lengths(batch)[2] == 0
+
+
+def test_an_image_of_several_rows_is_prepared_once(
+    folder: Path, collator: MixedBatchCollator, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_image(rng, 90, 30).save(folder / "wide.png")
+    rows = list(load(folder, [OCR, {**MULTI, "images": ["wide.png", "sign.png"]}, VQA]))
+    prepared: list[Image.Image] = []
+    stock = type(collator.processor.image_processor).preprocess
+
+    def preprocess(self: object, images: list[Image.Image], *given: object, **options: object) -> BatchFeature:
+        prepared.extend(images)
+        return stock(self, images, *given, **options)
+
+    monkeypatch.setattr(type(collator.processor.image_processor), "preprocess", preprocess)
+    batch = collator(rows)
+    assert [image.size for image in prepared] == [rows[0]["images"][0].size, (90, 30)]
+    assert batch["image_indices"].tolist() == [0, 1, 0, 0]
+    alone = [collator([row]) for row in rows]
+    grids = [each["image_grid_thw"][each["image_indices"]] for each in alone]
+    assert torch.equal(batch["image_grid_thw"][batch["image_indices"]], torch.cat(grids))
+    assert torch.equal(
+        batch["pixel_values"],
+        torch.cat([alone[0]["pixel_values"], alone[1]["pixel_values"][: alone[1]["image_grid_thw"][0].prod()]]),
+    )
+    assert [decode(collator, batch, row) for row in range(3)] == [decode(collator, each, 0) for each in alone]
+
+
+def test_a_row_of_a_text_file_is_cleaned_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned: list[str | None] = []
+
+    def clean(record: dict, place: Place, *given: str) -> Row:
+        cleaned.append(place.id)
+        return clean_row(record, place, *given)
+
+    monkeypatch.setattr("vipolyqwen.data.readers.clean_row", clean)
+    samples = {"array": [0.0, 0.5] * 400, "sampling_rate": 16_000}
+    dataset = load(folder, [*MIXED, {**SOUND, "audio": samples}])
+    assert [dataset[number]["id"] for number in range(7)] == cleaned == ["p1", "o1", "s1", "i1", "m1", "v1", "s1"]
+    assert dataset[6]["audio"]["array"].dtype == np.float32
+
+
+def test_images_stand_at_their_places_or_first() -> None:
+    def shown(text: str, count: int) -> list[str]:
+        return [part[part["type"]] for part in interleave(text, [f"image {i}" for i in range(count)], "<image>")]
+
+    assert shown("a<image>b<image>", 2) == ["a", "image 0", "b", "image 1"]
+    assert shown("<image><image>", 2) == ["image 0", "image 1"]
+    assert shown("a", 2) == ["image 0", "image 1", "a"]
+    assert shown("a<image>b", 2) == ["image 0", "image 1", "a<image>b"]
+    assert shown("a<image>b", 0) == ["a<image>b"]
+    assert shown("", 1) == ["image 0"]
 
 
 def test_negatives_are_rows_after_the_sides_b(folder: Path, collator: MixedBatchCollator) -> None:

@@ -9,13 +9,13 @@ import torch
 from helpers import assert_same_gradients, build_trainer, gradients_of, training_step
 from torch import Tensor
 
-from vipolyqwen.data.collator import members
 from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.microbatches import (
     MicrobatchLimit,
     RowSize,
     first_images,
     length_buckets,
+    members,
     plan_microbatches,
     take_rows,
 )
