@@ -1,13 +1,13 @@
-"""Measures a model on a suite of tasks, asks it in the spellings people type, or looks inside it.
+"""Evaluates a model: on a suite of tasks, under Vietnamese spelling variants, or by inspecting its pooling.
 
     python evaluate_vipolyqwen.py MODEL [--suite papers|vietnamese|chinese|trimodal|demo|FILE.yaml] [--against MODEL …]
     python evaluate_vipolyqwen.py MODEL --robustness [PAIRS]
     python evaluate_vipolyqwen.py MODEL --explain [INPUT…] [--corpus PAIRS] [--failures PAIRS]
 
-MODEL is a folder or the Hub id of anything that mteb or sentence-transformers loads. A suite runs through mteb and
-leaves in OUT mteb's results (`results/`, to be submitted as they are; `own/results/` for own tasks), and for each
-suite and model summary.md and summary.json with scores, prompts, speed and memory. PAIRS is a file of pairs or a
-recipe, whose `eval_data` counts. An INPUT is a text, the path of a picture or a sound, or JSON such as
+MODEL is a folder or the Hub id of any model that mteb or sentence-transformers loads. A suite runs through mteb and
+writes to OUT mteb's results (`results/`, ready to submit; `custom/results/` for custom tasks), and for each suite and
+model summary.md and summary.json with scores, prompts, speed and memory. PAIRS is a file of pairs, or a recipe with
+`eval_data`. INPUT is a text, the path of an image or audio file, or JSON such as
 '{"image": ["a.png", "b.png"], "text": "Which one?", "task": "vqa_single"}'.
 """
 
@@ -26,7 +26,7 @@ DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Does what the options ask for; returns the exit code: 0, or 1 if a task failed or does not resolve."""
+    """Runs the selected evaluation; returns the exit code: 1 if a task failed or does not resolve, else 0."""
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(argv)
     if options.explain is not None:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         write_result(result, options.out or Path("outputs/robustness"), command)
     else:
         try:
-            import mteb  # noqa: F401, which only suites need
+            import mteb  # noqa: F401, needed by suites only
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("Suites need mteb; install it with: pip install -e '.[evaluate]'") from error
         from vipolyqwen.evaluation.run import run_suite
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -60,31 +60,33 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
     suites = parser.add_argument_group("suites")
     suites.add_argument("--suite", default="papers", help="name in recipes/suites, or a YAML file; default: papers")
-    suites.add_argument("--against", nargs="+", default=[], help="more models; 'baselines': those of the suite")
-    suites.add_argument("--check", action="store_true", help="only say whether every task resolves; fetch nothing")
-    suites.add_argument("--save_vectors", action="store_true", help="write vectors; runs every task anew")
-    suites.add_argument("--batch_size", type=int, default=32, help="rows that are embedded at a time; default: 32")
+    suites.add_argument("--against", nargs="+", default=[], help="more models; 'baselines': the suite's baselines")
+    suites.add_argument("--check", action="store_true", help="check offline that every task resolves and runs")
+    suites.add_argument("--save_vectors", action="store_true", help="write vectors; ignores cached results")
+    suites.add_argument("--batch_size", type=int, default=32, help="rows per batch; default: 32")
     suites.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; not of models that mteb knows"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; ignored for models registered in mteb",
     )
-    spellings = parser.add_argument_group("spellings")
+    spellings = parser.add_argument_group("Vietnamese spellings")
     spellings.add_argument(
         "--robustness", type=Path, nargs="?", const=DEMO_PAIRS, metavar="PAIRS", help=f"default: {DEMO_PAIRS}"
     )
-    inside = parser.add_argument_group("looking inside")
-    inside.add_argument("--explain", nargs="*", metavar="INPUT", help="what to look into")
-    inside.add_argument("--corpus", type=Path, metavar="PAIRS", help="pairs among whose sides to look for neighbours")
-    inside.add_argument("--failures", type=Path, metavar="PAIRS", help="pairs whose searches to judge, worst first")
+    inside = parser.add_argument_group("explanations")
+    inside.add_argument("--explain", nargs="*", metavar="INPUT", help="inputs to explain")
+    inside.add_argument("--corpus", type=Path, metavar="PAIRS", help="pairs whose sides are searched for neighbours")
+    inside.add_argument("--failures", type=Path, metavar="PAIRS", help="pairs whose worst failures are listed")
     options = parser.parse_args(argv)
     if options.explain is None and (options.corpus or options.failures):
-        parser.error("--corpus and --failures belong to --explain")
+        parser.error("--corpus and --failures require --explain")
     if options.explain == [] and options.failures is None:
         parser.error("--explain: give at least one INPUT, or --failures PAIRS")
     return options
 
 
 def write_page(options: argparse.Namespace) -> None:
-    """The page of `--explain`."""
+    """Writes the page of `--explain`."""
     inputs = [read_input(text) for text in options.explain]
     page = explain(load(options), options.model, inputs, options.corpus, options.failures)
     out = options.out or Path("outputs/explain.html")
@@ -94,7 +96,7 @@ def write_page(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> SentenceTransformer:
-    """The model; code of a folder may always run."""
+    """Loads the model; code in a folder may always run."""
     may_run_code = options.trust_remote_code or Path(options.model).is_dir()
     return SentenceTransformer(options.model, device=options.device, trust_remote_code=may_run_code)
 

@@ -1,7 +1,7 @@
-"""How people really type Vietnamese: spelling rules as pure functions from text to text.
+"""Respells Vietnamese as people really type it: spelling rules as pure functions from text to text.
 
-A rule takes text in any Unicode form and gives it in NFC (but for `decompose`). What holds no Vietnamese letter beyond
-ASCII comes back as it was, so English words and Chinese sentences stay. A word is a run of letters: in Vietnamese one
+A rule accepts text in any Unicode form and returns NFC (except `decompose`). Words without a Vietnamese letter beyond
+ASCII stay unchanged, and so do English words and Chinese sentences. A word is a run of letters: in Vietnamese one
 syllable.
 """
 
@@ -23,7 +23,11 @@ SHAPES = {  # marked letter -> its base, Telex key, VNI key
 }
 VOWELS = "aăâeêioôơuưy"
 WORD = re.compile(r"[^\W\d_]+")
-MOVABLE = ("oa", "oe", "uy")  # the endings whose tone stands on the first letter in the old style, else on the second
+MOVABLE = (
+    "oa",
+    "oe",
+    "uy",
+)  # rimes that carry the tone on the first letter in the old style, on the second in the new
 
 
 def _nfc(text: str) -> str:
@@ -38,26 +42,26 @@ TONED = {
     for case in (str.lower, str.upper)
 }
 BASES = {case(letter): case(keys[0]) for letter, keys in SHAPES.items() for case in (str.lower, str.upper)}
-MARKED = frozenset({*TONED, *BASES})  # the letters that tell Vietnamese from English
+MARKED = frozenset({*TONED, *BASES})  # letters that distinguish Vietnamese from English
 BARE = str.maketrans({letter: BASES.get(vowel, vowel) for letter, (vowel, _) in TONED.items()} | BASES)
 
 
 def is_vietnamese(text: str) -> bool:
-    """Whether a text has a letter that Vietnamese has and English does not (an é in a French name counts too)."""
+    """Returns whether a text has a letter of Vietnamese that English lacks (é in a French name counts, too)."""
     return not MARKED.isdisjoint(_nfc(text))
 
 
 def strip_diacritics(text: str) -> str:
-    """Typing without diacritics (`không dấu`): each letter by its base, đ by d.
+    """Removes diacritics (`không dấu`): each letter becomes its base, đ becomes d.
 
     Source: Unicode Standard Annex #15: the base is the first character of the canonical decomposition. đ (U+0111) has
-    none, and d is what is typed for it. Letters that are not Vietnamese (ü, ñ, ç) keep their marks.
+    none and is typed as d. Letters of other languages (ü, ñ, ç) keep their marks.
     """
     return _nfc(text).translate(BARE)
 
 
 def decompose(text: str) -> str:
-    """NFD, as macOS file names and some keyboards give it: base letters and combining marks, the same to the eye.
+    """Converts to NFD, as macOS file names and some keyboards do: base letters and combining marks that look the same.
 
     Source: Unicode Standard Annex #15, Normalization Form D.
     """
@@ -65,7 +69,7 @@ def decompose(text: str) -> str:
 
 
 def old_tone_placement(text: str) -> str:
-    """`hoà`, `khoẻ`, `thuý` to `hòa`, `khỏe`, `thúy`: in a syllable that ends in oa, oe or uy the tone stands first.
+    """Converts `hoà`, `khoẻ`, `thuý` to `hòa`, `khỏe`, `thúy`: the tone moves to the first vowel of oa, oe and uy.
 
     With a final consonant or a third vowel (`hoàn`, `ngoài`, `khuỷu`) both styles agree; the u of qu belongs to the
     consonant (`quý`).
@@ -77,7 +81,7 @@ def old_tone_placement(text: str) -> str:
 
 
 def new_tone_placement(text: str) -> str:
-    """`hòa`, `khỏe`, `thúy` to `hoà`, `khoẻ`, `thuý`: the reverse of `old_tone_placement`.
+    """Converts `hòa`, `khỏe`, `thúy` to `hoà`, `khoẻ`, `thuý`: the inverse of `old_tone_placement`.
 
     Source: decision 1989/QĐ-BGDĐT of the Vietnamese Ministry of Education and Training (25 May 2018), article 8: the
     tone stands on the main vowel (`hoà nhạc, thuỷ thủ, mạnh khoẻ`).
@@ -86,12 +90,12 @@ def new_tone_placement(text: str) -> str:
 
 
 def telex(text: str) -> str:
-    """The keys of the Telex method, as they come out where it is off: `tiếng Việt` is `tieengs Vieetj`.
+    """Returns the keystrokes of Telex, as they appear with the input method off: `tiếng Việt` is `tieengs Vieetj`.
 
     aa, ee, oo, aw, ow, uw, dd make the letters; s, f, r, x, j, the tones, are typed at the end of the syllable. Two
     plain vowels that would make one letter are typed with a third (`moóc` is `mooocs`). The second key is a capital
     only in a word of capitals. `hòa` and `hoà` have the same keys. A word with two tones, or with a letter that is
-    neither ASCII nor Vietnamese, has no keys and stays.
+    neither ASCII nor Vietnamese, stays unchanged.
 
     Source: TCVN 5712:1993; the tables of en.wikipedia.org/wiki/Telex_(input_method) and of Keyman's Vietnamese Telex.
     """
@@ -99,7 +103,7 @@ def telex(text: str) -> str:
 
 
 def vni(text: str) -> str:
-    """The keys of the VNI method, as they come out where it is off: `tiếng Việt` is `tie6ng1 Vie6t5`.
+    """Returns the keystrokes of VNI, as they appear with the input method off: `tiếng Việt` is `tie6ng1 Vie6t5`.
 
     1 to 5 are the tones, typed at the end of the syllable, 6 the circumflex, 7 the horn, 8 the breve, 9 the bar of đ.
 
@@ -109,10 +113,10 @@ def vni(text: str) -> str:
 
 
 def switch_code(text: str) -> str:
-    """Vietnamese with English content words: `bộ phim này đẹp` is `movie này beautiful`.
+    """Replaces content words by English ones: `bộ phim này đẹp` becomes `movie này beautiful`.
 
     Every word of `vietnamese_english.ENGLISH` that occurs is replaced, the longest first; order, numerals, classifiers
-    and all other words stay Vietnamese. A word is not told from a homograph, and no inflection is added.
+    and all other words stay Vietnamese. Homographs are not distinguished, and no inflection is added.
 
     Source: that the frame stays in one language and content words come from the other is the matrix language frame of
     Myers-Scotton (1997), a simplification of what bilinguals say (CanVEC, Nguyen & Bryant 2020).
@@ -121,14 +125,14 @@ def switch_code(text: str) -> str:
 
 
 def switched_share(texts: list[str]) -> float:
-    """The share of syllables that `switch_code` replaces in some texts."""
+    """Returns the share of the texts' syllables that `switch_code` replaces, in [0, 1]."""
     every = sum(len(WORD.findall(_nfc(text))) for text in texts)
     switched = sum(len(WORD.findall(match[0])) for text in texts for match in SWITCHED.finditer(_nfc(text)))
     return switched / every if every else 0.0
 
 
 def _split_tone(word: str) -> tuple[str, str, int] | None:
-    """A word without its tone, the mark and its place; `None` unless there is one tone."""
+    """Returns a word without its tone, the mark and its position; `None` unless the word has exactly one tone."""
     toned = [place for place, letter in enumerate(word) if letter in TONED]
     if len(toned) != 1:
         return None
@@ -138,7 +142,7 @@ def _split_tone(word: str) -> tuple[str, str, int] | None:
 
 
 def _place_tone(word: str, offset: int) -> str:
-    """The word with its tone on the first (0) or second (1) letter of its ending, where styles differ."""
+    """Returns the word with its tone on the first (0) or second (1) letter of its rime, where styles differ."""
     split = _split_tone(word)
     if split is None:
         return word
@@ -152,7 +156,7 @@ def _place_tone(word: str, offset: int) -> str:
 
 
 def _type(word: str, method: int) -> str:
-    """The keys of a word by Telex (0) or VNI (1)."""
+    """Returns the keystrokes of a word by Telex (0) or VNI (1)."""
     if any(not letter.isascii() and letter not in MARKED for letter in word):
         return word
     if word.isascii() or sum(letter in TONED for letter in word) > 1:
@@ -173,7 +177,7 @@ def _letter_keys(letter: str, before: str, method: int) -> str:
 
 
 def _in_english(match: re.Match) -> str:
-    """The English word, capitalised as the Vietnamese one was."""
+    """Returns the English word, capitalised like the Vietnamese one."""
     vietnamese = match[0]
     english = ENGLISH_OF[re.sub(r"\s+", " ", vietnamese.lower())]
     if vietnamese.isupper():

@@ -1,7 +1,7 @@
-"""Vietnamese content words and an English word for each, for `vietnamese.switch_code`.
+"""Maps Vietnamese content words to English ones, for `vietnamese.switch_code`.
 
-One to one: no English word stands for two Vietnamese ones. Compounds rather than single syllables where a syllable has
-several meanings; every word has a Vietnamese letter, so that none is an English word too (`to`, `tin`).
+The map is one to one. It prefers compounds to single syllables with several meanings; every key has a Vietnamese
+letter, so that none is also an English word (`to`, `tin`).
 """
 
 ENGLISH = {
