@@ -72,11 +72,11 @@ def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> N
     }
 
 
-def test_pictures_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
-    pictures = [str(world / f"{number}.png") for number in range(3)]
+def test_images_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
+    images = [str(world / f"{number}.png") for number in range(3)]
     rows = [
-        {"task": "ocr", "a": text, "b": f"số {number}", "images": picture}
-        for number, (text, picture) in enumerate(zip(("Gì?", "", "Đâu?"), pictures, strict=True))
+        {"task": "ocr", "a": text, "b": f"số {number}", "images": image}
+        for number, (text, image) in enumerate(zip(("Gì?", "", "Đâu?"), images, strict=True))
     ]
     tasks = custom_tasks(entry(tmp_path, rows), TASKS)
     found = {task.metadata.name: (task.metadata.category, len(task.split["queries"])) for task in tasks}
@@ -125,25 +125,25 @@ def test_rows_that_do_not_fit_the_kind_of_task_are_named(
         custom_tasks({"task": task, "name": "Mine", "path": str(world / "pairs.jsonl"), "only": only}, TASKS)
 
 
-def test_pictures_and_sounds_reach_the_model_as_they_would_by_hand(world: Path, tmp_path: Path) -> None:
+def test_images_and_audio_reach_the_model_as_they_would_by_hand(world: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(2):
         random_image(rng).save(tmp_path / f"{number}.png")
     soundfile.write(tmp_path / "a.wav", random_audio(rng, 0.3, 8_000)["array"], 8_000)  # another rate than the model's
-    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
-    dialogue = {"task": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": pictures}
-    single = {"task": "vqa_single", "a": "Gì?", "b": "hình", "images": pictures[:1]}
-    sound = {"task": "audio", "b": "tiếng", "audio": str(tmp_path / "a.wav")}
+    images = [str(tmp_path / f"{number}.png") for number in range(2)]
+    dialogue = {"task": "vqa_multi", "a": "Một <image> hai <image>?", "b": "có", "images": images}
+    single = {"task": "vqa_single", "a": "Gì?", "b": "hình", "images": images[:1]}
+    audio = {"task": "audio", "b": "tiếng", "audio": str(tmp_path / "a.wav")}
     encoder = load_encoder(str(world / "base"), {"audio": None}, "cpu", None, False)
     encoder.encoder.table = {"Mine-vqa_multi-query": "vqa_multi", "Mine-vqa_single-query": "vqa_single"}
     made = {}
-    for task in custom_tasks(entry(tmp_path, [dialogue, single, sound]), TASKS):
+    for task in custom_tasks(entry(tmp_path, [dialogue, single, audio]), TASKS):
         encoder.start(keep_vectors=True)
         mteb.evaluate(encoder, task, cache=None, co2_tracker=False)
         made[task.metadata.name] = encoder.kept["default", "test"]["query"][0][0]
 
     model: SentenceTransformer = encoder.encoder.model
-    first, second = (Image.open(picture) for picture in pictures)
+    first, second = (Image.open(image) for image in images)
     words = [{"type": "text", "text": text} for text in ("Một ", " hai ", "?")]
     content = [words[0], {"type": "image", "image": first}, words[1], {"type": "image", "image": second}, words[2]]
     by_hand = {

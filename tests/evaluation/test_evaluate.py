@@ -21,7 +21,7 @@ pytest.importorskip("mteb")
 from vipolyqwen.evaluate_vipolyqwen import main  # noqa: E402
 
 ROWS = 12
-RANDOM = "mteb/baseline-random-encoder"  # of mteb's own: made of hashes, needs no download
+RANDOM = "mteb/baseline-random-encoder"  # of mteb: made of hashes, needs no download
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(1)
     for number in range(ROWS):
         random_image(rng).save(folder / f"{number}.png")
-        rate = (16_000, 22_050)[number % 2]  # one batch holds sounds of both
+        rate = (16_000, 22_050)[number % 2]  # one batch holds audio of both rates
         soundfile.write(folder / f"{number}.wav", random_audio(rng, 0.2 + 0.02 * number, rate)["array"], rate)
     words = [f"{TEXTS[number % 5]} {number}" for number in range(ROWS)]
     media = [{"image": f"{number}.png", "audio": f"{number}.wav"} for number in range(ROWS)]

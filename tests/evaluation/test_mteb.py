@@ -1,4 +1,4 @@
-"""mteb's own mock tasks, which need no network, through a saved repository."""
+"""Runs mteb's mock tasks, which need no network, on a saved repository."""
 
 import os
 from pathlib import Path

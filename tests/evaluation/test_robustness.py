@@ -27,7 +27,7 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in `model/`, and pairs.jsonl: texts, a picture with a question, a sound."""
+    """A tiny model in `model/`, and pairs.jsonl: texts, an image with a question, audio."""
     folder = tmp_path_factory.mktemp("robustness")
     save_tiny_model(folder / "model")
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_every_rule_is_there_and_says_how_many_queries_it_changes(result: dict) 
     assert spellings["code-switching"]["switched_words"] == pytest.approx(9 / 25)
 
 
-def test_a_sound_is_searched_by_its_text(folder: Path) -> None:
+def test_audio_is_searched_by_its_text(folder: Path) -> None:
     pairs, min_score = read_pairs(folder / "pairs.jsonl")
     found = {search.task: search for search in searches(pairs, min_score, text_asks=True)}
     assert [side.kind for side in found["audio"].candidates] == ["audio", "audio"]
