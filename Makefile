@@ -1,18 +1,29 @@
-# Every target makes .venv by itself, again only when the requirements change.
+# Every target makes .venv first, and again when the requirements change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+REQUIREMENTS := requirements.txt pyproject.toml
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Two test processes of one thread each, for two cores; `make test WORKERS=8` on a larger machine.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
+TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: install demo balance ablations test test-lowest lint format clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed .typing/vipolyqwen
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+$(VENV)/.installed: $(REQUIREMENTS) constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt -e .
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
+
+# A link to this folder, so that type checkers and editors can follow `import vipolyqwen`.
+.typing/vipolyqwen:
+	mkdir -p .typing
+	ln -sfn .. $@
 
 demo: install
 	$(BIN)/python demo_vipolyqwen.py
@@ -20,30 +31,31 @@ demo: install
 balance: install
 	$(BIN)/python benchmarks/balance.py
 
-# Threads soon give way while they wait for others, or a second busy process would slow every step several times.
+# Waiting threads yield soon; otherwise a second busy process slows every step several times.
 ablations: install
 	GOMP_SPINCOUNT=5000 $(BIN)/python benchmarks/ablations.py
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(TEST_ENVIRONMENT) $(BIN)/python $(PYTEST)
 
-# The lowest versions that the repositories ask for (`requirements` in config_sentence_transformers.json); opt-in.
+# Opt-in: the lowest versions that repositories require (`requirements` in config_sentence_transformers.json).
 test-lowest: $(LOWEST)/.installed
-	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
+	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python $(PYTEST)
 
-$(LOWEST)/.installed: requirements.txt requirements-dev.txt constraints-lowest.txt pyproject.toml
+$(LOWEST)/.installed: $(REQUIREMENTS) constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
-		-r requirements-dev.txt -e .
+	$(LOWEST)/bin/python $(PIP_INSTALL) -c constraints-lowest.txt -e '.[dev]'
 	touch $@
 
+# pyright (settings in pyproject.toml) fails on imports that nothing resolves.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) .typing build outputs .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from vipolyqwen import __version__
 from vipolyqwen.demo.report import STAGES
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.demo.world import write_corpus
@@ -39,6 +40,7 @@ BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a thi
 def main() -> None:
     """Runs the four steps and says where the results are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "demo.yaml")
     options = parser.parse_args()

@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
+from vipolyqwen import __version__
 from vipolyqwen.fingerprint_vipolyqwen import (
     TEXTS,
     Finding,
@@ -122,6 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0],
         epilog="The code of the repository runs, as with `trust_remote_code=True`.",
     )
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("repository", help="a folder, or a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit")
     parser.add_argument("--device", default="cpu", help="device to run it on (default: cpu)")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen import __version__
 from vipolyqwen.evaluation.explain import explain, read_input
 from vipolyqwen.evaluation.robustness import robustness, write_result
 from vipolyqwen.evaluation.suite import SuiteError
@@ -52,6 +53,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument(
         "--out", type=Path, help="default: outputs/evaluation, outputs/robustness, outputs/explain.html"

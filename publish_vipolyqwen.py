@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
 
+from vipolyqwen import __version__
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
 from vipolyqwen.publishing.card import model_card, read_training
 from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("checkpoint", type=Path, help="folder of a trained model or of a PEFT adapter")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--repo_id", help="ORG/NAME on the Hub (HF_ENDPOINT, HF_TOKEN)")

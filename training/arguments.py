@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .. import __version__
 from ..data.names import did_you_mean, rename_old_keys
 from ..publishing.repository import ADAPTER_CONFIG
 from .parts import TOWERS
@@ -242,6 +243,7 @@ def read_arguments(argv: list[str]) -> Arguments:
         action.required = False
         if action.dest in JSON_ARGUMENTS:
             action.type = json.loads
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     flags = rename_old_keys(vars(parser.parse_args(argv)), "The flags")
     resume = flags.get("resume_from_checkpoint")
     if resume is not None and resume.lower() in ("true", "false"):

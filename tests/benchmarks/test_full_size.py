@@ -13,7 +13,7 @@ from transformers import HubertConfig, Qwen2VLConfig
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.training.build import build_model
 
-pytest.importorskip("peft")  # in requirements-dev.txt
+pytest.importorskip("peft")
 
 
 @pytest.fixture

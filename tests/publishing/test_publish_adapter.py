@@ -21,7 +21,7 @@ from vipolyqwen.publishing.checks import PUBLISHED, check_files
 from vipolyqwen.publishing.hub import upload
 from vipolyqwen.publishing.repository import PublishError, save_repository
 
-peft = pytest.importorskip("peft")  # in requirements-dev.txt
+peft = pytest.importorskip("peft")
 
 BASE, ADAPTER = "someone/base", "someone/base-adapter"
 INPUTS = {"text": ["hello", ""], "audio": [None, random_audio(np.random.default_rng(0))]}

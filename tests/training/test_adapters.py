@@ -43,7 +43,7 @@ from vipolyqwen.training.arguments import ModelArguments, read_arguments
 from vipolyqwen.training.build import load_model
 from vipolyqwen.training.parts import NEW_PARTS, TOWERS, plain_name
 
-peft = pytest.importorskip("peft")  # in requirements-dev.txt
+peft = pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ["--lora_rank", "4", "--lora_targets", "language,vision,audio"]
