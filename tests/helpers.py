@@ -219,7 +219,7 @@ def training_step(
 ) -> dict[str, Any]:
     """The stock training step, without the update; what it logs."""
     loss = trainer.training_step(trainer.model if model is None else model, trainer.data_collator(rows))
-    return {"loss": loss.item(), **{name: values[-1] for name, values in trainer._logged.items()}}
+    return {"loss": loss.item(), **trainer.mixed_loss.figures.average(trainer.figures[-1:])}
 
 
 def gradients_of(trainer: "ViPolyQwenTrainer") -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Training on several ranks: rows gathered with gradient, sharded weights (FSDP2, DeepSpeed ZeRO-3)."""
+"""Training on several ranks: rows gathered with gradient, sharded parameters (FSDP2, DeepSpeed ZeRO-3)."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,14 +18,14 @@ from transformers.integrations.deepspeed import (
 
 
 def is_deepspeed(model: nn.Module) -> bool:
-    """Whether a model is DeepSpeed's engine; that library is not imported for the question, which takes seconds."""
+    """Returns whether a model is DeepSpeed's engine, without importing DeepSpeed, which takes seconds."""
     return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
 
 
 def full_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies of parameters in full, on their device; all processes have to call this together."""
+    """Copies parameters unsharded, each on its device; a collective that every rank must join."""
     if is_deepspeed_zero3_enabled():
-        import deepspeed  # only then it is there
+        import deepspeed  # optional: installed wherever ZeRO-3 is enabled
 
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             return {name: value.detach().clone() for name, value in parameters.items()}
@@ -37,10 +37,9 @@ def full_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.T
 
 @contextmanager
 def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
-    """A process loads all weights for a while, also under ZeRO-3, which spreads those of training when it begins.
+    """Loads models unsharded inside the context, also under ZeRO-3; DeepSpeed shards them when training begins.
 
-    transformers (5.23) would spread them while it loads, wait for the other processes to do the same, and fail at the
-    weight norm of a HuBERT.
+    Otherwise transformers (5.23) shards while it loads, which is a collective and fails at HuBERT's weight norm.
     """
     if not is_deepspeed_zero3_enabled():
         yield
@@ -55,10 +54,9 @@ def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
 
 @contextmanager
 def unsharded_class(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as an instance of its own class for a while.
+    """Gives the model its original class inside the context, in place of the subclass that `fully_shard` makes.
 
-    `fully_shard` makes a subclass of FSDPModule of it. Saving would then write torch's code beside the weights in
-    place of the model's, and name that in the configuration.
+    Otherwise saving would copy torch's FSDP code beside the weights and name it in the configuration.
     """
     sharded = type(model)
     model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
@@ -68,30 +66,40 @@ def unsharded_class(model: nn.Module) -> Iterator[nn.Module]:
         model.__class__ = sharded
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
-    """All rows of all processes in rank order, with gradient; x itself where there is one process.
+def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Gathers a few integers of every rank in one collective: (ranks, len(sizes)), in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [list(sizes)]
+    mine = torch.tensor(sizes, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).tolist()
 
-    Every process then computes the loss of the whole joined batch. Why that gives the gradient of one process with the
-    whole batch: the backward pass sums over the W processes what their (equal) losses L say about this process's rows,
-    so it hands W ∂L/∂x_r to rank r's own model pass; DDP and FSDP average the parameter gradients,
-    1/W Σ_r W ∂L/∂x_r ∂x_r/∂θ = dL/dθ. So the loss must be neither divided by nor multiplied with W.
+
+def gather_rows(parts: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Joins the rows of all ranks, part by part and in rank order, in one collective and with gradient.
+
+    Every rank then computes the loss of the joined batch, which yields the gradient of one rank with the joined batch:
+    the backward pass sums the gradients of the W equal losses L with respect to this rank's rows x_r, so rank r
+    backpropagates W ∂L/∂x_r through the model; DDP and FSDP average parameter gradients over ranks,
+    1/W Σ_r W ∂L/∂x_r ∂x_r/∂θ = dL/dθ. Therefore the loss must not be scaled by W.
 
     Args:
-        x: (rows of this process, …) any dtype; the row count may differ between processes and be 0.
+        parts: K tensors, (rows of this rank, …), any dtype; the same dtype and trailing shape for all parts.
+        sizes: (ranks, K), rows of every part on every rank, from `gather_sizes`; may differ and may be 0.
 
     Returns:
-        (rows of all processes, …).
+        K tensors, (rows of all ranks, …); the parts themselves on a single rank.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    own = torch.tensor([x.shape[0]], device=x.device)
-    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, own)
-    return _GatherRows.apply(x, torch.cat(counts).tolist())
+    if len(sizes) == 1:
+        return list(parts)
+    joined = _GatherRows.apply(torch.cat(list(parts)), [sum(of_rank) for of_rank in sizes])
+    pieces = joined.split([size for of_rank in sizes for size in of_rank])
+    return [torch.cat(pieces[number :: len(parts)]) for number in range(len(parts))]
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenation over ranks; the backward sums the gradient of this rank's rows over all ranks."""
+    """Concatenates the rows of all ranks; the backward sums the gradient of this rank's rows over all ranks."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, counts: list[int]) -> Tensor:

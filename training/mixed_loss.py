@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.schema import MODALITY_PAIRS
+from .loss_figures import LossFigures
 from .losses import (
     COMPONENTS,
     SCORE_COMPONENTS,
@@ -95,6 +96,8 @@ class MixedLoss(nn.Module):
             self.log_temperatures = nn.Parameter(log_temperatures)
         else:
             self.register_buffer("log_temperatures", log_temperatures, persistent=False)
+        names = [f"temperature/{pair}" for pair in MODALITY_PAIRS] if self.temperature_by_pair else ["temperature"]
+        self.figures = LossFigures(self.tasks, names if learnable_temperature else ())
         losses = tasks.values()
         constants = {  # they come from the settings and are no state
             "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
@@ -151,7 +154,7 @@ class MixedLoss(nn.Module):
             ).mean(dim=0)
             weights = self.weights.to(dtype)[task_ids]  # (B, 5)
             per_sample = (weights * values).sum(dim=1)
-            counts = torch.bincount(task_ids, minlength=len(self.tasks)).to(dtype)
+            counts = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, torch.ones_like(per_sample))
             parts = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, per_sample) / len(a)
             task_weights = self.weighting(epoch).to(parts)
             loss = (task_weights * parts).sum() + (self.weighting.penalty().to(parts) * counts).sum() / len(a)
@@ -164,11 +167,12 @@ class MixedLoss(nn.Module):
         return MixedLossOutput(loss, per_sample, shown, parts, task_weights.detach(), task_ids, gram)
 
     def _observe(self, parts: Tensor, counts: Tensor, gram: Tensor | None) -> None:
-        """Shows the weighting a batch of training; a batch that is not finite teaches it nothing."""
-        if self.training and parts.isfinite().all():
+        """Shows the weighting a training batch; one that is not finite counts as a batch without any task."""
+        if self.training:
             norms = None if gram is None else gram.diagonal().clamp(min=0).sqrt()
+            present = (counts > 0) & parts.isfinite().all()  # no branch: it would wait for the device at every step
             with torch.no_grad():
-                self.weighting.observe(parts * counts.sum() / counts.clamp(min=1), counts > 0, norms)
+                self.weighting.observe(parts * counts.sum() / counts.clamp(min=1), present, norms)
 
     def _temperatures(self, rows: int, modalities: Tensor | None) -> Tensor:
         """(B,) float, T of each row."""
@@ -254,59 +258,27 @@ class MixedLoss(nn.Module):
         if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
             shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
             raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
-        if ((task_ids < 0) | (task_ids >= len(self.tasks))).any():
+        unknown = (task_ids < 0) | (task_ids >= len(self.tasks))
+        missing = self.requires_score[task_ids.clamp(0, len(self.tasks) - 1)] & scores.isnan()
+        if not (unknown | missing).any():  # one transfer to the host
+            return
+        if unknown.any():
             raise ValueError(f"task_ids {task_ids.tolist()} must lie in [0, {len(self.tasks)}): {self.tasks}.")
-        missing = self.requires_score[task_ids] & scores.isnan()
-        if missing.any():
-            names = sorted({self.tasks[task] for task in task_ids[missing].tolist()})
-            positions = missing.nonzero().flatten().tolist()
-            raise ValueError(
-                f"Tasks {names} need a score (mse or rank > 0), but rows {positions} of the batch have none; "
-                "give these rows a score, or set mse and rank of the task to 0."
-            )
+        names = sorted({self.tasks[task] for task in task_ids[missing].tolist()})
+        positions = missing.nonzero().flatten().tolist()
+        raise ValueError(
+            f"Tasks {names} need a score (mse or rank > 0), but rows {positions} of the batch have none; "
+            "give these rows a score, or set mse and rank of the task to 0."
+        )
+
+    def measure(self, output: MixedLossOutput) -> tuple[Tensor, Tensor]:
+        """Measures a batch for the log, without a transfer to the host; see `LossFigures.measure`."""
+        learnable = isinstance(self.log_temperatures, nn.Parameter)
+        return self.figures.measure(output, self.log_temperatures.detach().exp()[: None if learnable else 0])
 
     def summarise(self, output: MixedLossOutput) -> dict[str, float]:
-        """The batch in numbers, for each task present.
-
-        `loss/TASK` and `loss/TASK/COMPONENT` (unweighted means over its rows), `weight/TASK` (λ), `share/TASK` (its
-        share of the weighted loss); where gradients were measured `gradient_norm/TASK` (of λ_t p_t by the embeddings),
-        `gradient_share/TASK` (its share of the sum of these norms) and `gradient_cosine/TASK/TASK`; `temperature` or
-        `temperature/PAIR` where it is learned.
-        """
-        task_ids = output.task_ids.cpu()
-        values = torch.stack([output.per_sample.detach(), *output.components.values()]).cpu()  # (1 + 5, B)
-        weighted = (output.task_weights * output.parts.detach()).cpu()
-        present = task_ids.unique().tolist()
-        summary = {}
-        for task_id in present:
-            task, rows = self.tasks[task_id], values[:, task_ids == task_id]
-            summary[f"loss/{task}"] = rows[0].mean().item()
-            for name, value in zip(output.components, rows[1:].nanmean(dim=1).tolist(), strict=True):
-                if not math.isnan(value):
-                    summary[f"loss/{task}/{name}"] = value
-            summary[f"weight/{task}"] = output.task_weights[task_id].item()
-            summary[f"share/{task}"] = (weighted[task_id] / weighted.sum()).item() if weighted.sum() else 0.0
-        if output.gradient_gram is not None:
-            summary |= self._gradient_summary(output.gradient_gram.cpu(), output.task_weights.cpu(), present)
-        if isinstance(self.log_temperatures, nn.Parameter):
-            names = [f"temperature/{pair}" for pair in MODALITY_PAIRS] if self.temperature_by_pair else ["temperature"]
-            summary |= dict(zip(names, self.log_temperatures.detach().exp().tolist(), strict=True))
-        return summary
-
-    def _gradient_summary(self, gram: Tensor, task_weights: Tensor, present: list[int]) -> dict[str, float]:
-        """Norms and shares of the weighted gradients, and cosines between them (which no weight changes)."""
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        weighted = task_weights * norms
-        summary = {}
-        for place, task_id in enumerate(present):
-            task = self.tasks[task_id]
-            summary[f"gradient_norm/{task}"] = weighted[task_id].item()
-            summary[f"gradient_share/{task}"] = (weighted[task_id] / weighted.sum()).item() if weighted.sum() else 0.0
-            for other in present[place + 1 :]:
-                if norms[task_id] * norms[other] > 0:
-                    cosine = gram[task_id, other] / (norms[task_id] * norms[other])
-                    summary[f"gradient_cosine/{task}/{self.tasks[other]}"] = cosine.item()
-        return summary
+        """Returns the figures of one batch by name; see `LossFigures`."""
+        return self.figures.average([self.measure(output)[1]])
 
 
 def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:

@@ -28,10 +28,11 @@ from .arguments import ViPolyQwenTrainingArguments
 from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
-from .distributed import gather_with_grad, unsharded_class, unsharded_loading
+from .distributed import unsharded_class, unsharded_loading
+from .joined_batch import join_batches
 from .loss_optimizer import LossOptimizer
 from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
-from .mixed_loss import HardNegatives, MixedLoss, MixedLossOutput
+from .mixed_loss import MixedLoss, MixedLossOutput
 from .parts import plain_name
 from .resuming import ResumingTrainer
 from .speedups import compile_layers, use_liger_kernels
@@ -95,7 +96,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.add_callback(callback)
         if self.loss_optimizer.parameters:
             self.add_callback(self.loss_optimizer)
-        self._logged: dict[str, list[float]] = defaultdict(list)
+        self.figures: list[torch.Tensor] = []  # of the batches since the last log, each on its device
 
     def _check_launch(self) -> None:
         """Raises ValueError for settings that the way the run was launched does not allow."""
@@ -134,47 +135,24 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mixed loss of the joined batch of all processes (SPEC §3)."""
-        pairs = len(inputs["data_type"])
+        """Computes the mixed loss of the joined batch of all ranks (STW paper §4.2)."""
         embeddings = self.embed(model, inputs)  # sides a, sides b, hard negatives
-        output = self._mixed_loss(embeddings, inputs)
-        summary = self.mixed_loss.summarise(output)
-        if output.loss.isfinite() and all(map(math.isfinite, summary.values())):
-            for name, value in summary.items():
-                self._logged[name].append(value)
-            self.monitor.record(output.loss.item())
-        else:
-            self._refuse_non_finite(output, embeddings, inputs["ids"])
-        self.rates.count(pairs * self.args.world_size, inputs)
-        self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
-        return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
-
-    def _mixed_loss(self, embeddings: torch.Tensor, inputs: dict[str, Any]) -> MixedLossOutput:
-        """The loss of the batches of all processes together, which is the same in each of them."""
-        pairs = len(inputs["data_type"])
-        a, b = (gather_with_grad(side) for side in (embeddings[:pairs], embeddings[pairs : 2 * pairs]))
-        names = ("data_type", "similarity_scores", "a_keys", "b_keys")
-        counts = self.accelerator.gather(torch.tensor([pairs, len(inputs["negative_owners"])], device=a.device))
-        counts = counts.view(-1, 2)  # (processes, 2)
-        negatives = None
-        if counts[:, 1].any():
-            first = counts[: self.args.process_index, 0].sum()  # place of this process's pairs in the joined batch
-            vectors, owners, keys = (
-                gather_with_grad(x)
-                for x in (embeddings[2 * pairs :], inputs["negative_owners"] + first, inputs["negative_keys"])
-            )
-            negatives = HardNegatives(vectors, owners, keys)
         monitor_steps = self.args.monitor_steps
-        return self.mixed_loss(
-            a,
-            b,
-            *(gather_with_grad(inputs[name]) for name in names),
+        output = self.mixed_loss(
+            **join_batches(embeddings, inputs, self.args.process_index),
             epoch=self.state.epoch or 0,
-            groups=gather_with_grad(inputs["groups"]),
-            modalities=gather_with_grad(inputs["modalities"]),
-            negatives=negatives,
             with_gradients=monitor_steps > 0 and self.state.global_step % monitor_steps == 0,
         )
+        loss, figures = self.mixed_loss.measure(output)
+        value = loss.item()  # the only transfer of a step; NaN if anything is not finite
+        if math.isfinite(value):
+            self.figures.append(figures)
+            self.monitor.record(value)
+        else:
+            self._refuse_non_finite(output, embeddings, inputs["ids"])
+        self.rates.count(len(inputs["ids"]) * self.args.world_size, inputs)
+        self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
+        return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
 
     def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Embeds both sides and the hard negatives, (2 · pairs + N, D) float32 unit vectors.
@@ -244,12 +222,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss component since the last log."""
         if "loss" in logs:
-            logs.update({name: sum(values) / len(values) for name, values in sorted(self._logged.items())})
+            if self.figures:
+                logs.update(sorted(self.mixed_loss.figures.average(self.figures).items()))
             logs.update(self.rates.rates())
             model = self.accelerator.unwrap_model(self.model)
             logs.update(self.monitor.summary(model, self.state, logs.get("grad_norm")))
             logs["skipped_steps"] = self.discard.count
-            self._logged.clear()
+            self.figures.clear()
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from vipolyqwen.data.schema import canonical_task
-from vipolyqwen.training.distributed import gather_with_grad
+from vipolyqwen.training.distributed import gather_rows, gather_sizes
 from vipolyqwen.training.losses import (
     LOSS_TABLES,
     TaskLoss,
@@ -473,14 +473,18 @@ def test_score_optional_is_a_setting_of_the_task() -> None:
 # --- several processes
 
 
-def test_gather_is_the_identity_in_one_process() -> None:
-    assert gather_with_grad(A) is A
+def test_gather_is_the_identity_on_one_rank() -> None:
+    assert gather_sizes([3, 0], A.device) == [[3, 0]]
+    assert gather_rows([A, B], [[3, 3]])[0] is A
 
 
 def joined_loss(model: torch.nn.Module, inputs: Tensor, rest: tuple[Tensor, ...]) -> MixedLossOutput:
     """The mixed loss of the joined batch from this process's rows; inputs are (rows, 2, 5): both sides."""
     a, b = normalize(model(inputs), dim=-1).unbind(dim=1)
-    return MixedLoss(LOSS_TABLES["dle"])(*(gather_with_grad(x) for x in (a, b, *rest)))
+    sizes = gather_sizes([len(a)] * 2, a.device)
+    joined = gather_rows([a, b], sizes)
+    joined += [gather_rows([x], [of_rank[:1] for of_rank in sizes])[0] for x in rest]
+    return MixedLoss(LOSS_TABLES["dle"])(*joined)
 
 
 def linear_model() -> torch.nn.Module:

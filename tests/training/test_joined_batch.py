@@ -1,0 +1,91 @@
+"""The batches of two ranks joined for the loss: few collectives, the loss and gradients of one rank."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vipolyqwen.training.joined_batch import join_batches
+from vipolyqwen.training.losses import LOSS_TABLES
+from vipolyqwen.training.mixed_loss import MixedLoss
+
+PAIRS, DIM = 9, 8
+SPLITS = [(4, 5), (1, 8), (9, 0)]  # pairs of each rank
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts the collectives of torch.distributed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += str(func).startswith("c10d.")
+        return func(*args, **(kwargs or {}))
+
+
+def batch_of(first: int, last: int, with_negatives: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Embeddings and collated columns of pairs [first, last); pair n has n % 3 hard negatives."""
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.tensor([pair for pair in range(PAIRS) for _ in range(pair % 3)] if with_negatives else []).long()
+    mine = (owners >= first) & (owners < last)
+    sides = normalize(torch.randn(2, PAIRS, DIM, generator=generator), dim=-1)[:, first:last]
+    negatives = normalize(torch.randn(len(owners), DIM, generator=generator), dim=-1)[mine]
+    keys = torch.randint(-(2**62), 2**62, (PAIRS,), generator=generator)
+    keys[4] = keys[0]
+    task_ids = torch.arange(PAIRS) % 6  # 0, text_pair, is scored
+    scores = torch.where(task_ids == 0, torch.rand(PAIRS, generator=generator), torch.nan)
+    columns = {"data_type": task_ids, "similarity_scores": scores, "a_keys": keys, "b_keys": keys.flip(0)}
+    columns |= {"groups": torch.arange(PAIRS) // 3, "modalities": torch.arange(PAIRS) % 3}
+    batch = {name: column[first:last] for name, column in columns.items()}
+    batch |= {"negative_owners": owners[mine] - first, "negative_keys": keys[owners[mine]] + 1}
+    return torch.cat([*sides, negatives]).requires_grad_(), batch
+
+
+def loss_of(embeddings: Tensor, batch: dict[str, Any], rank: int = 0) -> Tensor:
+    temperatures = {"text-text": 0.07, "image-text": 0.1, "audio-text": 0.2}
+    return MixedLoss(LOSS_TABLES["dle"], temperatures)(**join_batches(embeddings, batch, rank)).loss
+
+
+def compare_with_one_rank(rank: int, rendezvous: str) -> None:
+    """Runs on each of two ranks."""
+    torch.set_num_threads(1)
+    alone = {with_negatives: batch_of(0, PAIRS, with_negatives) for with_negatives in (False, True)}
+    wanted = {with_negatives: loss_of(*batch) for with_negatives, batch in alone.items()}
+    for loss in wanted.values():
+        loss.backward()
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for split in SPLITS:
+        first, last = (0, split[0]) if rank == 0 else (split[0], PAIRS)
+        for with_negatives in (False, True):
+            embeddings, batch = batch_of(first, last, with_negatives)
+            with CountCollectives() as forward:
+                loss = loss_of(embeddings, batch, rank)
+            with CountCollectives() as backward:
+                loss.backward()
+            assert (forward.count, backward.count) == (3, 1)
+            torch.testing.assert_close(loss, wanted[with_negatives])
+            a, b, negatives = alone[with_negatives][0].grad.split([PAIRS, PAIRS, 9 * with_negatives])
+            owners = alone[with_negatives][1]["negative_owners"]
+            expected = torch.cat([a[first:last], b[first:last], negatives[(owners >= first) & (owners < last)]])
+            torch.testing.assert_close(embeddings.grad / 2, expected)  # DDP and FSDP divide by the number of ranks
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_need_three_collectives_and_one_in_the_backward(tmp_path: Path) -> None:
+    multiprocessing.spawn(compare_with_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+@pytest.mark.parametrize("with_negatives", [False, True])
+def test_one_rank_joins_nothing(with_negatives: bool) -> None:
+    embeddings, batch = batch_of(0, PAIRS, with_negatives)
+    joined = join_batches(embeddings, batch, 0)
+    assert torch.equal(torch.cat([joined["a"], joined["b"]]), embeddings[: 2 * PAIRS])
+    assert (joined["negatives"] is None) != with_negatives
+    torch.testing.assert_close(joined["scores"], batch["similarity_scores"], rtol=0, atol=0, equal_nan=True)
