@@ -1,4 +1,4 @@
-"""Pairs to tensors: both sides of a mixed batch in one set of model inputs, and parts of such a batch."""
+"""Collates pairs: both sides of a mixed batch as one set of model inputs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,24 @@ PREFIX_SIDES = ("a", "both")
 
 @dataclass
 class MixedBatchCollator:
-    """Makes one batch of 2B model inputs of B pairs: rows [0, B) are the sides a, rows [B, 2B) the sides b.
+    """Collates B pairs into a batch of 2B model inputs: rows [0, B) are the sides a, rows [B, 2B) the sides b.
 
-    Every row passes through the processor as a conversation, the door by which `SentenceTransformer.encode` enters: a
-    text, image or prefix gives the same tokens in training and in use.
+    Rows reach the processor as conversations because `SentenceTransformer.encode` passes its inputs in this form too:
+    training and inference share one code path, so an input and a prefix give the same tokens in both.
 
-    Whether a pair loses its prefix is a hash of the seed, the ids of the batch and its place in it: the same for any
-    number of workers and after resuming, and new in every epoch as shuffled batches are, without telling the workers
-    which epoch it is.
+    Prefix dropout is a hash of the seed, the ids of the batch and the position in it. It is therefore reproducible for
+    any number of workers and after a resume; it changes with the epoch because shuffling changes the batches.
 
     Attributes:
         processor: the model's processor; it must know the prefix of every task.
         tasks: the tasks in the order of their task ids.
-        prefix_sides: `"a"` or `"both"`, the sides before which the prefix stands.
-        prefix_dropout: probability that a pair goes without its prefix, which trains the general embedding f(x, None);
+        prefix_sides: `"a"` or `"both"`, the sides that carry the prefix.
+        prefix_dropout: probability of dropping the prefix of a pair, which trains the general embedding f(x, None);
             0 in evaluation.
-        tasks_without_prefix: tasks that never get their prefix (an ablation).
+        tasks_without_prefix: tasks without prefix (an ablation).
         seed: seed of the prefix dropout.
-        with_negatives: whether rows' hard negatives are part of the batch; not needed where pairs are only measured.
-        extra_parts: message parts of one more row after the pairs, for towers that every batch must pass through.
+        with_negatives: whether to include hard negatives; evaluation does not need them.
+        extra_parts: message parts of one extra row after the pairs, so that every tower takes part in every batch.
     """
 
     processor: Any
@@ -61,18 +60,18 @@ class MixedBatchCollator:
                 )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collates B rows of a `PairDataset`; with `extra_parts` B may be 0, where other processes have the last rows.
+        """Collates B rows of a `PairDataset`; with `extra_parts` B may be 0, when other ranks have the last rows.
 
         Returns:
             `input_ids`, `attention_mask` (2B, tokens) long; if there are images `pixel_values` (patches, patch values)
-            float and `image_grid_thw` (images, 3) long of every different image once, and `image_indices` (slots,)
-            long, which of them stands in each row's image slots; `audio_features` (clips, samples) float,
-            `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if there are sounds;
+            float and `image_grid_thw` (images, 3) long of each distinct image, and `image_indices` (slots,)
+            long, the image of each image slot; `audio_features` (clips, samples) float,
+            `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if a row has audio;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
-            (B,) float32 in [0, 1], NaN where a pair has none, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0 for
-            a pair without group, `modalities` (B,) long (positions in `MODALITY_PAIRS`), and the list `ids`. Hard
-            negatives are N rows after the sides b, with `negative_owners` (N,) long, the pair of each, and
-            `negative_keys` (N,) long; `extra_parts` are one row more after those.
+            (B,) float32 in [0, 1], NaN for a pair without score, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0
+            for none, `modalities` (B,) long (positions in `MODALITY_PAIRS`), and the list `ids`. Hard
+            negatives are N rows after the sides b, with `negative_owners` (N,) long, their pairs, and
+            `negative_keys` (N,) long; `extra_parts` add one row after those.
         """
         prefixes = self._prefixes([row["id"] for row in rows], [row["task"] for row in rows])
         on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
@@ -115,7 +114,7 @@ class MixedBatchCollator:
         }
 
     def _prefixes(self, ids: list[str], tasks: list[str]) -> list[str | None]:
-        """The prefix of each pair, `None` where it is dropped."""
+        """Returns the prefix of each pair; `None` if it is dropped."""
         batch = hashlib.blake2b(repr((self.seed, ids)).encode(), digest_size=16)
         prefixes: list[str | None] = []
         for place, name in enumerate(tasks):
@@ -128,11 +127,11 @@ class MixedBatchCollator:
 
 
 def _long(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.long)  # also where there are none
+    return torch.tensor(values, dtype=torch.long)  # dtype also for an empty list
 
 
 def _modality_pair(row: Mapping[str, Any]) -> str:
-    """The entry of `MODALITY_PAIRS` that a pair belongs to."""
+    """Returns the entry of `MODALITY_PAIRS` of a pair."""
     if row["audio"] is not None:
         return "audio-text"
     return "image-text" if row["images"] else "text-text"
@@ -144,7 +143,7 @@ def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[
 
 
 def _side_a(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts of side a: images at their placeholders or else first, text, sound."""
+    """Returns the message parts of side a: text with its images, then audio."""
     parts = interleave(row["a"], row["images"], row["image_placeholder"])
     if row["audio"] is not None:
         parts.append({"type": "audio", "audio": row["audio"]})
@@ -155,10 +154,10 @@ def interleave(text: str, images: Sequence[Any], placeholder: str) -> list[dict[
     """Returns message parts: texts and images in their order.
 
     Args:
-        text: a text with one placeholder for each image. With any other number of them the images stand first, and the
-            text stays as it is.
+        text: a text with one placeholder for each image; with any other number of placeholders the images come first
+            and the text is left unchanged.
         images: sources of images, in their order.
-        placeholder: marks the place of an image in the text.
+        placeholder: marks the position of an image in the text.
     """
     places = [{"type": "image", "image": image} for image in images]
     pieces = text.split(placeholder) if images else [text]

@@ -1,4 +1,4 @@
-"""Names that users write in recipes, suites and flags: old ones that keep working, suggestions for unknown ones."""
+"""Resolves the names that users write in recipes, suites and flags: old keys, suggestions for unknown ones."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,15 +8,15 @@ OLD_NAMES = {"data_type": "task", "data_type_column": "task_column", "data_types
 
 
 def rename_old_keys(values: Mapping[str, Any], where: str, old_names: Mapping[str, str] = OLD_NAMES) -> dict[str, Any]:
-    """Returns the settings with today's names in place of old ones.
+    """Renames old keys of settings to their current names.
 
     Args:
         values: key -> value, as a recipe or the flags give them.
-        where: what an error calls them.
+        where: names the settings in an error.
         old_names: old -> new.
 
     Raises:
-        ValueError: the old and the new name of one key are given.
+        ValueError: both names of one key are given.
     """
     for old, new in old_names.items():
         if old in values and new in values:
@@ -28,6 +28,6 @@ def rename_old_keys(values: Mapping[str, Any], where: str, old_names: Mapping[st
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """Suggests the nearest known name as a sentence with a leading space; empty if none is near."""
+    """Suggests the nearest known name as a sentence with a leading space; empty if none is close."""
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""

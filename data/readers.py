@@ -1,4 +1,4 @@
-"""One entry of a recipe's data: which files it names, and what their records say in the terms of the schema."""
+"""Reads one entry of a recipe's data: finds its files and converts their records to rows of the schema."""
 
 import csv
 import glob
@@ -22,7 +22,7 @@ from .schema import COLUMNS, Place, Row, RowError, Task, canonical_task, clean_r
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
-# Part of every cache key: other reading or checking code must not find its predecessor's results.
+# Part of every cache key: results of an earlier version of the reading or checking code are not reused.
 CODE = hashlib.blake2b(
     b"".join(Path(__file__).with_name(name).read_bytes() for name in ("schema.py", "readers.py", "sources.py")),
     digest_size=16,
@@ -53,14 +53,14 @@ class SourceConfig:
             `save_to_disk`, or the id of a Hub dataset.
         task: the task of all rows; or
         task_column: the column that holds each row's (`task`, or `data_type`, if neither is given).
-        map: value of that column -> task; a value that is a task already needs no entry.
+        map: value of that column -> task; names of tasks need no entry.
         columns: a, b, images, audio, score, id, group, negatives -> the user's column (default: the same name; null:
-            none). Rows of one group are no negatives of each other; negatives are texts that are wrong answers.
+            none). Rows of one group are not negatives of each other; negatives are texts of wrong answers.
         media_root: folder of relative media paths (default: the folder of the file that names them).
-        weight: how many times an epoch visits each row.
+        weight: visits of each row in an epoch.
         split: split of a Hub dataset or a folder.
         name: configuration of a Hub dataset.
-        image_placeholder: what marks the place of an image in the text of side a.
+        image_placeholder: marks the position of an image in the text of side a.
     """
 
     path: str
@@ -91,7 +91,7 @@ class SourceConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SourceConfig":
-        """Reads an entry of a recipe; an unknown key is an error that suggests the nearest known one."""
+        """Reads an entry of a recipe; the error for an unknown key suggests the nearest known one."""
         where = str(values.get("path", "a data source"))
         values = rename_old_keys(values, where)
         _check_keys(values, [field.name for field in fields(cls)], where)
@@ -119,7 +119,7 @@ class SourceConfig:
         return found.pop() if found else "task"
 
     def check_columns(self, existing: Iterable[str], tasks: Mapping[str, Task], file: str) -> None:
-        """Checks that a file has the columns that are named or that its rows cannot do without."""
+        """Checks that a file has the columns that the source names and those that its tasks need."""
         existing = set(existing)
         names = self.column_names(existing)
         required = {name for name, column in self.columns.items() if column is not None} | {"b"}
@@ -136,22 +136,22 @@ class SourceConfig:
                 remedy = "task_column: NAME" if name == "task" else f"columns: {{{name}: NAME}}"
                 raise ValueError(
                     f"{file}: the column {names.get(name, name)!r} is missing; the file has {sorted(existing)}. "
-                    f"Say where it is with `{remedy}`."
+                    f"Name it with `{remedy}`."
                 )
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Turns the records of one file into rows."""
+    """Converts the records of one file to rows."""
 
     source: SourceConfig
-    file: str  # what an error calls the file
+    file: str  # name of the file in errors
     columns: dict[str, str]  # column of the schema -> column of the table
     root: str  # folder of relative media paths
     cleaned: bool = False  # whether the table holds rows that were cleaned when a text file was converted
 
     def read(self, record: Mapping[str, Any], index: int) -> tuple[Row, Place]:
-        """The row of `record`, the table's record number `index`, and the place to name if it is wrong."""
+        """Returns the row of `record`, number `index` of the table, and its origin for errors."""
         if self.cleaned:
             place = _place(self.source, self.file, record["line"], record["id"], [record["task_column"]])
             row = _restore_row(record, place, self.root)
@@ -165,7 +165,7 @@ class RowReader:
 
 
 def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[datasets.Dataset, RowReader]]:
-    """The table and the reader of each file of a source."""
+    """Yields the table and the reader of each file of a source."""
     for file in _find_files(source) or [source.path]:
         is_text = Path(file).suffix in TEXT_READERS
         if is_text:
@@ -175,7 +175,7 @@ def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tup
             try:
                 table = _open_table(file, source, tasks)
             except pyarrow.ArrowInvalid as error:
-                raise ValueError(f"{file}: this cannot be read as a table: {error}. Write it anew.") from error
+                raise ValueError(f"{file}: not readable as a table: {error}. Write the file again.") from error
             columns = {
                 name: column
                 for name, column in source.column_names(table.column_names).items()
@@ -189,7 +189,7 @@ def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tup
 
 
 def _no_rows(file: str) -> ValueError:
-    return ValueError(f"{file} has no rows; add some or drop the source.")
+    return ValueError(f"{file} has no rows; add rows or drop the source.")
 
 
 def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:
@@ -199,7 +199,7 @@ def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:
 
 
 def _find_files(source: SourceConfig) -> list[str]:
-    """The local files of a source, or one folder written by `save_to_disk`; empty if it is a Hub dataset."""
+    """Returns the local files of a source, or a folder written by `save_to_disk`; empty for a Hub dataset."""
     path = os.path.expanduser(source.path)
     is_folder = os.path.isdir(path)
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
@@ -214,29 +214,33 @@ def _find_files(source: SourceConfig) -> list[str]:
     if files and source.name is not None:
         raise ValueError(f"{source.path}: `name: {source.name}` is for Hub datasets; drop it.")
     if not files and (is_folder or glob.has_magic(path) or os.path.isabs(path) or Path(path).suffix in FORMATS):
-        raise FileNotFoundError(f"{source.path}: there is no such file, and no {', '.join(FORMATS)} file in it.")
+        raise FileNotFoundError(
+            f"{source.path}: no such file or folder with {', '.join(FORMATS)} files; correct the path."
+        )
     for file in files:
         if Path(file).suffix not in FORMATS:
-            raise ValueError(f"{file}: files of this kind cannot be read; known: {', '.join(FORMATS)}.")
+            raise ValueError(f"{file}: the format is unknown; known: {', '.join(FORMATS)}.")
     return files
 
 
 def _of_split(files: list[str], source: SourceConfig) -> list[str]:
-    """The files of a folder that belong to the split; all of them if no name says to which split it belongs."""
+    """Returns the files of a folder that belong to the split; all, if no file name contains a split."""
     words = {file: set(re.split(r"[\W_]", Path(file).stem.lower())) for file in files}
     if source.split == "train" and not any(words[file] & set().union(*SPLIT_WORDS.values()) for file in files):
         return files
     chosen = [file for file in files if words[file] & SPLIT_WORDS.get(source.split, {source.split})]
     if files and not chosen:
         names = [os.path.basename(file) for file in files]
-        raise ValueError(f"{source.path}: no file is of the split {source.split!r} by its name; there are {names}.")
+        raise ValueError(
+            f"{source.path}: no file name contains the split {source.split!r}; found {names}. Correct `split`."
+        )
     return chosen
 
 
 def _open_table(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> datasets.Dataset:
-    """Opens what is a table already and keeps the columns that are used."""
+    """Opens a Parquet or Arrow file, a saved folder or a Hub dataset, with the used columns only."""
     suffix = Path(file).suffix
-    if suffix == ".parquet":  # only the columns that are used are converted
+    if suffix == ".parquet":  # converts only the used columns
         with pyarrow.parquet.ParquetFile(file) as opened:
             existing, rows = opened.schema_arrow.names, opened.metadata.num_rows
         source.check_columns(existing, tasks, file)
@@ -261,7 +265,7 @@ def _load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if source.split not in loaded:
-        raise ValueError(f"{folder}: there is no split {source.split!r}; known: {list(loaded)}.")
+        raise ValueError(f"{folder}: unknown split {source.split!r}; known: {list(loaded)}.")
     return loaded[source.split]
 
 
@@ -270,15 +274,15 @@ def _load_from_hub(source: SourceConfig) -> datasets.Dataset:
         return datasets.load_dataset(source.path, source.name, split=source.split)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source.path}: this is no file or folder here, and it cannot be loaded from the Hub (name "
+            f"{source.path}: not a local file or folder, and loading from the Hub failed (name "
             f"{source.name!r}, split {source.split!r}): {error}"
         ) from error
 
 
 def _convert_text_file(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> datasets.Dataset:
-    """Converts JSONL, JSON or CSV to a table of the schema, once for each state of the file.
+    """Converts JSONL, JSON or CSV to a table of the schema; cached until the file changes.
 
-    The stock readers infer a type for every column and fail where an unused one is of mixed types.
+    The stock readers infer a type for every column and fail if an unused one has mixed types.
     """
     state = os.stat(file)
     used = (os.path.abspath(file), state.st_size, state.st_mtime_ns, source.column_names(), source.task)
@@ -297,7 +301,7 @@ def _convert_text_file(file: str, source: SourceConfig, tasks: Mapping[str, Task
 
 
 def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
-    """The rows of a text file as `TEXT_FEATURES` has them, tasks and paths as they are written."""
+    """Yields the cleaned rows of a text file as `TEXT_FEATURES`, with tasks and paths as written."""
     existing: dict[str, None] = {}
     for line, record in TEXT_READERS[Path(file).suffix](file):
         existing.update(dict.fromkeys(record))
@@ -320,7 +324,7 @@ def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> It
 
 
 def _restore_row(record: Mapping[str, Any], place: Place, root: str) -> Row:
-    """Returns the row that `_text_rows` has cleaned, with its media below `root`."""
+    """Returns a row that `_text_rows` has cleaned, with media paths relative to `root` resolved."""
     values = {name: record[name] for name in COLUMNS}
     audio = record["audio"]
     if audio is not None and audio["path"] is not None:
@@ -346,14 +350,14 @@ def _parse_object(line: bytes, file: str, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise RowError(f"{file}, line {number}: this is no JSON: {error}. Repair or drop the line.") from error
+        raise RowError(f"{file}, line {number}: invalid JSON: {error}. Repair or drop the line.") from error
     if not isinstance(record, dict):
-        raise RowError(f"{file}, line {number}: {record!r:.100} is no JSON object; write {{column: value, …}}.")
+        raise RowError(f"{file}, line {number}: {record!r:.100} is not a JSON object; write {{column: value, …}}.")
     return record
 
 
 def _json_records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A JSON array of objects, or JSON lines."""
+    """Yields the objects of a JSON array or of JSON lines."""
     content = Path(file).read_bytes()
     if not content.lstrip().startswith(b"["):
         yield from _json_lines(file)
@@ -361,10 +365,10 @@ def _json_records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         records = json.loads(content)
     except ValueError as error:
-        raise RowError(f"{file}: this is no JSON: {error}. Repair it.") from error
+        raise RowError(f"{file}: invalid JSON: {error}. Repair it.") from error
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise RowError(f"{file}, row {number}: {record!r:.100} is no JSON object; write {{column: value, …}}.")
+            raise RowError(f"{file}, row {number}: {record!r:.100} is not a JSON object; write {{column: value, …}}.")
         yield number, record
 
 
@@ -380,7 +384,7 @@ def _csv_records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     )
                 yield reader.line_num, record
         except (csv.Error, UnicodeDecodeError) as error:
-            raise RowError(f"{file}, line {reader.line_num}: this is no CSV in UTF-8: {error}. Repair it.") from error
+            raise RowError(f"{file}, line {reader.line_num}: invalid CSV in UTF-8: {error}. Repair it.") from error
 
 
 TEXT_READERS = {".jsonl": _json_lines, ".json": _json_records, ".csv": _csv_records}

@@ -1,4 +1,4 @@
-"""In which order an epoch visits the rows of several sources; any place of it is found without those before it."""
+"""Shuffles the rows of several sources with random access: any stretch of an epoch is computed directly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,30 +6,29 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-BLOCK = 4096  # places that a plain iteration computes at once
-ROUNDS = 16  # of the Feistel network; with 8, sets of five or six show some of their orders too often
-ORDER, STREAM = 0, 1  # what a key is for
+BLOCK = 4096  # positions computed at once by iteration
+ROUNDS = 16  # of the Feistel network; with 8, some orders of five or six elements are too frequent
+ORDER, STREAM = 0, 1  # purpose of a key
 
 
 class MixtureSampler(Sampler[int]):
-    """Visits the rows of each source `weight` times an epoch, all sources shuffled together.
+    """Shuffles all sources together; an epoch visits each row `weight` times.
 
-    Every source has an endless stream of shuffled passes over its rows, and an epoch takes the next
-    `weight` × rows of it: 2.0 gives every row twice, 0.5 one half of the rows in one epoch and the other half in the
-    next. The order depends on (seed, epoch) alone.
+    Every source is an endless stream of shuffled passes over its rows, of which an epoch takes the next `weight` ×
+    rows: 2.0 gives every row twice, 0.5 one half of the rows in one epoch and the other half in the next. The order
+    depends on (seed, epoch) alone.
 
-    Nothing is drawn ahead or kept: `rows` computes any stretch of an epoch, and what that costs depends on its length
-    alone.
+    The sampler holds no permutation: `rows` computes any stretch of an epoch at a cost proportional to its length.
 
     Args:
-        lengths: number of rows of each source; the sources stand one after the other.
-        weights: how many times an epoch visits the rows of each source.
+        lengths: number of rows of each source, in the order of the dataset.
+        weights: visits of each row of a source in an epoch.
         seed: seed of all shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
         if len(lengths) != len(weights):
-            raise ValueError(f"There are {len(lengths)} sources and {len(weights)} weights; give each source one.")
+            raise ValueError(f"{len(lengths)} sources and {len(weights)} weights; give each source one weight.")
         self.lengths = list(lengths)
         self.visits = [max(1, round(weight * length)) for length, weight in zip(lengths, weights, strict=True)]
         self.seed = seed
@@ -39,7 +38,7 @@ class MixtureSampler(Sampler[int]):
         self._stream_keys = np.concatenate([_key(seed, STREAM, source) for source in range(len(lengths))])
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration gives."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -50,7 +49,7 @@ class MixtureSampler(Sampler[int]):
             yield from self.rows(first, min(first + BLOCK, len(self)))
 
     def rows(self, first: int, last: int) -> list[int]:
-        """The rows at the places [first, last) of the epoch's order."""
+        """Returns the rows at positions [first, last) of the epoch's order."""
         visits = permute(np.arange(first, last), np.int64(len(self)), _key(self.seed, ORDER, self.epoch))
         sources = np.searchsorted(self._visit_starts, visits, side="right") - 1
         lengths = np.array(self.lengths)[sources]
@@ -59,23 +58,22 @@ class MixtureSampler(Sampler[int]):
         return (self._row_starts[sources] + permute(places % lengths, lengths, keys)).tolist()
 
     def identity(self) -> dict[str, Any]:
-        """What the order follows from, besides the epoch."""
+        """Returns what determines the order, besides the epoch."""
         return {"lengths": self.lengths, "visits": self.visits, "seed": self.seed}
 
 
 class MixtureBatches(Sampler[list[int]]):
-    """This process's share of each joined batch; it can begin in the middle of an epoch.
+    """Yields this rank's share of each global batch; it can start in the middle of an epoch.
 
-    The joined batch of all processes is a stretch of the epoch's order, and each process takes an equal part of it.
-    The last one of an epoch may be smaller: then the parts differ by one row at most, and nothing is visited twice to
-    fill them up.
+    The global batch is a stretch of the epoch's order, of which each rank takes an equal part. The last one of an
+    epoch may be smaller: its parts then differ by one row at most, without padding by repeated rows.
 
     Args:
         sampler: the order of the rows.
-        batch_size: rows of one process.
-        rank: number of this process.
-        processes: how many there are.
-        drop_last: whether an epoch leaves out the rows that do not fill a joined batch.
+        batch_size: rows of one rank.
+        rank: number of this rank.
+        processes: number of ranks.
+        drop_last: whether to leave out the rows that do not fill a global batch.
     """
 
     def __init__(
@@ -90,41 +88,41 @@ class MixtureBatches(Sampler[list[int]]):
 
     @property
     def joined(self) -> int:
-        """Rows of a joined batch."""
+        """Returns the number of rows of a global batch."""
         return self.batch_size * self.processes
 
     def __len__(self) -> int:
-        """Batches of an epoch that begins at its first row."""
+        """Returns the number of batches of a complete epoch."""
         return self._count(len(self.sampler))
 
     def _count(self, rows: int) -> int:
         return rows // self.joined if self.drop_last else -(-rows // self.joined)
 
     def start_at(self, epoch: int, row: int, accumulation: int = 1) -> None:
-        """Lets `epoch` begin after `row` rows of its order; epochs before and after it are whole.
+        """Starts `epoch` after `row` rows of its order; all other epochs are complete.
 
         Args:
             epoch: the epoch.
-            row: rows of it that were visited.
-            accumulation: batches of one update; the rows visited count as so many whole updates of this run.
+            row: number of its rows already visited.
+            accumulation: batches of an update; the visited rows count as complete updates of this run.
         """
         self._start = (epoch, row, row // (self.joined * accumulation) * accumulation)
 
     def begin(self, epoch: int) -> tuple[int, int, int]:
-        """Row at which an epoch begins, how many batches the rows before it count as, and batches of the epoch."""
+        """Returns the first row of an epoch, the batches that earlier rows count as, and the batches in total."""
         at, row, before = self._start
         if epoch != at:
             row, before = 0, 0
         return row, before, before + self._count(len(self.sampler) - row)
 
     def position(self, epoch: int, batches: int) -> tuple[int, int]:
-        """Epoch and row at which a run goes on that has taken `batches` batches since `epoch` began here."""
+        """Returns the epoch and row at which to resume after `batches` batches since the start of `epoch`."""
         row = self.begin(epoch)[0] + batches * self.joined
         rest = len(self.sampler) - row
         return (epoch + 1, 0) if rest <= 0 or self._count(rest) == 0 else (epoch, row)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """An empty list for each batch before the beginning: the stock loop discards as many, and counts them."""
+        """Yields an empty list for each earlier batch, which the stock loop counts and discards."""
         start, before, total = self.begin(self.sampler.epoch)
         for _ in range(before):
             yield []
@@ -135,15 +133,15 @@ class MixtureBatches(Sampler[list[int]]):
 
 
 def permute(index: np.ndarray, length: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The places of elements in keyed pseudo-random orders of the numbers [0, length).
+    """Returns the positions of elements in keyed pseudo-random permutations of [0, length).
 
     A Feistel network over ⌈√length⌉ × ⌈length / ⌈√length⌉⌉ cells; what falls outside of [0, length) is permuted again
     until it falls inside (Black and Rogaway 2002, generalised Feistel cipher with cycle walking).
 
     Args:
         index: int64 in [0, length).
-        length: int64, how many numbers are ordered; one or one for each index.
-        key: uint64, one or one for each index: which order.
+        length: int64, size of the permutation; a scalar or one for each index.
+        key: uint64, selects the permutation; a scalar or one for each index.
 
     Returns:
         int64 in [0, length), of the shape of `index`.
@@ -160,7 +158,7 @@ def permute(index: np.ndarray, length: np.ndarray, key: np.ndarray) -> np.ndarra
 
 
 def _feistel(index: np.ndarray, width: np.ndarray, height: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A keyed permutation of [0, width · height), all uint64: the halves are shifted by turns."""
+    """Permutes [0, width · height) by a key, all uint64, shifting both halves in turn."""
     left, right = index % width, index // width
     for number in range(0, ROUNDS, 2):
         left = (left + _mix(_mix(key + np.uint64(number)) + right) % width) % width
@@ -169,7 +167,7 @@ def _feistel(index: np.ndarray, width: np.ndarray, height: np.ndarray, key: np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Steele et al.'s SplitMix64: a bijection of uint64 whose every output bit depends on all input bits."""
+    """Mixes uint64 by SplitMix64 (Steele et al. 2014), a bijection."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -177,5 +175,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _key(*numbers: int) -> np.ndarray:
-    """A key that follows from non-negative numbers, (1,) uint64."""
+    """Derives a key from non-negative numbers, (1,) uint64."""
     return np.random.SeedSequence(numbers).generate_state(1, np.uint64)

@@ -1,4 +1,4 @@
-"""What a pair is: the tasks, the columns of a row, and everything that can be wrong with one."""
+"""Defines tasks and rows of pairs, and checks rows."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_
 from ..processing_vipolyqwen import TASK_PREFIXES
 
 COLUMNS = ("id", "task", "a", "b", "images", "audio", "score", "group", "negatives")
-MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; a sound beside other parts counts
+MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; audio beside other parts counts
 TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 PREFIX_PATTERN = re.compile(r"<\w+>")
@@ -28,7 +28,7 @@ def canonical_task(name: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of pairs: the prefix token that stands before them and what each must have besides text."""
+    """A task: its prefix token and what its rows need besides text."""
 
     name: str
     prefix: str
@@ -85,20 +85,20 @@ def declare_tasks(declared: Mapping[str, Mapping[str, Any]] | None = None) -> di
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message names file, row, column, value and remedy."""
+    """Raised for an unusable row; the message names file, row, column, value and remedy."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row was read: what an error says about it."""
+    """The origin of a row, for error messages."""
 
     file: str
     row: int  # counted from 1; in a JSONL or CSV file the line
     id: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)  # this package's column name -> the user's
+    columns: Mapping[str, str] = field(default_factory=dict)  # column of the schema -> the user's
 
     def error(self, column: str, value: Any, problem: str) -> RowError:
-        """The error for `value` in `column`; `problem` says what is wrong with it and what to do."""
+        """Returns the error for `value` in `column`; `problem` gives limit and remedy."""
         shown = repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "…"
         row = f"row {self.row}" + (f" (id {self.id!r})" if self.id else "")
         return RowError(f"{self.file}, {row}, column {self.columns.get(column, column)!r} is {shown}: {problem}")
@@ -106,7 +106,7 @@ class Place:
 
 @dataclass
 class Row:
-    """One pair. An image or a sound is a path, the bytes of a file, or samples as `{"array", "sampling_rate"}`."""
+    """One pair. An image is a path or the bytes of a file; audio also samples as `{"array", "sampling_rate"}`."""
 
     id: str
     task: str
@@ -120,20 +120,20 @@ class Row:
 
 
 def row_id(place: Place) -> str:
-    """Returns the id that a row has, or gets by its place."""
+    """Returns the id of a row; without one, file and row number."""
     return place.id or f"{os.path.basename(place.file)}:{place.row}"
 
 
 def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
-    """Brings the values of one record to the types of `Row`.
+    """Converts one record to a `Row`.
 
     Args:
         record: column (of `COLUMNS`) -> value; an absent column is empty.
-        place: where it was read.
+        place: origin of the record.
         root: folder to which paths are relative.
 
     Raises:
-        RowError: a value is of a kind that cannot be brought to its type.
+        RowError: a value cannot be converted.
     """
     task, group = record.get("task"), record.get("group")
     return Row(
@@ -150,16 +150,16 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
 
 
 def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placeholder: str) -> None:
-    """Checks what can be known without opening a file: task, score, texts, and what the task needs.
+    """Checks task, score, texts and the needs of the task, without opening a file.
 
     Raises:
-        RowError: the first thing that is wrong.
+        RowError: the first fault found.
     """
     if row.task not in tasks:
         raise place.error(
             "task",
             row.task,
-            f"this task is unknown; known: {', '.join(tasks)}. Translate it with `map`, or declare it in `tasks`.",
+            f"the task is unknown; known: {', '.join(tasks)}. Translate it with `map`, or declare it in `tasks`.",
         )
     task = tasks[row.task]
     _check_score(row, task, place)
@@ -171,11 +171,11 @@ def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placehold
     if task.needs_image and not row.images:
         raise place.error("images", row.images, f"{row.task} needs an image; name one or change the task.")
     if task.needs_audio and row.audio is None:
-        raise place.error("audio", row.audio, f"{row.task} needs a sound; name one or change the task.")
+        raise place.error("audio", row.audio, f"{row.task} needs audio; name a file or change the task.")
     if not has_a:
-        raise place.error("a", row.a, "side a has no text, image or sound; fill it in or drop the row.")
+        raise place.error("a", row.a, "side a has no text, image or audio; fill it in or drop the row.")
     if any(not text.strip() or text == row.b for text in row.negatives):
-        raise place.error("negatives", row.negatives, "a negative is empty or is side b itself; drop it.")
+        raise place.error("negatives", row.negatives, "a negative is empty or equals side b; drop it.")
     markers = row.a.count(image_placeholder) if row.images else 0
     if markers not in (0, len(row.images)):
         raise place.error(
@@ -187,40 +187,38 @@ def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placehold
 
 
 def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = True) -> None:
-    """Checks that images and sound exist and, by their headers, that they can be read and are of a usable size.
+    """Checks that media files exist and, by their headers, that they are readable and within the size limits.
 
     Args:
         row: the row.
-        place: where it was read.
-        min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
-        headers: whether to open the files; if not, files must only exist.
+        place: origin of the row.
+        min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
+        headers: whether to open the files; otherwise they only have to exist.
 
     Raises:
-        RowError: the first thing that is wrong.
+        RowError: the first fault found.
     """
     files = [("images", image) for image in row.images] + [("audio", row.audio)]
     for column, path in files:
         if isinstance(path, str) and not os.path.isfile(path):
-            raise place.error(
-                column, path, "there is no such file; correct the path or `media_root` (URLs are not fetched)."
-            )
+            raise place.error(column, path, "no such file; correct the path or `media_root` (URLs are not fetched).")
     if headers:
         for image in row.images:
             _check_image_header(image, place)
     if row.audio is not None and (headers or isinstance(row.audio, dict)):
-        frames, rate = _sound_header(row.audio, place)
+        frames, rate = _audio_header(row.audio, place)
         samples = math.ceil(frames * ENCODER_RATE / rate)
         if samples < max(1, min_audio_samples):
             raise place.error(
                 "audio",
                 show_media(row.audio),
-                f"the sound has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder "
+                f"the audio has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder "
                 f"needs at least {max(1, min_audio_samples)}. Pad it with silence or drop the row.",
             )
 
 
 def show_media(source: str | bytes | dict[str, Any]) -> str:
-    """How an error writes an image or a sound."""
+    """Returns a short form of an image or audio source for an error message."""
     if isinstance(source, bytes):
         return f"<{len(source)} bytes>"
     return source if isinstance(source, str) else f"<{len(source['array'])} samples>"
@@ -230,12 +228,12 @@ def _clean_text(column: str, value: Any, place: Place) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise place.error(column, value, f"a text is expected, this is of type {type(value).__name__}; quote it.")
+        raise place.error(column, value, f"a text is expected, not {type(value).__name__}; quote it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise place.error(
-            column, value, f"it has a lone surrogate at position {error.start}; write it anew as UTF-8."
+            column, value, f"a lone surrogate at position {error.start}; encode the file as UTF-8."
         ) from error
     return value
 
@@ -253,12 +251,12 @@ def _clean_images(value: Any, place: Place, root: str) -> list[str | bytes]:
 
 
 def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes:
-    if isinstance(value, dict):  # as `datasets` stores an image or a sound
+    if isinstance(value, dict):  # as `datasets` stores media
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
         return os.path.join(root, value)
     if not isinstance(value, bytes) or not value:
-        raise place.error(column, value, "a path or the bytes of a file are expected.")
+        raise place.error(column, value, "a path or the bytes of a file are expected; correct or drop it.")
     return value
 
 
@@ -271,7 +269,7 @@ def _clean_audio(value: Any, place: Place, root: str) -> str | bytes | dict[str,
         return _clean_file("audio", value, place, root)
     array = value["array"]
     if isinstance(array, list) and array and all(isinstance(sample, int) for sample in array):
-        raise place.error("audio", array, "these samples are whole numbers; scale them to [-1, 1].")
+        raise place.error("audio", array, "integer samples; scale them to [-1, 1].")
     try:
         samples, rate = load_audio({"array": array, "sampling_rate": value.get("sampling_rate")})
     except (ValueError, TypeError) as error:
@@ -285,7 +283,7 @@ def _clean_score(value: Any, place: Place) -> float | None:
     try:
         return float(value)
     except (ValueError, TypeError) as error:
-        raise place.error("score", value, "a number in [0, 1] is expected.") from error
+        raise place.error("score", value, "a number in [0, 1] is expected; correct it or drop the row.") from error
 
 
 def _check_score(row: Row, task: Task, place: Place) -> None:
@@ -315,8 +313,8 @@ def _check_image_header(source: str | bytes, place: Place) -> None:
         )
 
 
-def _sound_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
-    """Number of samples of a channel, and sampling rate in Hz."""
+def _audio_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
+    """Returns the number of samples of a channel and the sampling rate in Hz."""
     if isinstance(source, dict):
         return len(source["array"]), source["sampling_rate"]
     try:

@@ -1,4 +1,4 @@
-"""Pairs from JSONL, CSV, Parquet, Arrow and Hub datasets, checked before training, one after the other."""
+"""Loads pairs from JSONL, CSV, Parquet, Arrow and Hub datasets, and checks them before training."""
 
 import bisect
 import hashlib
@@ -20,7 +20,7 @@ from .schema import Place, Row, Task, canonical_task, check_media, check_row, sh
 
 @dataclass(frozen=True)
 class RowChecker:
-    """Checks a batch of records; `Dataset.map` caches its result under a hash of these fields."""
+    """Checks a batch of records; `Dataset.map` caches the result under a hash of these fields."""
 
     reader: RowReader
     tasks: dict[str, Task]
@@ -29,7 +29,11 @@ class RowChecker:
     code: str = CODE
 
     def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
-        """The task ids of the rows, or a `RowError`."""
+        """Returns the task ids of the rows.
+
+        Raises:
+            RowError: a row is unusable.
+        """
         task_ids = list(self.tasks)
         checked = []
         for index, record in zip(indices, table.to_pylist(), strict=True):
@@ -44,18 +48,18 @@ class RowChecker:
 class Piece:
     """The checked rows of one file."""
 
-    table: datasets.Dataset  # in arrow format: media are never decoded here
+    table: datasets.Dataset  # in arrow format, which does not decode media
     reader: RowReader
-    task_ids: np.ndarray  # (rows,) int16: of ten million rows, eight bytes each would be most of what is held
-    records: np.ndarray | None = None  # (rows,) int64: each row's number in the file, where some were left out
+    task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
+    records: np.ndarray | None = None  # (rows,) int64, numbers in the file if rows were left out
 
     def only(self, kept: np.ndarray) -> "Piece":
-        """The rows with the given numbers."""
+        """Returns the piece of the rows with the given numbers."""
         return Piece(self.table.select(kept), self.reader, self.task_ids[kept], kept)
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """The rows of all sources, one after the other.
+    """Concatenates the rows of all sources.
 
     Args:
         sources: the recipe's entries.
@@ -77,7 +81,7 @@ class PairDataset(torch.utils.data.Dataset):
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One pair with its media decoded.
+        """Returns one pair with decoded media.
 
         Returns:
             `id`, `task`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
@@ -86,7 +90,7 @@ class PairDataset(torch.utils.data.Dataset):
             (`content_key` of each side).
 
         Raises:
-            RowError: an image or a sound cannot be decoded.
+            RowError: an image or audio file cannot be decoded.
         """
         number, row, place = self._read(index)
         images = [_read_file(image, "images", place) for image in row.images]
@@ -101,12 +105,12 @@ class PairDataset(torch.utils.data.Dataset):
                 for content, source in zip(images, row.images, strict=True)
             ],
             "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
-            "audio": None if audio is None else _decode(_load_sound, audio, "audio", row.audio, place),
+            "audio": None if audio is None else _decode(_load_audio, audio, "audio", row.audio, place),
             "score": row.score,
             "group": row.group,
             "negatives": row.negatives,
             "source": self.piece_sources[number],
-            "a_key": content_key(row.a, [*images, *_sound_bytes(audio)]),
+            "a_key": content_key(row.a, [*images, *_audio_bytes(audio)]),
             "b_key": content_key(row.b),
         }
 
@@ -117,13 +121,13 @@ class PairDataset(torch.utils.data.Dataset):
         return {name: count for name, count in counts.items() if count}
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Both sides' texts of every row, without decoding anything."""
+        """Yields the texts of both sides of every row, without decoding media."""
         for index in range(len(self)):
             _, row, _ = self._read(index)
             yield row.a, row.b
 
     def groups(self) -> list[str | None]:
-        """The `group` of every row, without decoding anything."""
+        """Returns the `group` of every row, without decoding media."""
         groups: list[str | None] = []
         for piece in self.pieces:
             column = piece.reader.columns.get("group")
@@ -134,11 +138,11 @@ class PairDataset(torch.utils.data.Dataset):
         return groups
 
     def row(self, index: int) -> Row:
-        """Row `index` as it is written, media not opened."""
+        """Returns row `index` without opening media."""
         return self._read(index)[1]
 
     def _read(self, index: int) -> tuple[int, Row, Place]:
-        """Number of the piece in which row `index` is, the row and its place."""
+        """Returns the number of the piece of row `index`, the row and its origin."""
         if not 0 <= index < len(self):
             raise IndexError(f"Row {index} of {len(self)}.")
         number = bisect.bisect_right(self.ends, index)
@@ -158,22 +162,22 @@ def load_pairs(
 ) -> PairDataset:
     """Loads a recipe's `train_data` or `eval_data` and checks every row.
 
-    What was read and checked is cached by `datasets`: a second run of the same files and settings takes no time. The
-    cache knows the files of the rows, not the media: a picture that vanishes afterwards is an error when it is read.
+    `datasets` caches converted files and results of checks, so a second run with the same files and settings starts at
+    once. The cache does not cover media: an image that is deleted later raises an error when it is read.
 
     Args:
         configs: the recipe's entries, see `SourceConfig`.
         tasks: the tasks in the order of their task ids, from `declare_data_types`.
-        min_audio_samples: the fewest samples at 16 kHz that the speech encoder takes.
-        check_media: whether to open every image and sound as far as its header.
-        without_tasks: tasks whose rows are left out, after they were checked.
+        min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
+        check_media: whether to read the header of every image and audio file.
+        without_tasks: tasks whose rows are checked, then left out.
 
     Raises:
-        RowError: a row that cannot be used.
-        ValueError: a setting, a file or a column that is wrong, or no row left.
+        RowError: a row is unusable.
+        ValueError: a setting, file or column is wrong, or no row is left.
     """
     if not configs:
-        raise ValueError("There is no data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
+        raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
     sources = [SourceConfig.from_dict(config) for config in configs]
     pieces = []
     for source in sources:
@@ -193,7 +197,7 @@ def _leave_out(
     pieces: list[list[Piece]],
     tasks: Mapping[str, Task],
 ) -> tuple[list[SourceConfig], list[list[Piece]]]:
-    """Sources and pieces without the rows of some tasks; what is empty then goes too."""
+    """Drops the rows of some tasks, and sources and pieces that are empty afterwards."""
     names = list(tasks)
     for task in left_out:
         if task not in names:
@@ -210,7 +214,7 @@ def _leave_out(
 
 
 def content_key(text: str, media: Sequence[bytes] = ()) -> int:
-    """A number in [−2⁶³, 2⁶³) that two sides share if their text (NFC) and the bytes of their media are the same."""
+    """Returns a hash in [−2⁶³, 2⁶³) of a side: equal for equal text (NFC) and equal bytes of media."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (unicodedata.normalize("NFC", text).encode(), *media):
         digest.update(len(part).to_bytes(8))
@@ -238,7 +242,7 @@ def _check_rows(table: datasets.Dataset, checker: RowChecker) -> np.ndarray:
         features=datasets.Features({"task": datasets.Value("int16")}),
         desc=f"Checking {checker.reader.file}",
     )
-    return checked.with_format("arrow")[:]["task"].to_numpy()  # numpy's format would widen it to int64
+    return checked.with_format("arrow")[:]["task"].to_numpy()  # the numpy format would widen it to int64
 
 
 def _read_file(source: str | bytes, column: str, place: Place) -> bytes:
@@ -257,12 +261,12 @@ def _decode(decoder: Callable[[Any], Any], content: Any, column: str, source: An
         raise place.error(column, show_media(source), f"{error} Repair it or drop the row.") from error
 
 
-def _load_sound(content: bytes | dict[str, Any]) -> dict[str, Any]:
+def _load_audio(content: bytes | dict[str, Any]) -> dict[str, Any]:
     samples, rate = load_audio(content)
     return {"array": samples, "sampling_rate": rate}
 
 
-def _sound_bytes(audio: bytes | dict[str, Any] | None) -> list[bytes]:
+def _audio_bytes(audio: bytes | dict[str, Any] | None) -> list[bytes]:
     if isinstance(audio, dict):
         return [audio["array"].tobytes(), str(audio["sampling_rate"]).encode()]
     return [] if audio is None else [audio]

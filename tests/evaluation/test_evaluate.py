@@ -207,7 +207,7 @@ def test_a_data_set_that_cannot_be_reached_is_skipped_by_name(
     (rows,) = summary(tmp_path).values()
     assert [row["status"] for row in rows] == ["skipped", "skipped"]
     assert "the data set GreenNode/biosses-sts-vn at revision 1dae4a6df91c" in rows[0]["reason"]
-    assert rows[1]["reason"].startswith("nowhere.jsonl: there is no such file")
+    assert rows[1]["reason"].startswith("nowhere.jsonl: no such file")
 
 
 def test_a_row_that_is_wrong_fails_its_entry_alone(world: Path, pairs: Path, tmp_path: Path) -> None:
