@@ -1,13 +1,13 @@
-"""Cached gradients: a batch of any size in the memory of a few rows (Gao et al. 2021, "Scaling Deep Contrastive…").
+"""Gradient caching: a batch of any size in the memory of one micro-batch (Gao et al. 2021, GradCache).
 
-The loss of a contrastive batch needs all vectors at once, but not all activations. So the rows pass through the model
-twice, a chunk at a time: first without gradient, which leaves nothing but the vectors; then, when the backward of the
-loss has brought the gradient g of each vector, with gradient, and every chunk goes straight on to the backward of
-Σ vectors · g. Both passes of a chunk draw the same random numbers, so dropout drops the same activations.
+A contrastive loss needs all vectors at once, but not all activations. Each chunk of rows therefore passes through the
+model twice: first without gradient, to keep only the vectors; then, once the backward of the loss has produced the
+gradient g of each vector, with gradient, followed at once by the backward of Σ vectors · g. Both passes restore the
+same random state, so that dropout drops the same activations.
 
-To autograd all of this is one function of the batch, whose backward holds the second pass. Whatever stands above it
-(the loss, its own parameters, monitors, gathering over processes, loss scaling, accumulation) knows nothing of it. But
-DeepSpeed wants to run each backward itself: there every chunk is what it calls a micro-batch (`DeepSpeedInChunks`).
+Autograd sees a single function of the batch, whose backward holds the second pass. The code above it (loss, learnable
+loss parameters, monitors, gathering over ranks, loss scaling, accumulation) needs no change. Only DeepSpeed runs each
+backward itself; it treats every chunk as a micro-batch (`DeepSpeedInChunks`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,39 +24,41 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from .distributed import is_deepspeed
 
 Chunk = Sequence[int]
-Embed = Callable[[Chunk], Tensor]  # rows of the batch -> their vectors, (rows, D) float
+Embed = Callable[[Chunk], Tensor]  # row indices -> vectors, (rows, D) float
 
 
 def embed_in_chunks(
     embed: Embed, chunks: Sequence[Chunk], model: nn.Module, device: torch.device, exchange: bool = True
 ) -> Tensor:
-    """Vectors of all chunks, one after another, (rows, D), with a gradient that costs the memory of one chunk.
+    """Embeds all chunks in order, (rows, D), with a gradient that needs the memory of one chunk.
 
     Args:
-        embed: calls `model` once; it is called once for each chunk, and again for each in the backward.
-        chunks: rows of each call. With several processes all must have as many, since their calls meet in collectives;
-            a chunk may be empty if `embed` can do with that.
-        model: what `embed` calls; under DDP and FSDP2 its processes exchange gradients in the last chunk only, under
-            DeepSpeed in each.
-        device: where the model is.
-        exchange: whether the last chunk is the last of a step; not so where gradients are accumulated over batches.
+        embed: runs `model` once on the rows of a chunk; runs again for each chunk in the backward.
+        chunks: row indices of each chunk. All ranks need the same number, since their forwards join the same
+            collectives; a chunk may be empty if `embed` accepts that.
+        model: the model that `embed` runs; DDP and FSDP2 reduce gradients over ranks in the last chunk only, DeepSpeed
+            in each.
+        device: device of the model.
+        exchange: whether the last chunk ends a step; False while gradients are accumulated over batches.
     """
-    anchor = torch.empty(0, device=device, requires_grad=True)  # no tensor that comes in has a gradient of its own
+    anchor = torch.empty(
+        0, device=device, requires_grad=True
+    )  # so that autograd runs the backward: no other input has a gradient
     return _CachedGradients.apply(anchor, embed, chunks, model, exchange)
 
 
 class _CachedGradients(torch.autograd.Function):
-    """All chunks without gradient; the backward does them again with it, each up to the parameters."""
+    """Embeds all chunks without gradient; the backward repeats each with gradient, down to the parameters."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, anchor: Tensor, embed: Embed, chunks: Sequence[Chunk], model: nn.Module, exchange: bool
     ) -> Tensor:
-        vectors, surroundings = [], []
+        vectors, states = [], []
         for chunk in chunks:
-            surroundings.append(_Surroundings(anchor))
+            states.append(_ForwardState(anchor))
             vectors.append(embed(chunk))
-        ctx.embed, ctx.chunks, ctx.model, ctx.exchange, ctx.surroundings = embed, chunks, model, exchange, surroundings
+        ctx.embed, ctx.chunks, ctx.model, ctx.exchange, ctx.states = embed, chunks, model, exchange, states
         return torch.cat(vectors)
 
     @staticmethod
@@ -65,7 +67,7 @@ class _CachedGradients(torch.autograd.Function):
         gradients = grad.split([len(chunk) for chunk in ctx.chunks])
         for number, (chunk, gradient) in enumerate(zip(ctx.chunks, gradients, strict=True), start=1):
             with torch.enable_grad(), _exchanging(ctx.model, ctx.exchange and number == len(ctx.chunks)):
-                with ctx.surroundings[number - 1].again():
+                with ctx.states[number - 1].restored():
                     vectors = ctx.embed(chunk)
                 if is_deepspeed(ctx.model):
                     ctx.model.backward((vectors * gradient).sum(), scale_wrt_gas=False)
@@ -74,8 +76,8 @@ class _CachedGradients(torch.autograd.Function):
         return (None,) * 5
 
 
-class _Surroundings:
-    """What a forward depends on besides weights and inputs: random state and autocast, as they are now."""
+class _ForwardState:
+    """Current random state and autocast, on which a forward depends besides weights and inputs."""
 
     def __init__(self, anchor: Tensor) -> None:
         self.device_type = anchor.device.type
@@ -84,8 +86,8 @@ class _Surroundings:
         self.autocast = (torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type))
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Brings them back for a while; the random state then goes on where it was."""
+    def restored(self) -> Iterator[None]:
+        """Restores both inside the context; afterwards the random state continues as if nothing had been drawn."""
         enabled, dtype = self.autocast
         with (
             torch.random.fork_rng(self.devices, device_type=self.device_type),
@@ -97,10 +99,10 @@ class _Surroundings:
 
 
 class DeepSpeedInChunks(DeepSpeedEngineWrapper):
-    """What accelerate calls in place of the engine: the loss has an ordinary backward, each chunk the engine's."""
+    """Replaces accelerate's wrapper of the engine: plain backward for the loss, the engine's for each chunk."""
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: object) -> None:
-        """Backward, and the update where it is due."""
+        """Runs the backward of the loss, and the update at the end of a step."""
         loss.backward()
         if sync_gradients:
             self.engine.step()
@@ -108,7 +110,7 @@ class DeepSpeedInChunks(DeepSpeedEngineWrapper):
 
 @contextmanager
 def _exchanging(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether the backward inside is the last of a step: then DDP and FSDP2 exchange what each has added up."""
+    """Reduces gradients over ranks in a backward inside the context only if `wanted`, at the end of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
     elif is_deepspeed(model):

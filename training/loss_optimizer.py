@@ -1,8 +1,8 @@
-"""The optimizer of what the loss itself learns: temperatures, log-variances.
+"""Optimizer of the learnable loss parameters: temperatures and log-variances.
 
-Where a model is spread over processes, its optimizer takes no other parameters: FSDP2 finds their pieces by names in
-the model, DeepSpeed owns and steps them. So these few numbers have an optimizer of their own, the same in every way to
-launch. Each process has them whole, and their whole gradient too, as it computes the loss of the joined batch.
+Learnable loss parameters are replicated on every rank and use a separate AdamW, with any launcher: the optimizer of a
+sharded model accepts no other parameters (FSDP2 finds shards by their names in the model, DeepSpeed steps its own).
+Every rank computes the loss of the joined batch, and so has the full gradient.
 """
 
 from collections import defaultdict
@@ -20,10 +20,10 @@ from .arguments import ViPolyQwenTrainingArguments
 
 
 class LossOptimizer(TrainerCallback):
-    """AdamW without weight decay, which takes a step after each that the model takes, by the schedule of the model.
+    """AdamW without weight decay that steps after each step of the model, with the model's learning-rate schedule.
 
     Args:
-        loss: what to train the parameters of; it may have none.
+        loss: module whose parameters to train; may have none.
         args: `loss_learning_rate`, and AdamW's betas and epsilon.
     """
 
@@ -37,20 +37,20 @@ class LossOptimizer(TrainerCallback):
             eps=args.adam_epsilon,
             weight_decay=0.0,
         )
-        self.model_rate = args.learning_rate  # the highest of the model's parts before any schedule
+        self.model_rate = args.learning_rate  # highest of all parameter groups, before any schedule
         self._scale: Tensor | float = 1.0  # of the loss in the last backward
-        self._scale_before_step = 1.0  # what Accelerate scales by, which it lowers when it leaves a step out
+        self._scale_before_step = 1.0  # Accelerate's loss scale, lowered when a step is skipped
 
     def watch(self, loss: Tensor, batches: int) -> None:
-        """Finds out in the backward by how much it is scaled: for float16 by Accelerate or by DeepSpeed, else by 1.
+        """Measures the loss scale during the backward: of Accelerate or DeepSpeed for float16, otherwise 1.
 
         Args:
             loss: of one batch.
-            batches: how many batches a step has, over which the loss is averaged.
+            batches: number of batches in a step, over which the loss is averaged.
         """
 
         def measure(grad: Tensor) -> None:
-            self._scale = grad / (torch.ones_like(grad) / batches)  # in floating point exactly 1, or a power of two
+            self._scale = grad / (torch.ones_like(grad) / batches)  # exactly 1 or a power of two in floating point
 
         if self.parameters and loss.requires_grad:
             loss.register_hook(measure)
@@ -63,7 +63,7 @@ class LossOptimizer(TrainerCallback):
         optimizer: AcceleratedOptimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes what tells afterwards whether the model's step was left out."""
+        """Records the loss scale, which tells afterwards whether the model's step was skipped."""
         if optimizer is not None and optimizer.scaler is not None:
             self._scale_before_step = optimizer.scaler.get_scale()
 
@@ -75,28 +75,28 @@ class LossOptimizer(TrainerCallback):
         optimizer: AcceleratedOptimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """The step, unless the model's was left out since its gradients were beyond float16."""
-        if optimizer is not None and not self._was_left_out(optimizer):
-            if self.model_rate:  # else the model stands still, and has no schedule to follow
+        """Steps, unless the model's step was skipped because its gradients overflowed float16."""
+        if optimizer is not None and not self._was_skipped(optimizer):
+            if self.model_rate:  # at rate 0 the model is frozen and has no schedule to follow
                 highest = max(group["lr"] for group in optimizer.param_groups)
                 self.adamw.param_groups[0]["lr"] = self.rate * highest / self.model_rate
             for parameter in self.parameters.values():
-                if parameter.grad is not None:  # kernels that add in any order may differ between processes
+                if parameter.grad is not None:  # non-deterministic kernels may differ between ranks
                     parameter.grad = broadcast(parameter.grad / self._scale)
             self.adamw.step()
         self.zero_grad()
 
-    def _was_left_out(self, optimizer: AcceleratedOptimizer) -> bool:
-        """Whether the model's step was; a fused AdamW leaves it out by itself, and `step_was_skipped` stays False."""
+    def _was_skipped(self, optimizer: AcceleratedOptimizer) -> bool:
+        """Returns whether the model's step was skipped; a fused AdamW skips without setting `step_was_skipped`."""
         scaler = optimizer.scaler
         return optimizer.step_was_skipped or (scaler is not None and scaler.get_scale() < self._scale_before_step)
 
     def zero_grad(self) -> None:
-        """Without gradients a step changes neither parameters nor moments."""
+        """Removes the gradients, so that the next step changes neither parameters nor moments."""
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments, as `PARAMETER.MOMENT`."""
+        """Returns the moments, as `PARAMETER.MOMENT`."""
         return {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
@@ -104,7 +104,7 @@ class LossOptimizer(TrainerCallback):
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restores the output of `state_dict`."""
         names = list(self.parameters)
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for entry, value in saved.items():

@@ -1,12 +1,12 @@
-"""Vectors -> loss of each row: the components, and the table that says which task uses which.
+"""Loss components of each row, and the tables that map tasks to components.
 
 Row i of a batch is a pair of unit vectors a_i, b_i of one task. Throughout, float32 or wider:
 
     similarities: (B, C), S_kj = a_k·c_j in [-1, 1]. The candidates are c_j = b_j for j < B, then C - B hard negatives.
     cosines: (B,), its diagonal a_i·b_i.
-    scores: (B,), s_i in [0, 1], NaN where a row has none.
+    scores: (B,), s_i in [0, 1], NaN for a row without a score.
     temperature: T > 0, one number or (B,), one per row.
-    mask: (B, C) bool, True at (k, j) where c_j is no negative of a_k; the diagonal has no meaning.
+    mask: (B, C) bool, True at (k, j) where c_j is excluded from the negatives of a_k; the diagonal is ignored.
     margin: one number or (B,), one per row.
 """
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet")
-SCORE_COMPONENTS = ("mse", "rank")  # of the score; the others pull a pair together, whatever its score
+SCORE_COMPONENTS = ("mse", "rank")  # regress the score; the others pull a pair together
 
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Loss of one task: the weight of each component, and their margins."""
+    """Loss of one task: weights of the components, and margins."""
 
     nce: float = 0.0
     mse: float = 0.0
@@ -32,7 +32,7 @@ class TaskLoss:
     triplet: float = 0.0
     triplet_margin: float = 0.2  # in units of S/T
     rank_margin: float = 0.05  # in units of the score
-    score_optional: bool = False  # a row without a score leaves out mse and rank; otherwise that is an error
+    score_optional: bool = False  # whether mse and rank skip rows without a score; otherwise an error
 
     def __post_init__(self) -> None:
         for name in (*COMPONENTS, "triplet_margin", "rank_margin"):
@@ -42,7 +42,7 @@ class TaskLoss:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> "TaskLoss":
-        """Builds it from a recipe's mapping; an unknown key is an error."""
+        """Builds a task's loss from a recipe's mapping; raises ValueError for an unknown key."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"Unknown loss setting {unknown}; known: {known}.")
@@ -78,13 +78,13 @@ def info_nce(
 ) -> Tensor:
     """Symmetric InfoNCE (bimodal paper §4.2): (B,) >= 0, and 0 for a row without any negative.
 
-    NCE_i = -1/2 [log softmax_j(S_ij/T_i) + log softmax_j(S_ji/T_i)] at j = i; hard negatives stand in the first term.
+    NCE_i = -1/2 [log softmax_j(S_ij/T_i) + log softmax_j(S_ji/T_i)] at j = i; only the first term has hard negatives.
 
     Args:
         similarities: see the module's docstring.
         temperature: likewise.
-        mask: likewise, for the first term.
-        column_mask: (B, B) bool, True at (k, j) where a_k is no negative of b_j; by default the same as `mask`.
+        mask: likewise; applies to the first term.
+        column_mask: (B, B) bool, True at (k, j) where a_k is excluded from the negatives of b_j; defaults to `mask`.
     """
     rows = len(similarities)
     by_row = similarities / _column(temperature)  # (B, C)
@@ -107,10 +107,10 @@ def score_mse(cosines: Tensor, scores: Tensor) -> Tensor:
 
 
 def pairwise_rank(cosines: Tensor, scores: Tensor, margin: float | Tensor = 0.05) -> Tensor:
-    """Ranking of the scored rows (STW paper §4.2.1): (B,) the one value Rank at every scored row, 0 at the others.
+    """Ranking of the scored rows (STW paper §4.2.1): (B,), Rank at every scored row, 0 at the others.
 
     Rank = mean over P = {(i, j): s_i > s_j} of max(0, m_r - (p_i - p_j)), p_i = (a_i·b_i + 1)/2; 0 when P is empty.
-    It is a term of every scored row's loss, so the mean over scored rows is Rank itself. A pair takes the margin of
+    Every scored row carries the batch value, so the mean over scored rows is Rank itself. A pair takes the margin of
     its higher-scored row.
     """
     predicted = (cosines + 1) / 2
@@ -139,10 +139,10 @@ def hardest_triplet(
 
 
 def _column(values: float | Tensor) -> float | Tensor:
-    """(B,) -> (B, 1), so that each row of a matrix gets its own; a number stays one."""
+    """Reshapes (B,) to (B, 1), to broadcast over the columns of a matrix; leaves a scalar as it is."""
     return values[:, None] if isinstance(values, Tensor) and values.ndim else values
 
 
 def _diagonal_mask(matrix: Tensor) -> Tensor:
-    """(B, C) bool, True on the diagonal, on the device of `matrix`."""
+    """Returns (B, C) bool, True on the diagonal, on the device of `matrix`."""
     return torch.eye(*matrix.shape, dtype=torch.bool, device=matrix.device)

@@ -1,4 +1,4 @@
-"""The mixed loss: one loss per row, chosen by its task, over one batch of all tasks and all processes."""
+"""Mixed loss: one loss per row, chosen by its task, over the joined batch of all tasks and ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ from .losses import (
 )
 from .weighting import TaskWeighting, UniformWeighting
 
-LOWEST_TEMPERATURE = 0.01  # of a learned one, as in CLIP: below it one pair takes all of the gradient
+LOWEST_TEMPERATURE = 0.01  # of a learnable temperature, as in CLIP: below, one pair dominates the gradient
 
 
 @dataclass
 class HardNegatives:
-    """Texts that rows of the batch name as wrong answers."""
+    """Hard negatives: texts that rows of the batch name as wrong answers."""
 
     vectors: Tensor  # (N, D) float, unit vectors
     owners: Tensor  # (N,) long, the row that names each
@@ -36,9 +36,9 @@ class HardNegatives:
 
 @dataclass
 class MixedLossOutput:
-    """What one batch gives."""
+    """Loss of one batch and its parts."""
 
-    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i), and what learned weights add
+    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i), plus the penalty of learned weights
     per_sample: Tensor  # (B,) with gradient, L_type(i) before λ
     components: dict[str, Tensor]  # per component (B,) without gradient, unweighted; NaN where a row does not use it
     parts: Tensor  # (T,) with gradient, p_t = (1/B) Σ_{i of t} L_i, so that the loss is Σ_t λ_t p_t
@@ -50,21 +50,21 @@ class MixedLossOutput:
 class MixedLoss(nn.Module):
     """One loss per row, chosen by the row's task, over one mixed batch (STW paper §4.2, trimodal paper §4.2).
 
-    NCE and Triplet see all rows of the batch, whatever their task. With several processes give it the joined batch of
-    `gather_with_grad`. Every option works together with every other.
+    NCE and Triplet see all rows of the batch, whatever their task. On several ranks it takes the joined batch of
+    `join_batches`. All options can be combined.
 
     Args:
         tasks: task name -> its loss; the order gives the task ids.
-        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's own pair.
-        learnable_temperature: train T from there on, by the gradient of NCE alone (Triplet would only raise it).
+        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's pair.
+        learnable_temperature: train T from this value, by the gradient of NCE alone (Triplet would only raise it).
         weighting: λ per task over the same task names; None is λ = 1.
-        mask_duplicates: rows whose a or b is the same content as the positive's are no negatives.
-        mask_groups: rows of one group are no negatives of each other.
-        nce_min_score: a row scored below this is no positive: all its components but mse and rank are 0, though it
-            stays a negative for other rows. None switches it off.
-        false_negative_margin: a negative more similar than the positive by more than this is left out. None: none is.
+        mask_duplicates: exclude rows whose a or b has the same content as the positive's from the negatives.
+        mask_groups: exclude rows of the same group from each other's negatives.
+        nce_min_score: a row scored below this is not a positive: all its components but mse and rank are 0, though it
+            stays a negative of other rows. None disables the threshold.
+        false_negative_margin: exclude negatives more similar than the positive by more than this. None keeps all.
         matryoshka_dims: the loss is the mean of those of the vectors' first dims, each brought to unit length
-            (Kusupati et al. 2022). None: all of the vector.
+            (Kusupati et al. 2022). None uses the full vector.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class MixedLoss(nn.Module):
         names = [f"temperature/{pair}" for pair in MODALITY_PAIRS] if self.temperature_by_pair else ["temperature"]
         self.figures = LossFigures(self.tasks, names if learnable_temperature else ())
         losses = tasks.values()
-        constants = {  # they come from the settings and are no state
+        constants = {  # derived from the settings, so not saved
             "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
             "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
             "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
@@ -124,25 +124,25 @@ class MixedLoss(nn.Module):
         negatives: HardNegatives | None = None,
         with_gradients: bool = False,
     ) -> MixedLossOutput:
-        """Loss of one batch.
+        """Computes the loss of one batch.
 
         Args:
             a: (B, D) float, unit vectors.
             b: (B, D) float, unit vectors.
             task_ids: (B,) long, positions in `tasks`.
             scores: (B,) float in [0, 1], NaN where absent.
-            a_keys: (B,) int64, equal for equal content of side a; without keys no duplicates are masked on that side.
+            a_keys: (B,) int64, equal for equal content of side a; without keys, its duplicates are not masked.
             b_keys: (B,) int64, the same for side b.
             epoch: epochs since the start of training, for the weighting.
-            groups: (B,) int64, equal for rows of one group, 0 for a row without group.
+            groups: (B,) int64, equal for rows of one group, 0 for a row without a group.
             modalities: (B,) long, positions in `MODALITY_PAIRS`; needed for temperatures by pair.
-            negatives: hard negatives; every row sees those of all rows.
-            with_gradients: whether to measure the tasks' gradients; a weighting that needs them has them anyway.
+            negatives: hard negatives, candidates of every row.
+            with_gradients: whether to measure the tasks' gradients; always on for a weighting that needs them.
         """
         self._check_batch(a, b, task_ids, scores)
         dtype = torch.promote_types(a.dtype, torch.float32)
         scores = scores.to(dtype)
-        with torch.autocast(a.device.type, enabled=False):  # autocast would put the matmul back to bfloat16
+        with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bfloat16
             temperatures = self._temperatures(len(a), modalities).to(dtype)
             mask = self._mask(a_keys, b_keys, groups, negatives)
             candidates = b if negatives is None else torch.cat([b, negatives.vectors])
@@ -175,7 +175,7 @@ class MixedLoss(nn.Module):
                 self.weighting.observe(parts * counts.sum() / counts.clamp(min=1), present, norms)
 
     def _temperatures(self, rows: int, modalities: Tensor | None) -> Tensor:
-        """(B,) float, T of each row."""
+        """Returns T of each row, (B,) float."""
         temperatures = self.log_temperatures.exp()
         if isinstance(self.log_temperatures, nn.Parameter):
             temperatures = temperatures.clamp(min=LOWEST_TEMPERATURE)
@@ -186,7 +186,7 @@ class MixedLoss(nn.Module):
         return temperatures[modalities]
 
     def _prefixes(self, a: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Both sides cut to each Matryoshka length, as unit vectors."""
+        """Truncates both sides to each Matryoshka length, as unit vectors."""
         if self.matryoshka_dims is None:
             return [(a, candidates)]
         if self.matryoshka_dims[0] > a.shape[1]:
@@ -200,7 +200,7 @@ class MixedLoss(nn.Module):
     def _values(
         self, similarities: Tensor, task_ids: Tensor, scores: Tensor, temperatures: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """(B, 5) float, every component of every row, unweighted and finite, used or not."""
+        """Computes every component of every row, (B, 5) float, unweighted and finite, used or not."""
         cosines = similarities.diagonal()
         ranked = self.weights[task_ids, COMPONENTS.index("rank")] > 0
         rank_margins = self.rank_margins.to(scores)[task_ids]
@@ -220,7 +220,7 @@ class MixedLoss(nn.Module):
         return stacked.masked_fill(no_positive[:, None] & ~self.by_score, 0.0)
 
     def _with_false_negatives(self, similarities: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The masks for rows (B, C) and for columns (B, B), with what is more similar than the positive + margin."""
+        """Adds candidates more similar than positive + margin to the masks for rows (B, C) and for columns (B, B)."""
         rows = len(similarities)
         if self.false_negative_margin is None:
             return mask, None if mask is None else mask[:, :rows]
@@ -231,11 +231,11 @@ class MixedLoss(nn.Module):
     def _mask(
         self, a_keys: Tensor | None, b_keys: Tensor | None, groups: Tensor | None, negatives: HardNegatives | None
     ) -> Tensor | None:
-        """(B, C) bool, True where a candidate is no negative of a row by its content or its group, or None."""
+        """Masks candidates with the same content or group as the row, (B, C) bool; None without such masks."""
         masks = []
         owners = None if negatives is None else negatives.owners
         if self.mask_duplicates and a_keys is not None:
-            same = a_keys[:, None] == a_keys[None, :]  # a hard negative of an equal question stays one
+            same = a_keys[:, None] == a_keys[None, :]  # hard negatives of an equal question stay negatives
             masks.append(same if owners is None else nn.functional.pad(same, (0, len(owners))))
         if self.mask_duplicates and b_keys is not None:
             candidate_keys = b_keys
@@ -246,9 +246,9 @@ class MixedLoss(nn.Module):
             masks.append(nn.functional.pad(same, (0, missing)))
         if self.mask_groups and groups is not None:
             same = (groups[:, None] == groups[None, :]) & (groups[:, None] != 0)
-            if owners is not None:  # another's negative may be right for a row of its group; its own is not
-                own = owners[None, :] == torch.arange(len(groups), device=groups.device)[:, None]
-                same = torch.cat([same, same[:, owners] & ~own], dim=1)
+            if owners is not None:  # other rows' hard negatives may be right within a group
+                names_it = owners[None, :] == torch.arange(len(groups), device=groups.device)[:, None]
+                same = torch.cat([same, same[:, owners] & ~names_it], dim=1)
             masks.append(same)
         return torch.stack(masks).any(dim=0) if masks else None
 
@@ -282,23 +282,23 @@ class MixedLoss(nn.Module):
 
 
 def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
-    """(T, T), the inner products of the gradients of T numbers by the embeddings, without touching any `.grad`.
+    """Computes (T, T) inner products of the gradients of T scalars by the embeddings, and leaves every `.grad` alone.
 
-    The backward ends at the embeddings, so it costs a few products of (B, B) with (B, D) and nothing of the model.
+    The backward ends at the embeddings: it costs a few products of (B, B) with (B, D), but no backward of the model.
 
     Args:
-        parts: (T,) with gradient.
-        embeddings: tensors that `parts` was computed from.
+        parts: (T,) float, with gradient.
+        embeddings: the tensors from which `parts` was computed.
     """
     flat = parts.new_empty(len(parts), sum(x.numel() for x in embeddings))
-    for row, part in zip(flat, parts, strict=True):  # one after another: all at once would hold T matrices of (B, B)
+    for row, part in zip(flat, parts, strict=True):  # in turn: a batched backward would hold T matrices of (B, B)
         gradients = torch.autograd.grad(part, tuple(embeddings), retain_graph=True, materialize_grads=True)
         torch.cat([gradient.flatten().to(flat.dtype) for gradient in gradients], out=row)
     return flat @ flat.T
 
 
 def _checked_temperatures(temperature: float | Mapping[str, float]) -> list[float]:
-    """One temperature, or one for each pair of modalities; raises ValueError naming what is wrong."""
+    """Returns one temperature, or one for each pair of modalities; raises ValueError for invalid values."""
     if not isinstance(temperature, Mapping):
         temperature = {"temperature": temperature}
     elif set(temperature) != set(MODALITY_PAIRS):
@@ -312,9 +312,9 @@ def _checked_temperatures(temperature: float | Mapping[str, float]) -> list[floa
 
 
 def _checked_dims(dims: Sequence[int] | None) -> list[int] | None:
-    """Matryoshka lengths, longest first; raises ValueError for what is no length."""
+    """Returns the Matryoshka lengths, longest first; raises ValueError for invalid lengths."""
     if dims is None:
         return None
     if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
-        raise ValueError(f"matryoshka_dims is {dims!r}; give whole numbers >= 1, such as [1024, 512, 256].")
+        raise ValueError(f"matryoshka_dims is {dims!r}; give integers >= 1, such as [1024, 512, 256].")
     return sorted(set(dims), reverse=True)

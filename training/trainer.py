@@ -1,4 +1,4 @@
-"""A transformers Trainer for pairs of six tasks in one batch: only what differs from the stock one."""
+"""Trainer for pairs of all tasks in one batch: overrides of the transformers Trainer."""
 
 import math
 from collections import defaultdict
@@ -39,18 +39,20 @@ from .speedups import compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
 
-LOSS_STATE = "loss_state.safetensors"  # in a checkpoint: what the loss has learned, and where the new parts started
+LOSS_STATE = (
+    "loss_state.safetensors"  # in a checkpoint: learned loss parameters, weighting, initial values of the new modules
+)
 
 
 class ViPolyQwenTrainer(ResumingTrainer):
-    """Embeds both sides of each pair, looks up the losses of each row's task, weights, and logs every component.
+    """Embeds both sides of each pair, computes the mixed loss by task, and logs every component.
 
     Args:
         model: the model to train.
         args: training arguments.
         processor: its processor; saved into every checkpoint.
         mixed_loss: the loss of each task and the weighting between tasks.
-        train_dataset: pairs to learn from.
+        train_dataset: training pairs.
         eval_dataset: held-out pairs.
         train_collator: rows to a joint batch of both sides, with prefix dropout.
         eval_collator: the same without dropout.
@@ -69,7 +71,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         **kwargs: Any,
     ) -> None:
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # every call passes through every tower; looking takes time
+            args.ddp_find_unused_parameters = False  # every forward passes through every tower
         super().__init__(
             model=model,
             args=args,
@@ -83,7 +85,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         self._check_launch()
         self._speed_up(model)
         for name, parameter in model.named_parameters():
-            if name.endswith("masked_spec_embed"):  # never used; loading thaws it, and DDP would wait for its gradient
+            if name.endswith("masked_spec_embed"):  # never used: DDP would wait for its gradient
                 parameter.requires_grad_(False)
         self.eval_collator = eval_collator
         if args.world_size > 1:
@@ -99,20 +101,18 @@ class ViPolyQwenTrainer(ResumingTrainer):
         self.figures: list[torch.Tensor] = []  # of the batches since the last log, each on its device
 
     def _check_launch(self) -> None:
-        """Raises ValueError for settings that the way the run was launched does not allow."""
+        """Raises ValueError for settings that the launcher does not support."""
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process would split a batch between its sides. Run one process a GPU: "
+                f"{args.n_gpu} GPUs in one process would separate side a from side b. Run one process per GPU: "
                 f"accelerate launch --num_processes {args.n_gpu} train_vipolyqwen.py …"
             )
         if args.on_nan == "skip" and self.is_deepspeed_enabled:
-            raise ValueError(
-                "`on_nan` is skip, but DeepSpeed keeps the gradients to itself, so no update is left out. Use error."
-            )
+            raise ValueError("`on_nan` is skip, but DeepSpeed does not let an update be skipped. Use error.")
 
     def _speed_up(self, model: ViPolyQwenModel) -> None:
-        """Packing, fused kernels and compiled layers, as asked for."""
+        """Applies packing, fused kernels and compiled layers as configured."""
         args = self.args
         pays = takes_lengths(model.vlm.language_model.config, args.device)
         self.packing = args.packing == "true" or (args.packing == "auto" and pays)
@@ -120,10 +120,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
             use_liger_kernels(model, args.device)
         if args.torch_compile:
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # else the whole model would be compiled
+            self.accelerator.state.dynamo_plugin.backend = (
+                DynamoBackend.NO
+            )  # otherwise accelerate compiles the full model
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The stock step; with chunks under DeepSpeed these have the engine's backward, not the loss."""
+        """Runs the stock step; under DeepSpeed with chunks, the engine runs the backward of each chunk."""
         if self.in_chunks and self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
         return super().training_step(model, *args, **kwargs)
@@ -144,7 +146,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             with_gradients=monitor_steps > 0 and self.state.global_step % monitor_steps == 0,
         )
         loss, figures = self.mixed_loss.measure(output)
-        value = loss.item()  # the only transfer of a step; NaN if anything is not finite
+        value = loss.item()  # one transfer to the host; NaN if anything is not finite
         if math.isfinite(value):
             self.figures.append(figures)
             self.monitor.record(value)
@@ -190,7 +192,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return microbatches
 
     def _audio_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Frames that the speech encoder makes of each row's sound, (rows,) long; 0 without one."""
+        """Returns the speech encoder's frames of each row, (rows,) long; 0 without audio."""
         frames = torch.zeros_like(inputs["images_per_row"])
         if "has_audio" in inputs:
             samples = inputs["audio_attention_mask"].sum(dim=1)
@@ -199,9 +201,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return frames
 
     def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
-        """Stops, or with `on_nan: skip` has this step's update left out, in all processes: their loss is the same.
+        """Raises, or with `on_nan: skip` skips this step's update, on all ranks, since their loss is the same.
 
-        One vector that is not finite makes the loss of every row so; then only the rows of such vectors are named.
+        A single non-finite vector makes the loss of every row non-finite; then only rows with such vectors are named.
         """
         finite = embeddings[: 2 * len(ids)].isfinite().all(dim=1).view(2, -1).all(dim=0)  # (pairs,)
         rows = gather_object(list(zip(ids, finite.tolist(), strict=True)))
@@ -214,13 +216,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
         message = f"Step {self.state.global_step}: the loss is {output.loss.item()}, by these rows: {named}."
         if self.args.on_nan == "error":
             raise FloatingPointError(
-                f"{message} Lower the learning rate, look at these rows, or leave such steps out with `on_nan: skip`."
+                f"{message} Lower the learning rate, check these rows, or skip such steps with `on_nan: skip`."
             )
-        logger.warning(f"{message} This step's update is left out.")
+        logger.warning(f"{message} This step's update is skipped.")
         self.discard.pending = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss component since the last log."""
+        """Adds rates, balance and the mean of every loss figure since the last log."""
         if "loss" in logs:
             if self.figures:
                 logs.update(sorted(self.mixed_loss.figures.average(self.figures).items()))
@@ -237,7 +239,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return MixtureSampler(dataset.source_lengths, dataset.source_weights, seed=seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for each part of the model."""
+        """Creates AdamW with a learning rate for each part of the model."""
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -267,7 +269,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return self.args.learning_rate if rate is None else rate
 
     def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> torch.utils.data.DataLoader:
-        """The stock loader with the collator that drops no prefix."""
+        """Returns the stock loader with the collator without prefix dropout."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -283,7 +285,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Retrieval of side b by side a within each task, and Spearman's ρ where pairs are scored."""
+        """Measures retrieval of side b by side a within each task, and Spearman's ρ of scored pairs."""
         self.model.eval()
         columns = defaultdict(list)
         for inputs in dataloader:
@@ -324,7 +326,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return metrics
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Saves the state of the loss and of the monitor too."""
+        """Also saves the state of the loss and of the monitor."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {f"loss.{name}": value for name, value in self.mixed_loss.state_dict().items()}
@@ -334,11 +336,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
             save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads the state of the loss and of the monitor too."""
+        """Also loads the state of the loss and of the monitor."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             path = Path(checkpoint) / LOSS_STATE
-            if not path.is_file():  # a whole checkpoint, but of `save_only_model`
+            if not path.is_file():  # a complete checkpoint of `save_only_model`
                 raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
             parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "optimizer": {}, "start": {}, "discard": {}}
             for name, value in load_file(path).items():
@@ -350,7 +352,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.discard.count = int(parts["discard"]["count"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """A checkpoint is a whole repository, or an adapter; what a run leaves in the end is always whole."""
+        """Saves checkpoints as full repositories or adapters, and the final model always as a full repository."""
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -362,18 +364,18 @@ class ViPolyQwenTrainer(ResumingTrainer):
             save_adapter(model, self.processing_class, folder, state_dict)
         else:
             save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
-            with unsharded_loading(self.args):  # this process alone reads the base
+            with unsharded_loading(self.args):  # only this rank reads the base
                 save_repository(*load_adapter(folder / ADAPTER), folder)  # base as before any quantisation
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The stock loading, which would fill an adapter of another shape in part, without an error."""
+        """Checks the adapter before the stock loading, which would silently load one of another shape in part."""
         if not self.is_fsdp_enabled:
             check_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:
-    """Message parts that pass through all towers at little cost: a rank whose rows lack a modality would else hang."""
+    """Returns message parts for all towers at little cost; a rank without a modality would deadlock the others."""
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     parts = [{"type": "image", "image": Image.new("RGB", (side, side))}]
     if with_audio:
@@ -384,12 +386,12 @@ def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[s
 
 
 def _row_count(batch: Mapping[str, Any]) -> int:
-    """Rows of a collated batch that are sides or hard negatives of its pairs."""
+    """Counts the rows of a collated batch that are sides or hard negatives of its pairs."""
     return 2 * len(batch["data_type"]) + len(batch["negative_owners"])
 
 
 def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, packing: bool) -> torch.Tensor:
-    """Unit vectors of some rows of a collated batch, in one call; the row for every tower comes along for nothing."""
+    """Embeds some rows of a collated batch in one forward, together with the row for every tower at weight 0."""
     extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
     vectors = model(**take_rows(batch, torch.cat([rows, extra])), packing=packing).embeddings
     return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()

@@ -1,8 +1,7 @@
-"""Task weighting: the λ of each task in a mixed batch, from nothing, a table, losses, variances or gradients.
+"""Task weighting: λ of each task in a mixed batch, uniform or from a table, losses, variances or gradients.
 
-Every strategy is a `TaskWeighting`. `forward` gives the weights that a batch is trained with; `observe` afterwards
-takes what the batch showed. What a strategy measures or learns lives in buffers and parameters, so it is saved and
-resumed.
+Every strategy is a `TaskWeighting`. `forward` returns the weights of a batch; `observe` updates the strategy with the
+measurements of that batch. Measured and learned values are buffers and parameters, so that they are saved and resumed.
 
     task_losses: (T,) float32 or wider, the mean unweighted loss ℓ_t of each task's rows; 0 where absent.
     present: (T,) bool, True where the batch has rows of the task.
@@ -21,27 +20,27 @@ from .losses import check_weight
 
 
 class TaskWeighting(nn.Module):
-    """λ_t of each task; see the module's docstring for the arguments."""
+    """Returns λ_t of each task; see the module's docstring for the arguments."""
 
-    needs_gradient_norms = False  # whether `observe` uses them: they cost a backward through the loss each step
+    needs_gradient_norms = False  # whether `observe` uses them; costs a backward through the loss each step
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
         self.tasks = list(tasks)
 
     def forward(self, epoch: float) -> Tensor:
-        """(T,) float32 > 0, the weights at `epoch` (since the start of training, fractions included)."""
+        """Returns the weights at `epoch` (since the start of training, fractional), (T,) float32 > 0."""
         raise NotImplementedError
 
     def penalty(self) -> Tensor:
-        """(T,) float32, what the loss of each row of a task gets on top, so that learned weights stay bounded."""
+        """Returns a term added to the loss of each row of a task, (T,) float32; it bounds learned weights."""
         return torch.zeros(len(self.tasks))
 
     def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
-        """Takes note of a training batch, after its weights were given."""
+        """Updates the strategy with a training batch, after `forward`; without effect by default."""
 
     def _by_task(self, values: Mapping[str, float], name: str, default: float = 1.0) -> Tensor:
-        """{task: value} -> (T,) float32; raises ValueError naming an unknown task or a value that is no weight."""
+        """Orders {task: value} by task, (T,) float32; raises ValueError for an unknown task or an invalid weight."""
         given = {canonical_task(task): value for task, value in values.items()}
         for task, value in given.items():
             if task not in self.tasks:
@@ -54,14 +53,14 @@ class UniformWeighting(TaskWeighting):
     """`none`: λ_t = 1."""
 
     def forward(self, epoch: float) -> Tensor:
-        """All ones; see the base class."""
+        """Returns ones; see the base class."""
         return torch.ones(len(self.tasks))
 
 
 class TableWeighting(TaskWeighting):
-    """`table`: published weights by epoch (STW paper §3.1.2), or the user's own {epoch: {task: weight}}.
+    """`table`: published weights by epoch (STW paper §3.1.2), or given ones, {epoch: {task: weight}}.
 
-    A row of the table holds from its epoch on, until the next row's; a task it does not name has weight 1.
+    A row of the table applies from its epoch to the next row's; tasks without an entry have weight 1.
     """
 
     STW_TABLE: Mapping[int, Mapping[str, float]] = {  # audio is not in the paper
@@ -74,7 +73,7 @@ class TableWeighting(TaskWeighting):
         if table is None:
             rows = {epoch: _known(row, self.tasks) for epoch, row in self.STW_TABLE.items()}
         else:
-            rows = {_whole_epoch(epoch): row for epoch, row in table.items()}
+            rows = {_checked_epoch(epoch): row for epoch, row in table.items()}
         if 0 not in rows:
             raise ValueError(f"Task weight table has rows for epochs {sorted(rows)}; it needs a row for epoch 0.")
         self.starts = sorted(rows)
@@ -82,7 +81,7 @@ class TableWeighting(TaskWeighting):
         self.register_buffer("weights", torch.stack(weights), persistent=False)  # (E, T)
 
     def forward(self, epoch: float) -> Tensor:
-        """The table's row for the epoch; see the base class."""
+        """Returns the table's row for the epoch; see the base class."""
         return self.weights[bisect_right(self.starts, epoch) - 1]
 
 
@@ -91,11 +90,11 @@ class InverseLossWeighting(TaskWeighting):
 
     Args:
         tasks: names of the tasks.
-        baseline: where ℓ_t comes from: `fixed`, the middle of the range that the paper gives; `ema`, a running mean of
-            the measured loss. A task without ℓ_t (not in the paper; not yet seen) has weight 1 and no part in ℓ̄.
+        baseline: source of ℓ_t: `fixed`, the middle of the paper's range; `ema`, a running mean of measured losses.
+            A task without ℓ_t (not in the paper, or not yet seen) has weight 1 and does not count in ℓ̄.
         decay: weight of the past in the running mean.
-        losses: {task: ℓ_t} for `fixed`, on top of the paper's.
-        alpha: {task: α_t}, on top of the paper's; 1 for tasks that neither names.
+        losses: {task: ℓ_t} for `fixed`, overrides the paper's.
+        alpha: {task: α_t}, overrides the paper's; 1 for tasks in neither.
         beta: (β at epoch 0, β from epoch 1 on).
     """
 
@@ -107,7 +106,7 @@ class InverseLossWeighting(TaskWeighting):
         "vqa_single": 1.05,
         "vqa_multi": 1.05,
     }
-    LARGEST_RATIO = 100.0  # a loss that nears 0 counts as ℓ̄ / 100: weights stay finite
+    LARGEST_RATIO = 100.0  # clamps a loss near 0 to ℓ̄ / 100, so that weights stay finite
 
     def __init__(
         self,
@@ -137,7 +136,7 @@ class InverseLossWeighting(TaskWeighting):
         self.register_buffer("losses", running, persistent=baseline == "ema")  # (T,), NaN: not known
 
     def forward(self, epoch: float) -> Tensor:
-        """Weights from the losses known so far; see the base class."""
+        """Returns weights from the losses known so far; see the base class."""
         known = ~self.losses.isnan()
         if not known.any():
             return torch.ones_like(self.losses)
@@ -155,9 +154,9 @@ class InverseLossWeighting(TaskWeighting):
 
 
 class UncertaintyWeighting(TaskWeighting):
-    """`uncertainty`: λ_t = exp(−s_t) with a learned log-variance s_t, and s_t / 2 on top (Kendall et al. 2018).
+    """`uncertainty`: λ_t = exp(−s_t) with a learned log-variance s_t and penalty s_t / 2 (Kendall et al. 2018).
 
-    That is their form for classification, which InfoNCE is; a task of loss ℓ settles at λ = 1 / (2ℓ).
+    This is their form for classification, which InfoNCE is; a task with loss ℓ converges to λ = 1 / (2ℓ).
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -165,25 +164,25 @@ class UncertaintyWeighting(TaskWeighting):
         self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))  # (T,)
 
     def forward(self, epoch: float) -> Tensor:
-        """Weights with gradient; see the base class."""
+        """Returns weights with gradient; see the base class."""
         return (-self.log_variances).exp()
 
     def penalty(self) -> Tensor:
-        """Half the log-variances, with gradient; see the base class."""
+        """Returns half the log-variances, with gradient; see the base class."""
         return self.log_variances / 2
 
 
 class GradNormWeighting(TaskWeighting):
-    """`gradnorm`: weights that bring the tasks' gradient norms together (Chen et al. 2018, algorithm 1).
+    """`gradnorm`: weights that equalise the tasks' gradient norms (Chen et al. 2018, algorithm 1).
 
     G_t = λ_t ‖∇_E p_t‖ is moved towards mean(G) · r_t^α, where r_t = (ℓ_t / ℓ_t⁰) / mean(ℓ / ℓ⁰) is large for a task
     that trains slowly: one step on λ down Σ_t |G_t − mean(G) · r_t^α|, targets held fixed, then Σ λ_t = number of
-    tasks. The gradient is that of the last tensor all tasks share, the embeddings. Other than in the paper, the step
-    is taken on log λ and relative to mean(G), so that weights stay positive whatever the scale of the gradients.
+    tasks. Gradients are taken at the last tensor that all tasks share, the embeddings. Unlike the paper, the step is
+    taken on log λ and relative to mean(G), so that weights stay positive at any scale of the gradients.
 
     Args:
         tasks: names of the tasks.
-        alpha: strength of the pull towards slow tasks; 0 asks for equal norms. The paper uses 0.12 and 1.5.
+        alpha: strength of the pull towards slow tasks; 0 aims at equal norms. The paper uses 0.12 and 1.5.
         learning_rate: of log λ.
     """
 
@@ -198,11 +197,11 @@ class GradNormWeighting(TaskWeighting):
         self.register_buffer("first_losses", torch.full((len(self.tasks),), torch.nan))  # (T,) ℓ_t⁰, NaN: not seen
 
     def forward(self, epoch: float) -> Tensor:
-        """The weights as they stand; see the base class."""
+        """Returns the current weights; see the base class."""
         return self.weights.clone()
 
     def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
-        """One step on the weights of the tasks present; see the base class."""
+        """Takes one step on the weights of the tasks present; see the base class."""
         if gradient_norms is None:
             raise ValueError("gradnorm: this batch has no gradient norms; give the loss embeddings with gradient.")
         losses = task_losses.to(self.weights)
@@ -229,7 +228,7 @@ WEIGHTINGS: dict[str, type[TaskWeighting]] = {
 
 
 def build_weighting(name: str, tasks: Sequence[str], options: Mapping[str, Any] | None = None) -> TaskWeighting:
-    """The weighting of that name; raises ValueError naming an unknown name or option."""
+    """Builds a weighting by name; raises ValueError for an unknown name or option."""
     if name not in WEIGHTINGS:
         raise ValueError(f"`task_weighting` is {name!r}; it must be one of {', '.join(WEIGHTINGS)}.")
     try:
@@ -239,11 +238,11 @@ def build_weighting(name: str, tasks: Sequence[str], options: Mapping[str, Any] 
 
 
 def _known(values: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
-    """The part of a published table that is about these tasks."""
+    """Keeps the entries of a published table that name one of these tasks."""
     return {task: value for task, value in values.items() if task in tasks}
 
 
-def _whole_epoch(epoch: int | str) -> int:
+def _checked_epoch(epoch: int | str) -> int:
     if not str(epoch).isdecimal():  # JSON has only text keys
-        raise ValueError(f"Task weight table: epoch {epoch!r} must be a whole number >= 0.")
+        raise ValueError(f"Task weight table: epoch {epoch!r} must be an integer >= 0.")
     return int(epoch)

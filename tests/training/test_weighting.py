@@ -67,7 +67,7 @@ def test_own_table_with_aliases_and_text_keys() -> None:
         ({0: {"orc": 1.0}}, r"epoch 0: unknown task 'orc'; known: \['text_pair', 'instr', "),
         ({0: {}, 1: {"ocr": -1.0}}, r"epoch 1: 'ocr' is -1.0"),
         ({0: {"ocr": NAN}}, r"epoch 0: 'ocr' is nan"),
-        ({-1: {}}, r"epoch -1 must be a whole number"),
+        ({-1: {}}, r"epoch -1 must be an integer"),
         ({1: {}}, r"rows for epochs \[1\]; it needs a row for epoch 0"),
     ],
 )
