@@ -2,19 +2,20 @@
 
     python -m vipolyqwen.doctor REPO [--revision REVISION] [--device cpu] [--dtype DTYPE] [--attn_implementation NAME]
 
-REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`. The exit code is 0 if
-no check fails, else 1.
+REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`, and cannot import this
+package, as on a machine where it is not installed. The exit code is 0 if no check fails, else 1.
 """
 
 import argparse
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from json import loads
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from packaging.specifiers import SpecifierSet
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
@@ -22,15 +23,21 @@ from transformers.utils import cached_file
 
 from vipolyqwen import __version__
 from vipolyqwen.fingerprint_vipolyqwen import (
-    TEXTS,
     Finding,
     Measured,
     compare,
-    golden_image,
+    compare_loading,
+    compare_vector,
+    compare_vectors,
+    golden_inputs,
+    load_fingerprint,
     read_fingerprint,
     tolerance,
+    vector_finding,
     verdict,
 )
+
+PACKAGE = "vipolyqwen"
 
 
 def diagnose(
@@ -39,15 +46,19 @@ def diagnose(
     device: str = "cpu",
     dtype: str | None = None,
     attn_implementation: str | None = None,
+    fingerprint: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> list[Finding]:
-    """Loads a repository with transformers and sentence-transformers and compares it with its fingerprint.
+    """Loads a repository in both ways that its users do and compares it with its fingerprint.
 
     Args:
         repository: a folder or a repository on the Hub.
         revision: branch, tag or commit.
-        device: device to run it on.
+        device: where to run it.
         dtype: load in this dtype; `None`: as published.
         attn_implementation: load with this attention; `None`: chosen by transformers.
+        fingerprint: compare with this file; `None`: with the repository's `fingerprint.json`.
+        checkpoint: the folder that the repository was published from; its code must give the same vectors.
 
     Returns:
         One finding a check.
@@ -56,30 +67,53 @@ def diagnose(
         ValueError: the repository has no fingerprint.
         OSError: the repository does not exist.
     """
-    published = read_fingerprint(repository, revision=revision)
-    floors = check_floors(repository, revision)
+    published = load_fingerprint(fingerprint) if fingerprint else read_fingerprint(repository, revision=revision)
     asked = {"dtype": dtype, "attn_implementation": attn_implementation}
     model_kwargs = {name: value for name, value in asked.items() if value is not None}
+    findings = [check_floors(repository, revision)]
+    with package_hidden():
+        try:
+            model, processor, report = load(repository, revision, model_kwargs)
+        except Exception as error:  # an error of any library is a finding
+            return [*findings, Finding("loading", "fail", raised(error))]
+        findings += compare(published, model.to(device), processor, report, dtype is not None)
+        limit = tolerance(published, [] if dtype is None else [str(model.dtype).removeprefix("torch.")])
+        del model
+        gc.collect()  # memory may not hold two copies of a large model
+        encoder_kwargs = {"revision": revision, "device": device, "model_kwargs": model_kwargs}
+        findings.append(check_sentence_transformers(repository, published, processor, limit, encoder_kwargs))
+        if checkpoint is not None:
+            findings.append(check_checkpoint(checkpoint, published, limit))
+    return findings
+
+
+@contextmanager
+def package_hidden() -> Iterator[None]:
+    """Makes every import of this package fail, as it does where the package is not installed."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == PACKAGE}
+    sys.modules[PACKAGE] = None  # type: ignore[assignment]  # the import system's mark of a module that must not load
     try:
-        model, report = AutoModel.from_pretrained(
-            repository, revision=revision, trust_remote_code=True, output_loading_info=True, **model_kwargs
-        )
-        processor = AutoProcessor.from_pretrained(repository, revision=revision, trust_remote_code=True)
-    except Exception as error:  # an error of any library is a finding
-        return [floors, Finding("loading", "fail", f"raises {type(error).__name__}: {str(error)[:500]}")]
-    findings = [floors, *compare(published, model.to(device), processor, report, dtype is not None)]
-    dtypes = [] if dtype is None else [str(model.dtype).removeprefix("torch.")]
-    del model
-    gc.collect()  # memory may not hold two copies of a large model
-    encoder_kwargs = {"revision": revision, "device": device, "model_kwargs": model_kwargs}
-    return [
-        *findings,
-        check_sentence_transformers(repository, published, tolerance(published, dtypes), encoder_kwargs),
-    ]
+        yield
+    finally:
+        del sys.modules[PACKAGE]
+        sys.modules.update(hidden)
+
+
+def load(repository: str | Path, revision: str | None, model_kwargs: dict[str, Any]) -> tuple[Any, Any, dict]:
+    """Loads model, processor and loading info through the Auto classes."""
+    model, report = AutoModel.from_pretrained(
+        repository, revision=revision, trust_remote_code=True, output_loading_info=True, **model_kwargs
+    )
+    return model, AutoProcessor.from_pretrained(repository, revision=revision, trust_remote_code=True), report
+
+
+def raised(error: Exception) -> str:
+    """Names an error of a library as a finding does."""
+    return f"raises {type(error).__name__}: {str(error)[:500]}"
 
 
 def check_floors(repository: str | Path, revision: str | None) -> Finding:
-    """Checks the installed libraries against the requirements of the repository."""
+    """Whether the installed libraries are as new as the repository says it needs."""
     path = cached_file(repository, "config_sentence_transformers.json", revision=revision)
     faults, found = [], []
     for library, floor in loads(Path(path).read_text(encoding="utf-8"))["requirements"].items():
@@ -95,25 +129,41 @@ def check_floors(repository: str | Path, revision: str | None) -> Finding:
 
 
 def check_sentence_transformers(
-    repository: str | Path, published: Measured, limit: float, encoder_kwargs: dict[str, Any]
+    repository: str | Path, published: Measured, processor: Any, limit: float, encoder_kwargs: dict[str, Any]
 ) -> Finding:
     """Checks the vectors from sentence-transformers, which prepares inputs with different code."""
     check = "sentence-transformers"
+    has_audio = any(name.startswith("audio: ") for name in published.vectors)
+    inputs = golden_inputs(processor, has_audio)
     try:
         encoder = SentenceTransformer(str(repository), trust_remote_code=True, **encoder_kwargs)
-        names = [*(f"text: {language}" for language in TEXTS), "image: drawing"]
-        vectors = dict(zip(names, encoder.encode([*TEXTS.values(), golden_image()]), strict=True))
-        for task in published.prefix_ids:
-            vectors[f"prefix: {task}"] = encoder.encode(TEXTS["vi"], prompt_name=task)
+        worst = min(
+            compare_vector(name, encoder.encode(as_row(arguments), prompt_name=arguments.get("task")), published)
+            for name, arguments in inputs.items()
+            if name in published.vectors
+        )
     except Exception as error:  # as above
-        return Finding(check, "fail", f"raises {type(error).__name__}: {str(error)[:500]}")
-    exact = {name: vector.astype(np.float64) for name, vector in vectors.items()}
-    cosines = {
-        name: float(vector @ published.vectors[name] / np.linalg.norm(vector)) for name, vector in exact.items()
-    }
-    name = min(cosines, key=cosines.__getitem__)
-    text = f"cosine {cosines[name]:.7f} with the published vector of {name!r}; the limit is 1 - {limit:g}"
-    return Finding(check, "ok" if cosines[name] >= 1 - limit else "fail", text)
+        return Finding(check, "fail", raised(error))
+    return vector_finding(check, worst, limit)
+
+
+def as_row(arguments: dict[str, Any]) -> str | dict[str, Any]:
+    """Returns the processor's arguments for one input as sentence-transformers takes it: a text or a dict of parts."""
+    parts: dict[str, Any] = {"image": arguments["images"][0][0]} if "images" in arguments else {}
+    parts |= {name: arguments[name][0] for name in ("text", "audio") if name in arguments}
+    return parts["text"] if list(parts) == ["text"] else parts
+
+
+def check_checkpoint(checkpoint: Path, published: Measured, limit: float) -> Finding:
+    """Checks that a checkpoint gives the published vectors with the code in its folder."""
+    try:
+        model, processor, report = load(checkpoint, None, {})
+    except Exception as error:  # as above
+        return Finding("checkpoint", "fail", raised(error))
+    findings = [compare_loading(report), *compare_vectors(published, model, processor, limit)]
+    faults = [f"{finding.check}: {finding.text}" for finding in findings if finding.level == "fail"]
+    text = "; ".join(faults) or "gives the published vectors with its code"
+    return Finding("checkpoint", "fail" if faults else "ok", text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,9 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("repository", help="a folder, or a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit")
-    parser.add_argument("--device", default="cpu", help="device to run it on (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
     parser.add_argument("--dtype", help="load in this dtype (default: as published)")
     parser.add_argument("--attn_implementation", help="load with this attention (default: transformers' choice)")
+    parser.add_argument("--fingerprint", type=Path, help="compare with this file (default: the repository's)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="also compare this folder, which the repository was published from"
+    )
     try:
         findings = diagnose(**vars(parser.parse_args(arguments)))
     except (OSError, ValueError) as error:

@@ -52,6 +52,7 @@ SAME = 1e-6
 # leaves a factor of 4. The projections of two random tensors differ by about their norm; both differ by less than
 # 2^-7 in one case of 25,000.
 ROUNDED = 2.0**-7
+UNIT = 1e-5  # limit of |norm - 1| of a vector: the model normalises in float32 in every dtype
 MARK_PERIOD = 4093  # a prime, so that no row length of a matrix lines up with it
 
 
@@ -168,24 +169,32 @@ def measure(model: Any, processor: Any) -> Measured:
     )
 
 
+def fingerprint(model: Any, processor: Any) -> Measured:
+    """Measures a loaded model and its processor, with the vectors of the golden inputs."""
+    measured = measure(model, processor)
+    for name, arguments in golden_inputs(processor, model.config.audio_config is not None).items():
+        measured.vectors[name] = [round(value, 8) for value in embed(model, processor, arguments).tolist()]
+    return measured
+
+
+def save_fingerprint(measured: Measured, path: str | PathLike) -> None:
+    """Writes a fingerprint as JSON, one attribute a line."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in vars(measured).items()]
+    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
 def write_fingerprint(folder: str | PathLike) -> None:
     """Loads the repository at `folder` as its users do and writes `fingerprint.json` to it.
 
     Raises:
         ValueError: tensors are missing, left over or of another shape.
     """
-    folder = Path(folder)
     model, report = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     faults = compare_loading(report)
     if faults.level == "fail":
         raise ValueError(f"{folder} cannot be fingerprinted, because its weights are incomplete: {faults.text}.")
-    measured = measure(model, processor)
-    inputs = golden_inputs(processor, model.config.audio_config is not None)
-    for name, arguments in inputs.items():
-        measured.vectors[name] = [round(value, 8) for value in embed(model, processor, arguments).tolist()]
-    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in vars(measured).items()]
-    (folder / FILE_NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    save_fingerprint(fingerprint(model, processor), Path(folder) / FILE_NAME)
 
 
 def compare(
@@ -204,16 +213,16 @@ def compare(
         One finding a check: keys, dtype, weights, settings, then each kind of vector.
     """
     now = measure(model, processor)
+    tensors = [check(published, now, dtype_was_asked_for) for check in (_compare_dtype, _compare_marks)]
     return [
         compare_loading(report),
-        _compare_dtype(published, now, dtype_was_asked_for),
-        _compare_marks(published, now, dtype_was_asked_for),
+        *(tensors if published.marks else []),  # an adapter has none: readers load it beside its base, not merged
         _compare_values("processor", published.settings, now.settings),
         _compare_values("prefixes", published.prefix_ids, now.prefix_ids),
         _compare_values("tokenizer", published.token_ids, now.token_ids),
         _compare_values("attention", published.attention, now.attention, "note"),
         _compare_values("versions", published.versions, now.versions, "note"),
-        *_compare_vectors(published, model, processor, tolerance(published, now.dtype if dtype_was_asked_for else [])),
+        *compare_vectors(published, model, processor, tolerance(published, now.dtype if dtype_was_asked_for else [])),
     ]
 
 
@@ -279,25 +288,42 @@ def _compare_values(check: str, before: dict[str, Any], after: dict[str, Any], l
     return Finding(check, level if changes else "ok", "; ".join(changes) or "as when published")
 
 
-def _compare_vectors(published: Measured, model: Any, processor: Any, limit: float) -> list[Finding]:
+def compare_vectors(published: Measured, model: Any, processor: Any, limit: float) -> list[Finding]:
+    """Compares the vectors of the golden inputs: one finding a kind of input, about its worst vector."""
     worst: dict[str, tuple[float, str]] = {}
     has_audio = any(name.startswith("audio: ") for name in published.vectors)
     for name, arguments in golden_inputs(processor, has_audio).items():
         if name not in published.vectors:  # a task added since; `prefixes` names it
             continue
-        kind = name.split(": ")[0]
         try:
-            vector = embed(model, processor, arguments).double().numpy()
+            found = compare_vector(name, embed(model, processor, arguments).numpy(), published)
         except Exception as error:  # an error of any library is a finding
-            worst[kind] = (-1.0, f"{name} raises {type(error).__name__}: {str(error)[:200]}")
-            continue
-        cosine = float(np.dot(vector, published.vectors[name]) / np.linalg.norm(vector))
-        if not cosine >= worst.get(kind, (2.0, ""))[0]:  # NaN is the worst
-            worst[kind] = (cosine, f"cosine {cosine:.7f} with the published vector of {name!r}")
-    return [
-        Finding(kind, "ok" if cosine >= 1 - limit else "fail", f"{text}; the limit is 1 - {limit:g}")
-        for kind, (cosine, text) in worst.items()
-    ]
+            found = -1.0, f"{name} raises {type(error).__name__}: {str(error)[:200]}"
+        kind = name.split(": ")[0]
+        worst[kind] = min(worst.get(kind, found), found)
+    return [vector_finding(kind, found, limit) for kind, found in worst.items()]
+
+
+def compare_vector(name: str, found: np.ndarray, published: Measured) -> tuple[float, str]:
+    """Returns the cosine of the vector of a golden input with the published one, and a sentence about it.
+
+    Args:
+        name: of the golden input.
+        found: (projection_dim,) float; a vector whose norm is not 1 counts as cosine -1.
+        published: the fingerprint.
+    """
+    vector = found.astype(np.float64)
+    norm = float(np.linalg.norm(vector))
+    if not abs(norm - 1) <= UNIT:  # NaN fails too
+        return -1.0, f"the vector of {name!r} has norm {norm:.7g}, which must be 1 ± {UNIT:g}"
+    cosine = float(vector @ published.vectors[name]) / norm
+    return -1.0 if np.isnan(cosine) else cosine, f"cosine {cosine:.7f} with the published vector of {name!r}"
+
+
+def vector_finding(check: str, worst: tuple[float, str], limit: float) -> Finding:
+    """Judges the worst vector of a check, as `compare_vector` describes it, by the limit of 1 - cosine."""
+    cosine, text = worst
+    return Finding(check, "ok" if cosine >= 1 - limit else "fail", f"{text}; the limit is 1 - {limit:g}")
 
 
 KINDS = ("text", "image", "audio", "mix", "prefix", "sentence-transformers")  # findings about vectors
@@ -332,6 +358,11 @@ def read_fingerprint(repository: str | PathLike, **hub_kwargs: Any) -> Measured:
             f"{str(repository)!r} has no {FILE_NAME} to compare with. Write it from a model known to be good, with "
             "`vipolyqwen.fingerprint_vipolyqwen.write_fingerprint(FOLDER)`."
         )
+    return load_fingerprint(path)
+
+
+def load_fingerprint(path: str | PathLike) -> Measured:
+    """Reads a fingerprint that `save_fingerprint` wrote."""
     return Measured(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 

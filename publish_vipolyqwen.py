@@ -1,9 +1,9 @@
-"""A trained model to a repository that others load: weights, code, processor, sentence-transformers files, card.
+"""Publishes a trained model as a repository: weights, code, processor, sentence-transformers files, card.
 
     python publish_vipolyqwen.py CHECKPOINT (--repo_id ORG/NAME | --out DIR)
 
-CHECKPOINT is a folder that training wrote, or a PEFT adapter's. Nothing of it is copied: the model is loaded and saved
-again, so that optimizer states and the like stay behind. What is not whole or does not load is refused.
+CHECKPOINT is the output folder of a run, or of a PEFT adapter. The model is loaded and saved again, so that optimizer
+states and the like stay behind. A checkpoint that is incomplete or that a fresh process cannot use is refused.
 """
 
 import argparse
@@ -12,20 +12,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedModel, ProcessorMixin
-
 from vipolyqwen import __version__
-from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
+from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Measured, fingerprint, save_fingerprint
 from vipolyqwen.publishing.card import model_card, read_training
 from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
 from vipolyqwen.publishing.hub import upload
 from vipolyqwen.publishing.repository import (
+    ADAPTER_CONFIG,
     MAX_SHARD_SIZE,
     TRAINING_FILE,
     PublishError,
     copy_adapter,
     load_adapter,
-    load_whole,
+    load_repository,
     save_repository,
     write_json,
 )
@@ -35,7 +34,7 @@ READER_PACKAGES = ("torch", "transformers", "sentence-transformers", "soundfile"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Builds, checks and publishes a repository, or says why not."""
+    """Builds, checks and publishes a repository; exits with the reason if a check refuses it."""
     options = read_options(argv)
     try:
         publish(options)
@@ -47,7 +46,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
-    parser.add_argument("checkpoint", type=Path, help="folder of a trained model or of a PEFT adapter")
+    parser.add_argument("checkpoint", type=Path, help="folder of a trained model, or of a PEFT adapter")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--repo_id", help="ORG/NAME on the Hub (HF_ENDPOINT, HF_TOKEN)")
     where.add_argument("--out", type=Path, help="a new folder")
@@ -61,7 +60,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Builds in a folder of its own; only what passed all checks reaches its place."""
+    """Builds in a temporary folder, which is moved or uploaded only after all checks have passed."""
     out = options.out
     if out is not None and out.exists():
         raise PublishError(f"{out} exists; remove it, or name another folder.")
@@ -70,11 +69,11 @@ def publish(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="vipolyqwen_", dir=out and out.parent) as scratch:
         folder = Path(scratch) / "repository"
         name = options.repo_id or out.name
-        model, processor = build_repository(
+        expected = build_repository(
             options.checkpoint, folder, name, options.tag, options.adapter, options.max_shard_size
         )
         check_files(folder)
-        check_that_it_loads(folder, options.checkpoint, model, processor)
+        check_that_it_loads(folder, options.checkpoint, expected)
         if out is not None:
             folder.rename(out)
             print(f"The repository: {out}")
@@ -90,25 +89,25 @@ def build_repository(
     tag: str | None = None,
     adapter_base: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Writes everything that is published of `checkpoint` to the new folder `folder`; returns what that is.
+) -> Measured:
+    """Writes everything that is published of `checkpoint` to the new folder `folder`; returns its fingerprint.
 
     Args:
-        checkpoint: what training wrote, or an adapter.
+        checkpoint: the output folder of a run, or an adapter.
         folder: where to.
-        name: what the card calls it: `ORG/NAME`, or a folder's name.
+        name: the title of the card: `ORG/NAME`, or a folder's name.
         tag: the revision that the card's examples pin.
-        adapter_base: the Hub repository whose adapter it is to remain; `None`: weights are whole, adapters merged.
+        adapter_base: the Hub repository whose adapter is published unmerged; `None`: all weights, adapters merged.
         max_shard_size: largest file of weights.
 
     Raises:
-        PublishError: the checkpoint is not whole.
+        PublishError: the checkpoint is incomplete.
     """
     refuse_checkpoint(checkpoint)
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
     if adapter_base is not None and not is_adapter:
-        raise PublishError(f"{checkpoint} has no adapter_config.json, so it is no adapter; drop --adapter.")
-    model, processor = load_adapter(checkpoint) if is_adapter else load_whole(checkpoint)
+        raise PublishError(f"{checkpoint} has no adapter_config.json, so it is not an adapter; drop --adapter.")
+    model, processor = load_adapter(checkpoint) if is_adapter else load_repository(checkpoint)
     folder.mkdir(parents=True)
     if adapter_base is None:
         save_repository(model, processor, folder, max_shard_size=max_shard_size)
@@ -125,9 +124,12 @@ def build_repository(
         write_json(folder / TRAINING_FILE, training)
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
-    if adapter_base is None:  # an adapter is checked with its base, which has a fingerprint of its own
-        write_fingerprint(folder)
-    return model, processor
+    measured = fingerprint(model, processor)
+    if adapter_base is None:
+        save_fingerprint(measured, folder / FILE_NAME)
+    else:
+        measured.marks = {}  # of merged tensors, while readers load an adapter beside its base
+    return measured
 
 
 if __name__ == "__main__":

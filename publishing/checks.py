@@ -1,4 +1,4 @@
-"""What a published folder must hold, what it may not, and that a fresh process can use it."""
+"""Checks of a folder before it is published: its files, the paths inside them, and that a fresh process can use it."""
 
 import json
 import os
@@ -11,49 +11,28 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from .repository import PublishError
-from .verify import embed, samples
+from ..fingerprint_vipolyqwen import FILE_NAME, Measured, save_fingerprint
+from .repository import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SENTENCE_TRANSFORMERS_FILES, TRAINING_FILE, PublishError
 
+ROOT = Path(__file__).parents[1]
+
+
+def _with_imports(name: str) -> set[str]:
+    """Names of a shipped file and of all files that it imports, which `save_pretrained` copies along."""
+    return {name, *(Path(path).name for path in get_relative_import_files(ROOT / name))}
+
+
+ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+READING = {"README.md", "LICENSE", "requirements.txt", *SENTENCE_TRANSFORMERS_FILES}
+READING |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+READING |= _with_imports("processing_vipolyqwen.py")
+NEEDED_ADAPTER = READING | ADAPTER
+NEEDED_MODEL = READING | _with_imports("modeling_vipolyqwen.py") | {"config.json", FILE_NAME}
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a published repository may hold; everything else in a folder is refused, and left alone on the Hub.
-PUBLISHED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "audio_vipolyqwen.py",
-    "configuration_vipolyqwen.py",
-    "fingerprint.json",
-    "fingerprint_vipolyqwen.py",
-    "media_vipolyqwen.py",
-    "modeling_vipolyqwen.py",
-    "packing_vipolyqwen.py",
-    "pooling_vipolyqwen.py",
-    "processing_vipolyqwen.py",
-    "processor_config.json",
-    "tasks_vipolyqwen.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "README.md",
-    "LICENSE",
-    "requirements.txt",
-    "training.json",
-)
-READING = {"README.md", "LICENSE", "requirements.txt", "processor_config.json", "tokenizer.json"}
-READING |= {"tokenizer_config.json", "chat_template.jinja", "modules.json", "sentence_bert_config.json"}
-READING |= {"config_sentence_transformers.json"}
-READING |= {f"{name}_vipolyqwen.py" for name in ("media", "processing", "tasks")}
-NEEDED_ADAPTER = READING | {"adapter_config.json", "adapter_model.safetensors"}
-NEEDED_MODEL = READING | {name for name in PUBLISHED if name.endswith("_vipolyqwen.py")}
-NEEDED_MODEL |= {"config.json", "fingerprint.json"}
+PUBLISHED = sorted(NEEDED_ADAPTER | NEEDED_MODEL | {WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors", TRAINING_FILE})
 
 TRAINING_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
 TRAINING_STATE += ("loss_state.safetensors", "pytorch_model_fsdp.bin")
@@ -62,9 +41,9 @@ LOCAL_PATH = re.compile(r"file://|~[/\\]|[A-Za-z]:[\\/]|\\\\|/[^/\s]+/")  # abso
 
 
 def refuse_checkpoint(folder: Path) -> None:
-    """Raises `PublishError` unless `folder` has the files of a checkpoint, and weights that are no pickle."""
+    """Raises `PublishError` unless `folder` has the files of a checkpoint, with its weights in safetensors."""
     if not folder.is_dir():
-        raise PublishError(f"{folder} is no folder; name what training wrote, or an adapter's folder.")
+        raise PublishError(f"{folder} is not a folder; name the output folder of a run, or of an adapter.")
     names = {path.name for path in folder.iterdir() if path.is_file()}
     state = {name for name in names if any(fnmatch(name, pattern) for pattern in TRAINING_STATE)}
     pickles = sorted(name for name in names - state if name.endswith(PICKLES))
@@ -73,12 +52,11 @@ def refuse_checkpoint(folder: Path) -> None:
             f"{folder} holds pickles ({', '.join(pickles)}), which run code when they are loaded. Save the weights "
             "with `save_pretrained`, which writes safetensors, and remove these."
         )
-    needed = {"adapter_config.json", "adapter_model.safetensors"}
-    if "adapter_config.json" not in names:
-        needed = {"config.json", "processor_config.json", "tokenizer.json"}
+    if ADAPTER_CONFIG in names:
+        needed = ADAPTER
+    else:
+        needed = {"config.json", "processor_config.json", "tokenizer.json", *_weights(folder)}
     _refuse_missing(folder, needed - names)
-    if "adapter_config.json" not in names:
-        _refuse_missing(folder, _weights(folder) - names)
 
 
 def check_files(folder: Path) -> None:
@@ -87,7 +65,7 @@ def check_files(folder: Path) -> None:
     others = sorted(name for name in files if not any(fnmatch(name, pattern) for pattern in PUBLISHED))
     if others:
         raise PublishError(f"{', '.join(others)}: not part of a published model (only {', '.join(PUBLISHED)} are).")
-    needed = NEEDED_ADAPTER if "adapter_config.json" in files else NEEDED_MODEL | _weights(folder)
+    needed = NEEDED_ADAPTER if ADAPTER_CONFIG in files else NEEDED_MODEL | _weights(folder)
     _refuse_missing(folder, needed - files)
     for name in sorted(name for name in files if name.endswith(".json")):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -100,19 +78,19 @@ def check_files(folder: Path) -> None:
 
 def _weights(folder: Path) -> set[str]:
     """Names of the files that should hold the weights."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHTS_INDEX
     if not index.is_file():
-        return {"model.safetensors"}
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) | {index.name}
+        return {WEIGHTS}
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) | {WEIGHTS_INDEX}
 
 
 def _refuse_missing(folder: Path, missing: set[str]) -> None:
     if missing:
-        raise PublishError(f"{folder} lacks {', '.join(sorted(missing))}; `save_repository` writes a whole folder.")
+        raise PublishError(f"{folder} lacks {', '.join(sorted(missing))}; `save_repository` writes all of them.")
 
 
 def _strings(content: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every text of nested JSON, with where it stands."""
+    """Yields every string of nested JSON, with its place."""
     if isinstance(content, str):
         yield place, content
     elif isinstance(content, dict):
@@ -123,20 +101,24 @@ def _strings(content: Any, place: str) -> Iterator[tuple[str, str]]:
             yield from _strings(value, f"{place}[{number}]")
 
 
-def check_that_it_loads(folder: Path, checkpoint: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Loads and uses the folder in another process that knows nothing of this package, next to the checkpoint.
+def check_that_it_loads(folder: Path, checkpoint: Path, expected: Measured) -> None:
+    """Runs the doctor on a repository in another process, whose code cannot import this package.
+
+    Args:
+        folder: the repository.
+        checkpoint: what it was made from; unless it is an adapter, its code must give the same vectors.
+        expected: the fingerprint of the model in this process.
 
     Raises:
-        PublishError: it does not load, or its vectors are not those of `model`, or those of a whole checkpoint with
-            the code that lies in it.
+        PublishError: a part does not load, or gives other vectors, or a vector that is not of norm 1.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
-        expected = Path(elsewhere) / "expected.npy"
-        has_audio = model.config.audio_config is not None
-        np.save(expected, embed(model, processor, samples(processor, has_audio)))
-        command = [sys.executable, "-P", Path(__file__).with_name("verify.py"), folder, expected]
-        command += [checkpoint] if (checkpoint / "config.json").is_file() else []  # not an adapter
+        fingerprint = Path(elsewhere) / FILE_NAME
+        save_fingerprint(expected, fingerprint)
+        command = [sys.executable, "-P", "-m", "vipolyqwen.doctor", folder, "--fingerprint", fingerprint]
+        command += ["--checkpoint", checkpoint] if (checkpoint / "config.json").is_file() else []
         environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}  # no code of another repository of this name
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise PublishError(f"a fresh process cannot use what would be published:\n{done.stderr[-4000:]}")
+        found = done.stdout or done.stderr[-4000:]
+        raise PublishError(f"a fresh process cannot use what would be published:\n{found}")

@@ -1,4 +1,4 @@
-"""One home for saving and loading a repository: weights, code, processor, sentence-transformers files."""
+"""Saves and loads a repository: weights, code, processor, sentence-transformers files."""
 
 import json
 import os
@@ -23,6 +23,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_SHARD_SIZE = "5GB"
 # The lowest versions that were tried; sentence-transformers checks them before it loads anything.
 REQUIREMENTS = {"sentence-transformers": ">=6.0.1", "transformers": ">=5.17"}
+SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
 
 
@@ -37,13 +38,13 @@ def save_repository(
     state_dict: dict[str, torch.Tensor] | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a whole repository: `AutoModel`, `AutoProcessor` and `SentenceTransformer` load the folder as it is.
+    """Writes a repository: `AutoModel`, `AutoProcessor` and `SentenceTransformer` load the folder as it is.
 
     Args:
         model: the model; its code is copied along.
         processor: its processor, whose task prefixes become the prompts.
-        folder: where to; created if it is not there.
-        state_dict: weights to write in place of the model's own, as a sharded trainer gathers them.
+        folder: where to; created if it does not exist.
+        state_dict: weights to write instead of the model's, as a sharded trainer gathers them.
         max_shard_size: largest file of weights.
     """
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
@@ -51,7 +52,7 @@ def save_repository(
 
 
 def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:
-    """Writes what turns inputs into tensors: the processor and sentence-transformers' files."""
+    """Writes the files that turn inputs into tensors: the processor's and those of sentence-transformers."""
     processor.save_pretrained(folder)
     for name, content in sentence_transformers_files(processor, has_audio).items():
         write_json(folder / name, content)
@@ -66,7 +67,7 @@ def save_adapter(
         model: the model with its adapter.
         processor: its processor.
         folder: where to; created if it does not exist.
-        state_dict: weights to write in place of those of `model`, as a sharded trainer gathers them.
+        state_dict: weights to write instead of those of `model`, as a sharded trainer gathers them.
     """
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     (folder / "README.md").unlink()  # an empty card; publish_vipolyqwen.py writes one
@@ -89,7 +90,7 @@ def copy_adapter(checkpoint: Path, base: str, processor: ProcessorMixin, folder:
     config = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("modules_to_save"):
         raise PublishError(
-            f"The adapter replaces whole modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
+            f"The adapter replaces modules (modules_to_save: {', '.join(config['modules_to_save'])}), which "
             "transformers 5.17 leaves random, without an error, when it loads an adapter. Publish it merged: drop "
             "--adapter."
         )
@@ -101,30 +102,27 @@ def copy_adapter(checkpoint: Path, base: str, processor: ProcessorMixin, folder:
 
 
 def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> dict[str, Any]:
-    """File name -> content of what makes the stock modules of sentence-transformers load and feed the model."""
+    """Returns name -> content of the files that make the stock modules of sentence-transformers feed the model."""
     modalities = ["text", "image", *(["audio"] if has_audio else []), "message"]
     route = {"method": "forward", "method_output_name": "embeddings"}
-    return {
-        "modules.json": MODULES,
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            "modality_config": {name: dict(route) for name in modalities}
-            | {"message": {**route, "format": "structured"}},
-            "module_output_name": "sentence_embedding",
-            "unpad_inputs": False,
-        },
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "requirements": REQUIREMENTS,
-            "prompts": dict(processor.task_prefixes),
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {name: dict(route) for name in modalities} | {"message": {**route, "format": "structured"}},
+        "module_output_name": "sentence_embedding",
+        "unpad_inputs": False,
     }
+    model = {
+        "model_type": "SentenceTransformer",
+        "requirements": REQUIREMENTS,
+        "prompts": dict(processor.task_prefixes),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    return dict(zip(SENTENCE_TRANSFORMERS_FILES, (MODULES, transformer, model), strict=True))
 
 
-def load_whole(source: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model that has exactly the tensors of its checkpoint, and its processor.
+def load_repository(source: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a model that has exactly the tensors of its checkpoint, and its processor.
 
     Args:
         source: a folder, or a Hub repository.
@@ -145,28 +143,28 @@ def load_whole(source: Path | str, revision: str | None = None) -> tuple[PreTrai
         )
     for part in (model.config.text_config, model.config.vision_config, model.config.audio_config):
         if part is not None:
-            part.name_or_path = ""  # where a backbone was loaded from, which the card tells
+            part.name_or_path = ""  # where a backbone was loaded from; the card names it
     processor = ViPolyQwenProcessor.from_pretrained(source, config=model.config, revision=revision or "main")
     return model.eval(), processor
 
 
 def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The base model of a PEFT adapter with the adapter merged into it, and its processor."""
+    """Loads the base model of a PEFT adapter, merges the adapter into it, and loads its processor."""
     from peft import PeftModel, get_peft_model_state_dict  # only adapters need it
 
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
-        raise PublishError(f"{folder / ADAPTER_CONFIG} does not say what `base_model_name_or_path` is.")
+        raise PublishError(f"{folder / ADAPTER_CONFIG} has no `base_model_name_or_path`; name the base there.")
     if os.path.isabs(base) and not os.path.isdir(base):
-        moved = folder.parent / Path(base).name  # with the run's whole folder
+        moved = folder.parent / Path(base).name  # with the run's folder
         if not moved.is_dir():
             raise PublishError(
-                f"The base of {folder} was {base}, which is not there, nor is {moved}. Put it back, or write where it "
-                "is into adapter_config.json as `base_model_name_or_path`."
+                f"The base of {folder} was {base}; neither that nor {moved} exists. Put it back, or name its "
+                "folder as `base_model_name_or_path` in adapter_config.json."
             )
         base = str(moved)
-    model, processor = load_whole(base, config.get("revision"))
+    model, processor = load_repository(base, config.get("revision"))
     adapted = PeftModel.from_pretrained(model, folder)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
@@ -182,5 +180,5 @@ def load_adapter(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file as people read it."""
+    """Writes an indented JSON file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,22 +18,22 @@ from hub_server import Blob, HubServer, go_online, running_hub
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
+from vipolyqwen.doctor import diagnose
+from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, fingerprint, load_fingerprint
 from vipolyqwen.publish_vipolyqwen import build_repository, main
 from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
 from vipolyqwen.publishing.hub import upload
 from vipolyqwen.publishing.repository import PublishError, save_repository
-from vipolyqwen.publishing.verify import wrong_vectors
 
 REPO = "someone/tiny-viPolyQwen.v1"  # a name as repositories have, no Python name
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 
 # Runs in the other process, which knows the Hub's address and nothing else.
 READER = """
-import importlib.util, json, re, sys
+import json, re, sys
 
 repo, commit, output = sys.argv[1:]
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-assert importlib.util.find_spec("vipolyqwen") is None, "the reader can import the development package"
+sys.modules["vipolyqwen"] = None  # an import of the package fails, as where it is not installed
 
 import numpy as np
 import torch
@@ -376,28 +376,48 @@ def test_a_file_that_is_no_part_of_a_model_is_refused(staged: Path, tmp_path: Pa
         check_files(folder)
 
 
+def edit_code(folder: Path, name: str, old: str, new: str) -> None:
+    code = (folder / name).read_text(encoding="utf-8")
+    assert code.count(old) == 1
+    (folder / name).write_text(code.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["modeling_vipolyqwen.py", "processing_vipolyqwen.py"])
 def test_code_that_only_works_where_it_was_written_is_refused(
-    tiny: tuple, staged: Path, checkpoint: Path, tmp_path: Path
+    name: str, staged: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(staged, tmp_path / "copy")
-    code = (folder / "modeling_vipolyqwen.py").read_text(encoding="utf-8")
-    absolute = code.replace("from .configuration_vipolyqwen", "from vipolyqwen.configuration_vipolyqwen")
-    (folder / "modeling_vipolyqwen.py").write_text(absolute, encoding="utf-8")
+    sibling = "configuration" if name.startswith("modeling") else "tasks"
+    edit_code(folder, name, f"from .{sibling}_vipolyqwen", f"from vipolyqwen.{sibling}_vipolyqwen")
     with pytest.raises(PublishError, match="(?s)a fresh process cannot use.*vipolyqwen"):
-        check_that_it_loads(folder, checkpoint, *tiny)
+        check_that_it_loads(folder, checkpoint, load_fingerprint(staged / FILE_NAME))
 
 
-def test_vectors_that_differ_or_are_no_unit_vectors_are_named() -> None:
-    good = np.eye(2, 4, dtype=np.float32)
-    assert wrong_vectors({"a": good, "b": good}, ["text", "sound"], 1e-5) == []
-    moved = good + np.float32([[0], [0.1]])
-    assert wrong_vectors({"a": good, "b": moved}, ["text", "sound"], 1e-5) == [
-        "sound: b and a differ by 0.1; the limit is 1e-05."
-    ]
-    broken = np.float32([[1, 0, 0, 0], [np.nan, 0, 0, 0]])
-    assert wrong_vectors({"a": broken}, ["text", "sound"], 1e-5) == [
-        "sound: the norm of the vector is nan; it must be 1."
-    ]
+def test_other_vectors_than_those_of_the_publishing_process_are_refused(
+    tiny: tuple, staged: Path, checkpoint: Path
+) -> None:
+    expected = fingerprint(*tiny)
+    expected.vectors["audio: tones"] = expected.vectors["text: vi"]
+    with pytest.raises(PublishError, match=r"Broken: audio, sentence-transformers\."):
+        check_that_it_loads(staged, checkpoint, expected)
+
+
+def test_a_checkpoint_whose_code_gives_other_vectors_is_refused(
+    checkpoint: Path, staged: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    edit_code(
+        folder,
+        "modeling_vipolyqwen.py",
+        "return ViPolyQwenOutput(embeddings=self",
+        "return ViPolyQwenOutput(embeddings=-self",
+    )
+    with pytest.raises(PublishError, match=r"FAIL  checkpoint .*text: cosine -1\.0000000"):
+        check_that_it_loads(staged, folder, load_fingerprint(staged / FILE_NAME))
+
+
+def test_the_doctor_finds_nothing_wrong_with_what_is_published(staged: Path) -> None:
+    assert not [finding for finding in diagnose(staged) if finding.level != "ok"]
 
 
 def test_an_existing_folder_is_not_written_into(checkpoint: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def adapter(tiny: tuple, base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def saving_adapter(tiny: tuple, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A LoRA with a projection of its own beside it."""
+    """A LoRA beside a projection that is trained in full."""
     folder = tmp_path_factory.mktemp("saving") / "output"
     return folder, write_adapter(folder, tiny, base, target_modules=["q_proj"], modules_to_save=["audio_projection"])
 
@@ -96,7 +96,7 @@ def write_adapter(folder: Path, tiny: tuple, base: Path, **options: Any) -> np.n
 
 
 @pytest.mark.parametrize("kind", ["adapter", "saving_adapter"])
-def test_a_merged_adapter_is_a_whole_model_with_the_adapter_s_vectors(
+def test_a_merged_adapter_is_a_model_with_the_adapter_s_vectors(
     kind: str, tiny: tuple, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder, expected = request.getfixturevalue(kind)
@@ -141,7 +141,7 @@ def test_a_kept_adapter_loads_on_its_base_from_the_hub_pinned_or_not(
     assert (np.abs(vectors["base"] - expected).max(axis=1) > 1e-3).all()
 
 
-def test_an_adapter_that_old_readers_would_load_half_is_not_kept(saving_adapter: tuple, tmp_path: Path) -> None:
+def test_an_adapter_that_old_readers_would_load_in_part_is_not_kept(saving_adapter: tuple, tmp_path: Path) -> None:
     with pytest.raises(PublishError, match=r"modules_to_save: audio_projection.*drop --adapter"):
         build_repository(saving_adapter[0], tmp_path / "out", ADAPTER, adapter_base=BASE)
 
@@ -166,6 +166,6 @@ def test_an_adapter_in_a_pickle_is_refused(adapter: tuple, tmp_path: Path) -> No
         build_repository(folder, tmp_path / "out", "someone/x")
 
 
-def test_whole_weights_are_no_adapter(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match="so it is no adapter; drop --adapter"):
+def test_a_checkpoint_without_an_adapter_cannot_be_published_as_one(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match="adapter_config.json.*drop --adapter"):
         build_repository(base, tmp_path / "out", ADAPTER, adapter_base=BASE)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,16 @@ from transformers import AutoModel
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.doctor import diagnose, main
-from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Finding, mark, read_fingerprint, verdict, write_fingerprint
+from vipolyqwen.fingerprint_vipolyqwen import (
+    FILE_NAME,
+    Finding,
+    compare_vector,
+    mark,
+    read_fingerprint,
+    vector_finding,
+    verdict,
+    write_fingerprint,
+)
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
 from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.build import build_model
@@ -92,14 +102,16 @@ def test_a_missing_tensor_is_named_with_the_kinds_of_input_that_it_breaks(
     edit_weights(repository, lambda tensors: tensors.pop("audio_projection.dense.weight"))
     assert main([str(repository)]) == 1
     *_, last = capsys.readouterr().out.strip().splitlines()
-    assert last.startswith("Broken: mix, audio. Likely cause: [keys] audio_projection.dense.weight not in the files")
+    broken, cause = last.split(". ", 1)
+    assert broken == "Broken: mix, audio, sentence-transformers"
+    assert cause.startswith("Likely cause: [keys] audio_projection.dense.weight not in the files")
 
 
 @pytest.mark.parametrize(
     ("tensor", "broken"),
     [
         ("vlm.visual.blocks.1.attn.proj.weight", {"image", "mix", "sentence-transformers"}),
-        ("audio_tower.encoder.layers.1.feed_forward.output_dense.weight", {"audio", "mix"}),
+        ("audio_tower.encoder.layers.1.feed_forward.output_dense.weight", {"audio", "mix", "sentence-transformers"}),
         ("vlm.language_model.layers.1.mlp.down_proj.weight", VECTORS - {"audio"}),
     ],
 )
@@ -137,7 +149,7 @@ def test_weights_that_were_cast_and_cast_back_are_told_by_their_values(dtype: to
     [
         ("image_processor", {"image_mean": [0.5, 0.5, 0.5]}, {"image", "mix", "sentence-transformers"}),
         ("image_processor", {"do_rescale": False}, {"image", "mix", "sentence-transformers"}),
-        ("feature_extractor", {"sampling_rate": 8_000}, {"audio", "mix"}),
+        ("feature_extractor", {"sampling_rate": 8_000}, {"audio", "mix", "sentence-transformers"}),
         ("feature_extractor", {"do_normalize": False}, set()),  # HuBERT-base's group norm undoes it
     ],
 )
@@ -238,6 +250,32 @@ def test_vectors_without_any_other_fault_point_at_what_else_changed() -> None:
     assert verdict([broken, note]) == "Broken: image. Likely cause: [versions] pillow was '12', is '13'."
     assert "hardware" in verdict([broken])
     assert verdict([note, Finding("image", "ok", "")]) == ""
+
+
+def test_a_vector_that_differs_or_is_not_of_norm_1_is_named(published: Path) -> None:
+    fingerprint = read_fingerprint(published)
+    given = np.float32(fingerprint.vectors["text: vi"])
+
+    def judge(vector: np.ndarray) -> Finding:
+        return vector_finding("text", compare_vector("text: vi", vector, fingerprint), limit=1e-6)
+
+    assert judge(given).level == "ok"
+    moved = given + np.float32(0.1) * np.eye(len(given), dtype=np.float32)[0]
+    differs = judge(moved / np.linalg.norm(moved))
+    assert differs.level == "fail" and "published vector of 'text: vi'; the limit is 1 - 1e-06" in differs.text
+    assert "'text: vi' has norm 1.01, which must be 1" in judge(given * np.float32(1.01)).text
+    for broken in (given * np.float32(1.01), given * np.float32(np.nan)):
+        assert judge(broken).level == "fail"
+
+
+def test_code_that_needs_the_package_is_a_fault_though_it_is_installed(published: Path, tmp_path: Path) -> None:
+    repository = shutil.copytree(published, tmp_path / "absolute")  # transformers keeps the classes of a name
+    path = repository / "modeling_vipolyqwen.py"
+    code = path.read_text(encoding="utf-8")
+    path.write_text(code.replace("from .packing_vipolyqwen", "from vipolyqwen.packing_vipolyqwen"), encoding="utf-8")
+    [*_, finding] = diagnose(repository)
+    assert (finding.check, finding.level) == ("loading", "fail")
+    assert "vipolyqwen" in finding.text and "vipolyqwen.doctor" in sys.modules
 
 
 def test_a_mark_tells_rounded_from_replaced() -> None:
