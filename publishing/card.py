@@ -1,4 +1,4 @@
-"""The page that a repository shows: what the model is, how to use it, what it was trained on, how well it does."""
+"""The model card of a repository: the model, its use, its training and its results."""
 
 import json
 import math
@@ -24,15 +24,15 @@ def model_card(
     adapter_base: str | None = None,
     tag: str | None = None,
 ) -> ModelCard:
-    """The card of a model, from itself and from what training left in its folder.
+    """Writes the card of a model, from the model and from the files that training left in its folder.
 
     Args:
         name: `ORG/NAME`, or a folder's name.
         model: the model.
         processor: its processor.
         checkpoint: the folder it was trained into, with `training.json` and `trainer_state.json` if it has them.
-        adapter_base: the Hub repository that the model is an adapter of; `None`: its weights are whole.
-        tag: the revision that the examples pin; `None`: they pin none.
+        adapter_base: the Hub repository that the model is an adapter of; `None`: it has all weights.
+        tag: the revision that the examples pin; `None`: they do not pin one.
     """
     training = read_training(checkpoint)
     state = _read_json(checkpoint / "trainer_state.json") or {}
@@ -47,7 +47,7 @@ def model_card(
         library_name="sentence-transformers",
         pipeline_tag="feature-extraction",
         tags=tags + (["peft", "lora"] if adapter_base is not None else []),
-        base_model=([adapter_base] if adapter_base is not None else training.get("base_models")) or None,
+        base_model=[adapter_base] if adapter_base else training.get("base_models") or None,
         datasets=[source["name"] for source in training.get("train_data", []) if source["on_hub"]] or None,
         metrics=sorted({METRIC_NAMES[name] for values in results.values() for name in values.keys() & METRIC_NAMES})
         or None,
@@ -57,7 +57,7 @@ def model_card(
     )
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
         name=name,
         title=name.split("/")[-1],
         towers=_towers(model.config),
@@ -83,13 +83,13 @@ def model_card(
 
 
 def read_training(checkpoint: Path) -> dict[str, Any]:
-    """What the run wrote down about itself; `checkpoint-N` and `adapter` belong to the run above them."""
+    """Reads the record of a run, {} if it has none; `checkpoint-N` and `adapter` belong to the run above them."""
     folder = checkpoint.parent if re.fullmatch(r"checkpoint-\d+|adapter", checkpoint.name) else checkpoint
     return _read_json(checkpoint / TRAINING_FILE) or _read_json(folder / TRAINING_FILE) or {}
 
 
 def task_results(checkpoint: Path, training: dict[str, Any], state: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value on the held-out pairs, of the very weights in the folder; empty if never measured."""
+    """Returns task -> metric -> value of the folder's weights on the held-out pairs; empty if never measured."""
     step = state.get("global_step")
     if training.get("settings", {}).get("load_best_model_at_end") and not checkpoint.name.startswith("checkpoint-"):
         step = state.get("best_global_step", step)
@@ -99,13 +99,13 @@ def task_results(checkpoint: Path, training: dict[str, Any], state: dict[str, An
     results: dict[str, dict[str, float]] = {}
     for key, value in entry.items():
         match = re.fullmatch(r"eval_(.+)_(recall@\d+|mrr|spearman|candidates|chance)", key)
-        if match and math.isfinite(value):  # Spearman's ρ of equal cosines is NaN, which is no result
+        if match and math.isfinite(value):  # Spearman's ρ of equal cosines is NaN, which is not a result
             results.setdefault(match[1], {})[match[2]] = value
     return results
 
 
 def _eval_results(results: dict[str, dict[str, float]], training: dict[str, Any]) -> list[EvalResult]:
-    """Entries of the card's `model-index`."""
+    """Returns the entries of the card's `model-index`."""
     sources = training.get("eval_data", [])
     hub_id = sources[0]["name"] if len(sources) == 1 and sources[0]["on_hub"] else None
     return [
@@ -132,153 +132,15 @@ def _towers(config: PreTrainedConfig) -> list[str]:
         f"vision {vision.depth} layers, {vision.embed_dim} wide) for text and images"
     ]
     if audio is not None:
-        towers.append(f"{audio.model_type} ({audio.num_hidden_layers} layers, {audio.hidden_size} wide) for sound")
+        towers.append(f"{audio.model_type} ({audio.num_hidden_layers} layers, {audio.hidden_size} wide) for audio")
     return towers
 
 
 def _runtime(state: dict[str, Any]) -> float | None:
-    """Seconds that the run took, which its last log entry tells."""
+    """Returns the seconds that the run took, from its last log entry."""
     times = [entry["train_runtime"] for entry in state.get("log_history", []) if "train_runtime" in entry]
     return times[-1] if times else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ title }}
-
-Turns text, images{% if has_audio %}, sound{% endif %} and any mix of them into **one {{ dimension }}-d unit \
-vector**, so that any of them finds any other by cosine. Vietnamese first, then English and Chinese.
-
-It is a viPolyQwen model of {{ parameters }} M parameters ({{ dtype }}): {{ towers | join("; ") }}. Each route has \
-its own {{ config.pooling }} pooling and {{ config.projection }} projection\
-{% if has_audio %}; an input with both gives \
-{{ "the normalised mean of the two" if config.audio_fusion == "mean" else "the vector of the sound alone" }}\
-{% endif %}.
-{% if adapter_base %}
-This repository holds a **LoRA adapter** of [{{ adapter_base }}](https://huggingface.co/{{ adapter_base }}); \
-`pip install peft`, and the base is loaded by itself. To pin a revision with transformers, load the base and then \
-`model.load_adapter("{{ name }}", adapter_kwargs={"revision": …})`: `AutoModel` would look for the same revision \
-in the base.
-{% elif not training.base_models %}
-It was built from a configuration, not on published backbones, or its checkpoint does not say on which.
-{% endif %}
-
-## Use
-
-The repository holds code: pin a revision, `revision="…"`, one of its tags. `pip install -r requirements.txt`.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{{ name }}", trust_remote_code=True{{ pin }})
-documents = model.encode(
-    [
-        "Ba quả bóng xanh lớn trên cát.",
-        "picture.png",
-        {"image": "picture.png", "text": "Biển ghi gì?"},
-{%- if has_audio %}
-        "voice.wav",
-{%- endif %}
-    ]
-)
-query = model.encode("Three large blue balls on the sand.")
-print(model.similarity(query, documents))
-```
-
-With transformers alone:
-
-```python
-import torch
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True{{ "" if adapter_base else pin }})
-processor = AutoProcessor.from_pretrained("{{ name }}", trust_remote_code=True{{ pin }})
-batch = processor(text=["Biển ghi gì?", "hello"], images=[["picture.png"], []], task="ocr", return_tensors="pt")
-with torch.no_grad():
-    embeddings = model(**batch).embeddings  # (2, {{ dimension }})
-```
-
-In a vector database (here FAISS; the vectors are unit vectors, so inner product is cosine):
-
-```python
-import faiss
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{{ name }}", trust_remote_code=True{{ pin }})
-index = faiss.IndexFlatIP(model.get_embedding_dimension())
-index.add(model.encode(["bốn bông hoa đỏ", "picture.png"]))
-scores, rows = index.search(model.encode(["four red flowers"]), 2)
-```
-
-## Inputs and limits
-
-| input | limit |
-|---|---|
-| text | {{ tokens }} tokens; NFC-normalised; special tokens in it are plain characters |
-| image | path, PIL image or array; scaled to {{ pixels.shortest_edge }} to {{ pixels.longest_edge }} pixels |
-{% if has_audio -%}
-| sound | path, `{"array", "sampling_rate"}` or decoder; made {{ rate }} Hz mono; {{ seconds }} s |
-{% endif -%}
-| mix | a dict of these: `{"image": …, "text": …}` |
-
-Without a prompt you get the general vector. A prompt puts a task's prefix in front and steers it: \
-{% for task in prompts %}`{{ task }}`{{ ", " if not loop.last }}{% endfor %} (`prompt_name="ocr"`, or `task="ocr"`).
-
-- Use one prompt for what you compare, and measure on your own data: a cosine has no meaning outside this model.
-- It embeds, it does not generate. It learned the biases of its backbones and of its training pairs.
-- It is made for Vietnamese, English and Chinese; other languages were not measured.
-
-## Training
-
-{% if training -%}
-{% if training.continued_from %}Trained further from [{{ training.continued_from }}]\
-(https://huggingface.co/{{ training.continued_from }}). {% endif -%}
-{% if steps %}{{ steps }} steps, {{ "%.2f" | format(epochs) }} epochs{% if runtime %}, \
-{{ "%.0f" | format(runtime) }} s{% endif %}. {% endif %}One mixed batch of all tasks; each row's task selects its loss.
-
-| setting | value |
-|---|---|
-{% for key, value in training.settings.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-| data | rows | visits per epoch | tasks |
-|---|---|---|---|
-{% for source in training.train_data -%}
-| {{ source.name }} | {{ source.rows }} | {{ source.weight }} | \
-{% for task, rows in (source.tasks or source.data_types).items() -%}
-{{ task }} {{ rows }}{{ ", " if not loop.last }}{% endfor %} |
-{% endfor %}
-Hardware: {{ training.hardware }}. Software: \
-{% for name, version in training.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.
-{%- else -%}
-The checkpoint does not tell how it was trained{% if steps %} (only that it took {{ steps }} steps){% endif %}.
-{%- endif %}
-
-## Results
-
-{% if results -%}
-Side b found by side a among the held-out pairs of each task{% if training.eval_data %} \
-({% for source in training.eval_data %}{{ source.name }}, {{ source.rows }} rows{{ "; " if not loop.last }}\
-{% endfor %}){% endif %}. Chance is the recall@1 of a random order.
-
-| task | {{ metrics | join(" | ") }} | candidates | chance |
-|---|{{ "---|" * (metrics | length + 2) }}
-{% for task, values in results | dictsort -%}
-| {{ task }} | {% for metric in metrics %}{{ "%.3f" | format(values[metric]) if metric in values }} | {% endfor -%}
-{{ values.candidates }} | {{ "%.4f" | format(values.chance) }} |
-{% endfor %}
-{%- else -%}
-This checkpoint was not evaluated on held-out pairs.
-{%- endif %}
-
-## Licence
-
-Apache-2.0, the weights and the code. The backbones have their own licences.
-"""

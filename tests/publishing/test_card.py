@@ -108,15 +108,15 @@ def test_a_model_from_a_configuration_claims_no_backbones(tiny: tuple, tmp_path:
     card = model_card("someone/tiny", *tiny, tmp_path)
     assert "base_model" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
     assert "built from a configuration" in card.text
-    assert "does not tell how it was trained" in card.text
+    assert "does not record how it was trained" in card.text
 
 
-def test_a_bimodal_model_s_card_speaks_of_no_sound(tiny: tuple, tmp_path: Path) -> None:
+def test_a_bimodal_model_s_card_does_not_mention_audio(tiny: tuple, tmp_path: Path) -> None:
     processor = tiny[1]
     model = build_model(tiny_vlm_config(processor.tokenizer, 64, 2, 32))
     card = model_card("someone/tiny", model, processor, tmp_path)
     assert "audio" not in card.data.tags
-    assert not re.search(r"sound|voice|hubert", card.text)
+    assert not re.search(r"audio|sound|voice|hubert", card.text.replace("`audio`", ""))  # the task's prompt stays
 
 
 def test_every_example_is_python_and_names_the_repository_and_its_tag(tiny: tuple, tmp_path: Path) -> None:
