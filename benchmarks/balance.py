@@ -29,8 +29,7 @@ from demo_runs import write_base
 from paired_statistics import interval, spread
 from result_files import RESULTS, machine
 
-from vipolyqwen.demo.report import read_rows
-from vipolyqwen.demo.world import write_corpus, write_rows
+from vipolyqwen.demo.world import read_rows, write_corpus, write_rows
 from vipolyqwen.training.balance import share_ratio, task_means
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.demo.report import read_rows
 from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.demo.world import read_rows
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 
-from vipolyqwen.demo.report import read_rows
 from vipolyqwen.demo.rows import BUILDERS, Built, Draft, Split, graded_pair
 from vipolyqwen.demo.scenes import LANGUAGES, describe, generator, held_out_scenes
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.demo.world import make_medium, write_rows
+from vipolyqwen.demo.world import make_medium, read_rows, write_rows
 from vipolyqwen.demo_vipolyqwen import BASE_SIZES
 from vipolyqwen.publishing.repository import save_repository
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import soundfile
 from tqdm import tqdm
@@ -129,8 +130,13 @@ def make_medium(folder: Path, seed: int, medium: Medium) -> None:
     (folder / medium.path).write_bytes(encoded.getvalue())
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Rows as JSON lines."""
+    """Writes rows as a JSONL file."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -8,8 +8,9 @@ import pytest
 from helpers import save_tiny_model
 
 from vipolyqwen.demo import world as demo_world
-from vipolyqwen.demo.report import STAGES, judge, loss_curves, side_a
+from vipolyqwen.demo.report import STAGES, judge, loss_series
 from vipolyqwen.demo.scenes import held_out_scenes, train_scenes
+from vipolyqwen.evaluation.search import read_pairs, read_sides
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,26 @@ def test_the_report_carries_its_pictures_and_sounds(judged: Path) -> None:
     assert page.count("Σα = ") == 4  # the texts' route twice, the picture and the sound
 
 
-def test_loss_curves_put_the_stages_one_after_the_other(judged: Path) -> None:
-    curves = loss_curves([judged / stage / "trainer_state.json" for stage in STAGES], width=300)
-    assert [curve["name"] for curve in curves] == ["loss", "ocr"]
-    assert curves[0]["steps"] == 40
-    assert curves[0]["line"].split()[-1].startswith("300.0,")
+def test_losses_put_the_stages_one_after_the_other(judged: Path) -> None:
+    series = loss_series([judged / stage / "trainer_state.json" for stage in STAGES])
+    assert list(series) == ["loss", "ocr"]
+    assert [step for step, _ in series["loss"]] == [5, 10, 15, 30, 35, 40]
+    assert series["loss"][-1] == (40, 0.4)
 
 
-def test_markers_become_images_in_their_places(judged: Path) -> None:
-    image = json.loads((judged / "corpus" / "trimodal.jsonl").read_text().splitlines()[0])["image"]
-    row = {"audio": None, "images": [image, image], "a": "one <image> two <image>\nwhich?"}
-    content = side_a(row, judged / "corpus")[0]["content"]
+def test_placeholders_become_images_in_their_places(judged: Path) -> None:
+    image = str(
+        judged / "corpus" / json.loads((judged / "corpus" / "trimodal.jsonl").read_text().splitlines()[0])["image"]
+    )
+    row = {
+        "id": "two",
+        "task": "vqa_multi",
+        "images": [image, image],
+        "a": "one <image> two <image>\nwhich?",
+        "b": "b",
+    }
+    (judged / "two.jsonl").write_text(json.dumps(row))
+    [(_, side, _)] = read_sides(read_pairs(judged / "two.jsonl")[0])
+    content = side.as_input()[0]["content"]
     assert [part["type"] for part in content] == ["text", "image", "text", "image", "text"]
     assert content[4]["text"] == "\nwhich?"
