@@ -62,16 +62,9 @@ def test_losses_put_the_stages_one_after_the_other(judged: Path) -> None:
 
 
 def test_placeholders_become_images_in_their_places(judged: Path) -> None:
-    image = str(
-        judged / "corpus" / json.loads((judged / "corpus" / "trimodal.jsonl").read_text().splitlines()[0])["image"]
-    )
-    row = {
-        "id": "two",
-        "task": "vqa_multi",
-        "images": [image, image],
-        "a": "one <image> two <image>\nwhich?",
-        "b": "b",
-    }
+    scene = json.loads((judged / "corpus" / "trimodal.jsonl").read_text().splitlines()[0])
+    row = {"id": "two", "task": "vqa_multi", "a": "one <image> two <image>\nwhich?", "b": "b"}
+    row["images"] = [str(judged / "corpus" / scene["image"])] * 2
     (judged / "two.jsonl").write_text(json.dumps(row))
     [(_, side, _)] = read_sides(read_pairs(judged / "two.jsonl")[0])
     content = side.as_input()[0]["content"]

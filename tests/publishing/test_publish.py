@@ -382,38 +382,25 @@ def edit_code(folder: Path, name: str, old: str, new: str) -> None:
     (folder / name).write_text(code.replace(old, new), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["modeling_vipolyqwen.py", "processing_vipolyqwen.py"])
-def test_code_that_only_works_where_it_was_written_is_refused(
-    name: str, staged: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_code_that_only_works_where_it_was_written_is_refused(staged: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = copy_of(staged, tmp_path / "copy")
-    sibling = "configuration" if name.startswith("modeling") else "tasks"
-    edit_code(folder, name, f"from .{sibling}_vipolyqwen", f"from vipolyqwen.{sibling}_vipolyqwen")
+    edit_code(folder, "modeling_vipolyqwen.py", "from .configuration", "from vipolyqwen.configuration")
     with pytest.raises(PublishError, match="(?s)a fresh process cannot use.*vipolyqwen"):
         check_that_it_loads(folder, checkpoint, load_fingerprint(staged / FILE_NAME))
 
 
-def test_other_vectors_than_those_of_the_publishing_process_are_refused(
-    tiny: tuple, staged: Path, checkpoint: Path
+def test_vectors_that_differ_from_the_publishing_process_or_from_the_checkpoint_are_refused(
+    tiny: tuple, checkpoint: Path, staged: Path, tmp_path: Path
 ) -> None:
     expected = fingerprint(*tiny)
     expected.vectors["audio: tones"] = expected.vectors["text: vi"]
-    with pytest.raises(PublishError, match=r"Broken: audio, sentence-transformers\."):
-        check_that_it_loads(staged, checkpoint, expected)
-
-
-def test_a_checkpoint_whose_code_gives_other_vectors_is_refused(
-    checkpoint: Path, staged: Path, tmp_path: Path
-) -> None:
     folder = copy_of(checkpoint, tmp_path / "copy")
-    edit_code(
-        folder,
-        "modeling_vipolyqwen.py",
-        "return ViPolyQwenOutput(embeddings=self",
-        "return ViPolyQwenOutput(embeddings=-self",
-    )
-    with pytest.raises(PublishError, match=r"FAIL  checkpoint .*text: cosine -1\.0000000"):
-        check_that_it_loads(staged, folder, load_fingerprint(staged / FILE_NAME))
+    output = "return ViPolyQwenOutput(embeddings="
+    edit_code(folder, "modeling_vipolyqwen.py", f"{output}self", f"{output}-self")
+    with pytest.raises(PublishError) as refusal:
+        check_that_it_loads(staged, folder, expected)
+    assert "Broken: audio, sentence-transformers. Likely cause: [checkpoint]" in str(refusal.value)
+    assert "text: cosine -1.0000000" in str(refusal.value)
 
 
 def test_the_doctor_finds_nothing_wrong_with_what_is_published(staged: Path) -> None:

@@ -424,9 +424,7 @@ def test_backbones_are_written_as_the_base_that_resuming_and_publishing_read(
     unmerged = adapted(tmp_path / "moved" / BASE, tmp_path / "moved" / "checkpoint-4")
     assert (published - vectors_of(unmerged)).abs().max() <= 1e-5
     shutil.rmtree(tmp_path / "moved" / BASE)
-    with pytest.raises(
-        PublishError, match=r"The base of .*checkpoint-4 was .*straight/base, which is not there, nor is"
-    ):
+    with pytest.raises(PublishError, match=r"The base of .*checkpoint-4 was .*straight/base.*base_model_name_or_path"):
         build_repository(tmp_path / "moved" / "checkpoint-4", tmp_path / "again", "someone/x")
 
 
