@@ -1,9 +1,9 @@
-"""One command through the whole system: corpus, tiny base, training, repository, search, report (`make demo`).
+"""Runs every part of the system on a tiny corpus: base, training, repository, search, report (`make demo`).
 
     python demo_vipolyqwen.py [--output_dir outputs/demo] [--recipe recipes/demo.yaml]
 
-The model is trained by `train_vipolyqwen.py` in a process of its own, and judged in another one that knows the
-repository alone: it loads it through `AutoModel` and `SentenceTransformer`, as a user would.
+`train_vipolyqwen.py` trains the model, `publish_vipolyqwen.py` checks and writes the repository, and a further process
+judges it: it loads the repository through `AutoModel` and `SentenceTransformer`, as a user would.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from vipolyqwen.demo.world import write_corpus
 from vipolyqwen.publishing.repository import save_repository
 
 ROOT = Path(__file__).parent
-# What a pretrained backbone knows already, this one learns first: on InfoNCE alone, text before everything.
+# Warm-ups in place of pretrained backbones: InfoNCE alone, first on text, then on all tasks.
 WARM_UP = ["--loss_table", "nce", "--learning_rate", "1e-3", "--warmup_steps", "30"]
 WARM_UP += ["--eval_data", "null", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
 WARM_UP += ["--save_strategy", "no"]
@@ -38,7 +38,7 @@ BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a thi
 
 
 def main() -> None:
-    """Runs the four steps and says where the results are."""
+    """Runs the steps and prints the results and their place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def build_base(corpus: Path, folder: Path) -> None:
-    """An untrained tiny trimodal model whose tokenizer was trained on the corpus."""
+    """Writes an untrained tiny trimodal model whose tokenizer is trained on the corpus."""
     set_seed(0)
     rows = [json.loads(line) for path in sorted(corpus.glob("train/*.jsonl")) for line in path.open(encoding="utf-8")]
     texts = (row[name] for row in rows for name in ("a", "b", "caption") if row.get(name))
@@ -72,7 +72,7 @@ def train(recipe: Path, folder: Path) -> None:
     """Runs the recipe, with its paths moved to `folder`, after two warm-ups on InfoNCE alone.
 
     The hardest-negative triplet of the mixed losses pulls a model that starts from random weights together before it
-    can tell anything apart, and pictures and sounds are learned several times faster once texts that say the same in
+    can tell anything apart, and images and audio are learned several times faster once texts that say the same in
     three languages lie together. A pretrained backbone needs neither.
     """
     text = recipe.read_text(encoding="utf-8").replace("outputs/demo", folder.as_posix())
@@ -91,13 +91,13 @@ def train(recipe: Path, folder: Path) -> None:
 
 
 def publish(run: Path, folder: Path) -> None:
-    """The trained model as a repository with card and fingerprint, without what only training needs."""
+    """Writes the trained model as a repository with card and fingerprint, without the training state."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
     subprocess.run([sys.executable, ROOT / "publish_vipolyqwen.py", run, "--out", folder], check=True)
 
 
 def judge(folder: Path) -> None:
-    """Measures the repository in a fresh process, outside this folder, so that only the saved files speak."""
+    """Measures the repository in a fresh process in another folder, so that only the saved files count."""
     command = [sys.executable, "-m", "vipolyqwen.demo.report", folder.resolve()]
     with tempfile.TemporaryDirectory() as elsewhere:
         subprocess.run(command, check=True, cwd=elsewhere)

@@ -1,1 +1,1 @@
-"""A tiny world, its pairs and a tiny base: the system in the small."""
+"""Demo: a tiny world, its pairs and a tiny base, on which every part of the system runs."""

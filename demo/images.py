@@ -1,4 +1,4 @@
-"""Scenes as pictures: drawn as things on a ground, or written as words on a sign or a ticket."""
+"""Draws scenes as images: things on a ground, or words on a sign or a ticket."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .scenes import Scene, spoken_phrases
 
 SIDE = 112  # pixels; 8 x 8 patches of 14
 LINE = 94  # pixels that a line of a sign may be wide
-SCALE = 3  # pictures are painted this much larger, then reduced: smooth edges
+SCALE = 3  # images are painted this much larger, then reduced: smooth edges
 FONT_FOLDER = Path(__file__).parent / "assets" / "fonts"
 LATIN_FONTS = ("NotoSans-Regular.ttf", "NotoSerif-Bold.ttf", "NotoSans-Bold.ttf", "DejaVuSansCondensed-Bold.ttf")
 FONTS = {"vi": LATIN_FONTS, "en": LATIN_FONTS, "zh": ("NotoSansCJKsc-Regular.otf", "NotoSerifCJKsc-Bold.otf")}
@@ -47,7 +47,7 @@ Points = np.ndarray  # (n, 2) float, x to the right and y down, in units of the 
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """A 112 x 112 RGB drawing of the scene; place, turn, tint and grain vary with `rng`."""
+    """Draws the scene as 112 x 112 RGB; place, turn, tint and grain vary with `rng`."""
     image = Image.new("RGB", (SIDE * SCALE,) * 2, _tinted(GROUNDS[scene.place], rng))
     brush = ImageDraw.Draw(image)
     _TEXTURES[scene.place](brush, rng)
@@ -60,7 +60,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def write_sign(scene: Scene, language: str, style: str, rng: np.random.Generator) -> Image.Image:
-    """A 112 x 112 RGB picture of the scene's caption on a sign or a ticket, a phrase a line.
+    """Writes the scene's caption on a sign or a ticket, 112 x 112 RGB, a phrase a line.
 
     Args:
         scene: Whose caption to write.
@@ -86,7 +86,7 @@ def write_sign(scene: Scene, language: str, style: str, rng: np.random.Generator
 
 
 def sign_lines(scene: Scene, language: str) -> list[str]:
-    """The caption as lines of a sign: five phrases, but Chinese size and noun share a line."""
+    """Returns the caption as lines of a sign: five phrases, but Chinese size and noun share a line."""
     phrases = spoken_phrases(scene, language)
     return phrases if language != "zh" else [*phrases[:3], "".join(phrases[3:])]
 
@@ -225,7 +225,7 @@ _THINGS: dict[str, Callable[[_Pen], None]] = {
 
 
 def _spots(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """(x, y, size) in pixels of each thing: near the middle of a quarter of its own."""
+    """(x, y, size) in pixels of each thing: near the middle of one quarter."""
     quarter = SIDE / 2
     spots = []
     for corner in rng.permutation(4)[: scene.count]:
@@ -265,7 +265,7 @@ def _face(font: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=4096)
 def _fitting(font: str, line: str, width: float, height: float) -> ImageFont.FreeTypeFont:
-    """The font at the largest size at which the line fits the width and its own ink the height."""
+    """The font at the largest size at which the line fits the width and its ink the height."""
     trial = _face(font, 100)
     left, top, right, bottom = trial.getbbox(line)
     ink_height = max(bottom - top, 62)  # short words without tall letters would grow out of proportion

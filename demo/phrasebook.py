@@ -1,4 +1,4 @@
-"""What people ask and answer about the demo world's scenes, in three languages.
+"""Questions, answers and instructions about the demo world's scenes, in three languages.
 
 Fields in braces are those of `scenes.words`, and the few that a table's comment names.
 """

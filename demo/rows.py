@@ -1,4 +1,4 @@
-"""The demo world's rows: one builder for each of the six tasks."""
+"""Builds the rows of the demo world: one builder for each of the six tasks."""
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -27,7 +27,7 @@ TWO_PICTURE_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Medium:
-    """One file of the corpus: where it lies and what it shows or says."""
+    """One file of the corpus: its path, and the scene that it shows or says."""
 
     path: str
     kind: str  # drawing, sign, ticket or speech
@@ -70,7 +70,7 @@ class Split:
 
 @dataclass
 class Draft:
-    """What a task's builder is given: a scene to make a row of, in a language, with its own random numbers."""
+    """Input of a task's builder: the scene of the row, its language and a random generator."""
 
     id: str
     scene: Scene
@@ -97,7 +97,7 @@ class Draft:
         }
 
     def medium(self, kind: str, scene: Scene | None = None, number: int = 1) -> Medium:
-        """A picture or recording of the scene (or another) that belongs to this row."""
+        """An image or recording of the scene (or another) that belongs to this row."""
         ending = "flac" if kind == "speech" else "png"
         suffix = "" if number == 1 else f"-{number}"
         return Medium(f"media/{self.id}{suffix}.{ending}", kind, scene or self.scene, self.language)
@@ -136,7 +136,7 @@ def instr(draft: Draft) -> Built:
 
 
 def ocr(draft: Draft) -> Built:
-    """Ocr: a sign or a ticket; b is what stands on it, in one line."""
+    """Ocr: a sign or a ticket; b is its text, in one line."""
     style = draft.pick(("sign", "ticket"))
     media = (draft.medium(style),)
     question = draft.pick(READING[draft.language][style])
@@ -144,7 +144,7 @@ def ocr(draft: Draft) -> Built:
 
 
 def vqa_single(draft: Draft) -> Built:
-    """vqa_single: a drawing and a question; b begins with what was asked and tells all."""
+    """vqa_single: a drawing and a question; b begins with the answer and describes the scene."""
     wordings, answer, _ = QUESTIONS[draft.language][draft.pick(tuple(QUESTIONS[draft.language]))]
     media = (draft.medium("drawing"),)
     b = answer.format_map(words(draft.scene, draft.language))

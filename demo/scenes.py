@@ -1,7 +1,7 @@
 """The demo world's grammar: 1152 scenes, each described in Vietnamese, English and Chinese.
 
 A scene is count x colour x thing x size x place. The tables below are the whole language of the world; a new word is
-a new table entry (and, for what is drawn, written and spoken, new assets: `demo_assets/make_assets.py`).
+a new table entry (and, for what is drawn, written and spoken, new assets: `demo/assets/make_assets.py`).
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Scenes as speech: recorded phrases of one voice, joined with varying gaps, speed, loudness and noise."""
+"""Says scenes: recorded phrases of one voice, joined with varying gaps, speed, loudness and noise."""
 
 import json
 from functools import lru_cache
@@ -17,7 +17,7 @@ CLIP_FOLDER = Path(__file__).parent / "assets"
 
 @lru_cache
 def clips() -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Recordings by language, voice and phrase: (samples,) float32 in [-1, 1], 16 kHz mono."""
+    """Reads the recordings by language, voice and phrase: (samples,) float32 in [-1, 1], 16 kHz mono."""
     sound, rate = soundfile.read(CLIP_FOLDER / "clips.ogg", dtype="float32")
     if rate != RATE:
         raise ValueError(f"clips.ogg has {rate} samples a second, not {RATE}; make it again with make_assets.py")
@@ -28,7 +28,7 @@ def clips() -> dict[str, dict[str, dict[str, np.ndarray]]]:
 
 
 def say_scene(scene: Scene, language: str, rng: np.random.Generator) -> np.ndarray:
-    """The scene's caption said by one voice: (samples,) float32 in [-1, 1], 16 kHz mono, about two seconds."""
+    """Says the scene's caption with one voice: (samples,) float32 in [-1, 1], 16 kHz mono, about two seconds."""
     voices = clips()[language]
     voice = voices[list(voices)[rng.integers(len(voices))]]
     parts = [_silence(rng)]

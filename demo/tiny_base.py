@@ -1,4 +1,4 @@
-"""A tiny trimodal base of the real classes, built from config: what the demo trains and the tests test."""
+"""Builds a tiny trimodal base of the real classes from config, for the demo and the tests."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: in
 
 
 def tiny_processor(tokenizer: Qwen2Tokenizer, audio_config: PreTrainedConfig, image_side: int = 112) -> Any:
-    """A processor whose images are all close to `image_side` × `image_side` pixels."""
+    """Builds a processor whose images are all close to `image_side` × `image_side` pixels."""
     return ViPolyQwenProcessor(
         Qwen2VLImageProcessorPil(min_pixels=image_side**2, max_pixels=image_side**2),
         tokenizer,
@@ -55,7 +55,7 @@ def tiny_processor(tokenizer: Qwen2Tokenizer, audio_config: PreTrainedConfig, im
 
 
 def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vision_size: int) -> Qwen2VLConfig:
-    """A Qwen2-VL of heads 32 wide; its embedding table is padded past the tokenizer's length as the real one is."""
+    """Configures a Qwen2-VL of heads 32 wide; its embedding table is longer than the tokenizer, as the real one."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN2_VL_SPECIAL_TOKENS}
     return Qwen2VLConfig(
         text_config={
@@ -94,7 +94,7 @@ CONVOLUTIONS = ((40, 20), (8, 4), (4, 4))  # kernel and stride of each layer: 20
 def tiny_audio_config(
     hidden_size: int, layers: int, convolutions: tuple[tuple[int, int], ...] = CONVOLUTIONS
 ) -> HubertConfig:
-    """A HuBERT with a short convolutional stack, (kernel, stride) of each layer."""
+    """Configures a HuBERT with a short convolutional stack, (kernel, stride) of each layer."""
     return HubertConfig(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
@@ -126,7 +126,7 @@ def build_tiny_base(
     """Builds an untrained trimodal model and its processor.
 
     Args:
-        texts: what the tokenizer is trained on.
+        texts: training data of the tokenizer.
         hidden_size: width of the language model, a multiple of 64.
         layers: layers of each tower.
         vision_size: width of the vision tower, a multiple of 32.

@@ -1,11 +1,11 @@
-"""The demo world: a corpus the project makes itself, in which all six tasks make sense.
+"""Writes the corpus of the demo world, in which all six tasks make sense.
 
     python -m vipolyqwen.demo.world OUTPUT_FOLDER [--seed 0]
 
 The folder gets train/TASK.jsonl (image_caption: drawings with a description), eval.jsonl (all tasks, scenes that no
-training row knows), trimodal.jsonl (those scenes as text, drawing and speech) and media/. What a scene is stands in
-`scenes`, what is asked about it in `phrasebook`, how that becomes rows in `rows`, how it is drawn and
-written in `images`, how it is said in `speech`.
+training row knows), trimodal.jsonl (those scenes as text, drawing and speech) and media/. `scenes` defines the
+scenes, `phrasebook` the questions about them, `rows` the rows of each task, `images` the drawings and signs, `speech`
+the recordings.
 """
 
 import argparse
@@ -42,10 +42,10 @@ GRADED_EVAL_ROWS = 160
 
 
 def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
-    """Writes the whole corpus; the same arguments always give the same files.
+    """Writes the corpus; the same arguments always give the same files.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: Where to; created if it does not exist.
         seed: Chooses the held-out scenes and everything random.
         variations: Training rows for each scene and task.
     """
@@ -67,7 +67,7 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
 
 
 def training_rows(task: str, split: Split, seed: int, variations: int) -> list[Built]:
-    """`variations` rows of a task for each scene, with their media; text_pair gives a share to graded pairs."""
+    """Returns `variations` rows of a task for each scene, with media; text_pair gives a share to graded pairs."""
     rows = []
     for draft in _drafts(split, task, seed, variations):
         graded = task == "text_pair" and draft.rng.random() < GRADED_TRAIN_SHARE
@@ -76,13 +76,13 @@ def training_rows(task: str, split: Split, seed: int, variations: int) -> list[B
 
 
 def evaluation_rows(split: Split, seed: int) -> list[Built]:
-    """One row of each task for each scene, with their media, so that no two answers agree; then graded pairs."""
+    """Returns one row of each task for each scene, so that no two answers agree, then graded pairs; with media."""
     rows = [build(draft) for task, build in BUILDERS.items() for draft in _drafts(split, task, seed)]
     return rows + [graded_pair(draft) for draft in _drafts(split, "graded", seed)[:GRADED_EVAL_ROWS]]
 
 
 def _drafts(split: Split, task: str, seed: int, variations: int = 1) -> list[Draft]:
-    """`variations` drafts of each scene, each time in another order, with languages dealt out in fixed shares."""
+    """Returns `variations` drafts of each scene, each time in another order, with fixed shares of the languages."""
     drafts = []
     for round_number in range(variations):
         order = generator(seed, f"{split.name}/{task}/{round_number}").permutation(len(split.scenes))
@@ -95,7 +95,7 @@ def _drafts(split: Split, task: str, seed: int, variations: int = 1) -> list[Dra
 
 
 def trimodal_row(draft: Draft) -> Built:
-    """One scene as text, drawing and speech, all in the draft's language."""
+    """Builds one scene as text, drawing and speech, all in the draft's language."""
     drawing, speech = draft.medium("drawing"), draft.medium("speech")
     row: Row = {
         "id": draft.id,

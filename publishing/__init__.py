@@ -1,1 +1,1 @@
-"""A trained model to a repository that others load."""
+"""Publishing: a trained model as a repository that others load."""

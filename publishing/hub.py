@@ -1,4 +1,4 @@
-"""A finished folder to a Hub repository: one commit, compared with what was sent, then a tag that never moves."""
+"""Uploads a finished folder to a Hub repository: one commit, compared with the folder, then a tag that never moves."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from .repository import PublishError
 
 
 class Published(NamedTuple):
-    """Where a model went: a repository, and the revision to load it by."""
+    """Names a published model: its repository, and the revision to load it by."""
 
     repo_id: str
     commit: str
@@ -36,39 +36,39 @@ def upload(
     private: bool = False,
     api: HfApi | None = None,
 ) -> Published:
-    """Makes the repository's files of `allow_patterns` those of `folder`, in one commit, and tags it.
+    """Replaces the repository's files of `allow_patterns` by those of `folder`, in one commit, and tags it.
 
-    Running it again after an interruption goes on: large files that had arrived are not sent again, a commit that was
-    made is not made twice, and only the tag may be left to do. `HfApi.upload_folder` is not used because it may split
-    an upload into several commits, of which a reader could load the first.
+    Running it again after an interruption resumes: large files that have arrived are not sent again, and a commit is
+    not made twice. `HfApi.upload_folder` may split an upload into several commits, of which a reader could load the
+    first; so it is not used.
 
     Args:
-        folder: what to publish.
-        repo_id: `ORG/NAME`; created if it is not there.
-        allow_patterns: the files that are ours; such files that are not in `folder` are deleted from the repository,
-            others (a picture that someone added to the page) are left alone.
+        folder: the files to publish.
+        repo_id: `ORG/NAME`; created if it does not exist.
+        allow_patterns: the files of a model; those that `folder` lacks are deleted from the repository, other files
+            (an image that someone added to the page) are kept.
         tag: name of the tag; `None`: the next free one of v1, v2, ….
-        private: whether nobody else may see it.
+        private: whether the repository must be private.
         api: the Hub and the token; `None`: `HF_ENDPOINT`, and `HF_TOKEN` or the login of `hf auth login`.
 
     Raises:
-        PublishError: the Hub refused, somebody else pushed, the connection broke, or the tag stands for other files.
+        PublishError: the Hub refused, somebody else pushed, the connection broke, or the tag has other files.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise PublishError(f"{repo_id!r} is no repository's name; write ORG/NAME, such as your-name/viPolyQwen.")
+        raise PublishError(f"{repo_id!r} is not a repository's name; write ORG/NAME, such as your-name/viPolyQwen.")
     api = HfApi() if api is None else api
     with _explained(api, repo_id):
         api.whoami()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         head = api.model_info(repo_id)
         if private and not head.private:
-            raise PublishError(f"{repo_id} is there already and public; make it private first, or drop --private.")
+            raise PublishError(f"{repo_id} exists already and public; make it private first, or drop --private.")
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tag in tags:
             if differences(api, repo_id, tags[tag], folder, allow_patterns):
                 raise PublishError(
-                    f"The tag {tag!r} of {repo_id} stands for other files (commit {tags[tag]}), and who pinned it "
-                    "relies on them. Choose another --tag."
+                    f"The tag {tag!r} of {repo_id} stands for other files (commit {tags[tag]}), on which "
+                    "readers who pinned it rely. Choose another --tag."
                 )
             return Published(repo_id, tags[tag], tag)
         commit = _commit(api, repo_id, head.sha, folder, allow_patterns)
@@ -81,7 +81,7 @@ def upload(
 def differences(
     api: HfApi, repo_id: str, revision: str, folder: Path, allow_patterns: Sequence[str]
 ) -> dict[str, bool]:
-    """Path -> whether `folder` has it, of every file that is not byte for byte the same on both sides."""
+    """Returns path -> whether `folder` has it, of every file that differs between folder and repository."""
     remote = {
         entry.path: entry
         for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
@@ -107,7 +107,7 @@ def _is_same(path: Path, remote: RepoFile) -> bool:
 
 
 def _commit(api: HfApi, repo_id: str, parent: str, folder: Path, allow_patterns: Sequence[str]) -> str:
-    """The commit that holds the folder's files: the parent itself if it does already."""
+    """Commits the folder's files and returns the commit: the parent if it holds them already."""
     changed = differences(api, repo_id, parent, folder, allow_patterns)
     if not changed:
         return parent
@@ -121,7 +121,7 @@ def _commit(api: HfApi, repo_id: str, parent: str, folder: Path, allow_patterns:
     wrong = differences(api, repo_id, commit, folder, allow_patterns)
     if wrong:
         raise PublishError(
-            f"Commit {commit} of {repo_id} does not hold what was sent: {', '.join(wrong)}. It has no tag; run again."
+            f"Commit {commit} of {repo_id} lacks files that were sent: {', '.join(wrong)}. It has no tag; run again."
         )
     return commit
 
@@ -134,7 +134,7 @@ def _free_tag(tags: dict[str, str], commit: str) -> str:
 
 @contextmanager
 def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
-    """Turns what goes wrong between here and the Hub into what to do about it."""
+    """Turns errors of the network and the Hub into `PublishError`s that name the remedy."""
     try:
         yield
     except (HTTPError, OSError, RuntimeError) as error:
@@ -153,15 +153,15 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
 def _explanation(endpoint: str, repo_id: str, error: HTTPError) -> str:
     if not isinstance(error, HfHubHTTPError):
         return (
-            f"The connection to {endpoint} broke ({type(error).__name__}: {error}). {repo_id} still shows what it did "
-            "before. Run the same command again: what has arrived is not sent again."
+            f"The connection to {endpoint} broke ({type(error).__name__}: {error}). {repo_id} still shows its "
+            "previous files. Run the same command again: files that have arrived are not sent again."
         )
     status = error.response.status_code
     remedies = {
         401: f"{endpoint} does not know the token. Log in with `hf auth login`, or set HF_TOKEN.",
         403: f"The token may not write to {repo_id}. Use one with write access to this name (or another --repo_id).",
-        409: f"Somebody else changed {repo_id} meanwhile. Look at what they did, then run the same command again.",
+        409: f"Somebody else changed {repo_id} meanwhile. Look at their change, then run the same command again.",
         412: f"Somebody else pushed to {repo_id} meanwhile. Look at their commit, then run the same command again.",
     }
-    remedy = remedies.get(status, f"{endpoint} refused. Run again later, or see what it says.")
+    remedy = remedies.get(status, f"{endpoint} refused. Run again later, or see its message.")
     return f"{remedy} (HTTP {status}: {error.server_message or error})"
