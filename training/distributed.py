@@ -25,7 +25,7 @@ def is_deepspeed(model: nn.Module) -> bool:
 def full_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Copies parameters unsharded, each on its device; a collective that every rank must join."""
     if is_deepspeed_zero3_enabled():
-        import deepspeed  # optional: installed wherever ZeRO-3 is enabled
+        import deepspeed  # pyright: ignore[reportMissingImports]  # installed wherever ZeRO-3 is enabled
 
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             return {name: value.detach().clone() for name, value in parameters.items()}

@@ -53,7 +53,7 @@ def use_liger_kernels(model: nn.Module, device: torch.device) -> None:
         raise ValueError(
             f"`use_liger_kernel` is true, but training runs on {device}; its kernels need CUDA. Leave it out."
         )
-    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
 
     def fused_norm(norm: nn.Module) -> LigerRMSNorm:
         fused = LigerRMSNorm(len(norm.weight), norm.variance_epsilon)

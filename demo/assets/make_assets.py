@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from fontTools import subset
+from fontTools import subset  # pyright: ignore[reportMissingImports]
 from scipy.signal import resample_poly
 
 from vipolyqwen.demo.scenes import VOCABULARY, all_scenes, describe, spoken_phrases

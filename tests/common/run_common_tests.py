@@ -137,9 +137,9 @@ class ModelTester:
 def make_test_classes(sdist: Path) -> list[type[unittest.TestCase]]:
     """The common mixins of `sdist`, applied to our three classes."""
     sys.path.insert(0, str(sdist))
-    from tests.test_configuration_common import ConfigTester
-    from tests.test_modeling_common import ModelTesterMixin
-    from tests.test_processing_common import ProcessorTesterMixin
+    from tests.test_configuration_common import ConfigTester  # pyright: ignore[reportMissingImports]
+    from tests.test_modeling_common import ModelTesterMixin  # pyright: ignore[reportMissingImports]
+    from tests.test_processing_common import ProcessorTesterMixin  # pyright: ignore[reportMissingImports]
 
     class ConfigTest(unittest.TestCase):
         """Each part of `ConfigTester.run_common_tests` as a test of its own."""

@@ -13,7 +13,7 @@ import yaml
 from helpers import TEXTS, random_audio, random_image
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 pytest.importorskip("mteb")

@@ -21,8 +21,8 @@ from vipolyqwen.train_vipolyqwen import end_processes, main
 
 def keep_gradients(folder: Path) -> None:
     """Has DeepSpeed write the gradient of every parameter to a file before each step."""
-    from deepspeed import DeepSpeedEngine  # only some machines have it
-    from deepspeed.utils import safe_get_full_grad
+    from deepspeed import DeepSpeedEngine  # only some machines have it  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 
     step = DeepSpeedEngine.step
 
