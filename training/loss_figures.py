@@ -1,15 +1,25 @@
 """Numbers of a batch for the log: measured on the device at every step, moved to the host when they are logged."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .losses import COMPONENTS
 
-if TYPE_CHECKING:
-    from .mixed_loss import MixedLossOutput
+
+@dataclass
+class MixedLossOutput:
+    """Loss of one batch and its parts."""
+
+    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i), plus the penalty of learned weights
+    per_sample: Tensor  # (B,) with gradient, L_type(i) before λ
+    components: dict[str, Tensor]  # per component (B,) without gradient, unweighted; NaN where a row does not use it
+    parts: Tensor  # (T,) with gradient, p_t = (1/B) Σ_{i of t} L_i, so that the loss is Σ_t λ_t p_t
+    task_weights: Tensor  # (T,) λ_t
+    task_ids: Tensor  # (B,) long, as given
+    gradient_gram: Tensor | None  # (T, T) ⟨∇_E p_s, ∇_E p_t⟩ over all embeddings E, or None if not asked for
 
 
 class LossFigures:
@@ -32,7 +42,7 @@ class LossFigures:
         self.names += [f"gradient_cosine/{s}/{t}" for place, s in enumerate(tasks) for t in tasks[place + 1 :]]
         self.names += temperatures
 
-    def measure(self, output: "MixedLossOutput", temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(self, output: MixedLossOutput, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Measures one batch without a transfer to the host.
 
         Args:
@@ -65,7 +75,7 @@ class LossFigures:
         return {name: mean for name, mean in zip(self.names, means.tolist(), strict=True) if mean == mean}
 
 
-def _means_by_task(output: "MixedLossOutput") -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _means_by_task(output: MixedLossOutput) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Means of the loss and of each component over the rows of each task, (T,) each, and (T,) bool, tasks present."""
     values = torch.stack([output.per_sample.detach(), *output.components.values()], dim=1)  # (B, 1 + 5)
     used = ~values.isnan()
@@ -77,7 +87,7 @@ def _means_by_task(output: "MixedLossOutput") -> tuple[list[tuple[Tensor, Tensor
     return list(zip(means.unbind(dim=1), (counts > 0).unbind(dim=1), strict=True)), counts[:, 0] > 0
 
 
-def _gradients(output: "MixedLossOutput") -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _gradients(output: MixedLossOutput) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Norms of the unweighted gradients, (T,), and their cosines, (T · (T − 1) / 2,), known where no norm is 0."""
     gram = output.gradient_gram
     if gram is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.schema import MODALITY_PAIRS
-from .loss_figures import LossFigures
+from .loss_figures import LossFigures, MixedLossOutput
 from .losses import (
     COMPONENTS,
     SCORE_COMPONENTS,
@@ -32,19 +32,6 @@ class HardNegatives:
     vectors: Tensor  # (N, D) float, unit vectors
     owners: Tensor  # (N,) long, the row that names each
     keys: Tensor | None = None  # (N,) int64, equal for equal content, comparable with the keys of side b
-
-
-@dataclass
-class MixedLossOutput:
-    """Loss of one batch and its parts."""
-
-    loss: Tensor  # scalar with gradient, (1/B) Σ_i λ_type(i) L_type(i), plus the penalty of learned weights
-    per_sample: Tensor  # (B,) with gradient, L_type(i) before λ
-    components: dict[str, Tensor]  # per component (B,) without gradient, unweighted; NaN where a row does not use it
-    parts: Tensor  # (T,) with gradient, p_t = (1/B) Σ_{i of t} L_i, so that the loss is Σ_t λ_t p_t
-    task_weights: Tensor  # (T,) λ_t
-    task_ids: Tensor  # (B,) long, as given
-    gradient_gram: Tensor | None  # (T, T) ⟨∇_E p_s, ∇_E p_t⟩ over all embeddings E, or None if not asked for
 
 
 class MixedLoss(nn.Module):

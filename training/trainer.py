@@ -30,9 +30,10 @@ from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
 from .distributed import unsharded_class, unsharded_loading
 from .joined_batch import join_batches
+from .loss_figures import MixedLossOutput
 from .loss_optimizer import LossOptimizer
 from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
-from .mixed_loss import MixedLoss, MixedLossOutput
+from .mixed_loss import MixedLoss
 from .parts import plain_name
 from .resuming import ResumingTrainer
 from .speedups import compile_layers, use_liger_kernels

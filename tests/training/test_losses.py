@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vipolyqwen.data.schema import canonical_task
 from vipolyqwen.training.distributed import gather_rows, gather_sizes
+from vipolyqwen.training.loss_figures import MixedLossOutput
 from vipolyqwen.training.losses import (
     LOSS_TABLES,
     TaskLoss,
@@ -31,7 +32,7 @@ from vipolyqwen.training.losses import (
     pairwise_rank,
     score_mse,
 )
-from vipolyqwen.training.mixed_loss import MixedLoss, MixedLossOutput
+from vipolyqwen.training.mixed_loss import MixedLoss
 from vipolyqwen.training.weighting import TableWeighting
 
 NAN = math.nan
