@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from .. import __version__
 from .repository import TRAINING_FILE
 
 LANGUAGES = ["vi", "en", "zh"]
@@ -64,6 +65,7 @@ def model_card(
         has_audio=has_audio,
         adapter_base=adapter_base,
         pin="" if tag is None else f', revision="{tag}"',
+        version=__version__,
         dimension=model.config.projection_dim,
         parameters=f"{model.num_parameters() / 1e6:,.1f}",
         dtype=str(model.dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ import pytest
 from hub_server import go_online, running_hub
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
+from vipolyqwen import __version__
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.publishing.card import model_card
 from vipolyqwen.training.build import build_model
@@ -109,6 +110,7 @@ def test_a_model_from_a_configuration_claims_no_backbones(tiny: tuple, tmp_path:
     assert "base_model" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
     assert "built from a configuration" in card.text
     assert "does not record how it was trained" in card.text
+    assert f"Published with viPolyQwen {__version__}." in card.text
 
 
 def test_a_bimodal_model_s_card_does_not_mention_audio(tiny: tuple, tmp_path: Path) -> None:
