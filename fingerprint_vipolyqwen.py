@@ -403,6 +403,7 @@ __all__ = [
     "Finding",
     "Measured",
     "compare",
+    "compare_vectors",
     "golden_inputs",
     "read_fingerprint",
     "tolerance",

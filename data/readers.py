@@ -166,7 +166,7 @@ class RowReader:
 
 def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[datasets.Dataset, RowReader]]:
     """Yields the table and the reader of each file of a source."""
-    for file in _find_files(source) or [source.path]:
+    for file in find_files(source) or [source.path]:
         is_text = Path(file).suffix in TEXT_READERS
         if is_text:
             table = _convert_text_file(file, source, tasks)
@@ -198,7 +198,7 @@ def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
 
 
-def _find_files(source: SourceConfig) -> list[str]:
+def find_files(source: SourceConfig) -> list[str]:
     """Returns the local files of a source, or a folder written by `save_to_disk`; empty for a Hub dataset."""
     path = os.path.expanduser(source.path)
     is_folder = os.path.isdir(path)
@@ -252,15 +252,16 @@ def _open_table(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> d
     if suffix == ".arrow":
         table = datasets.Dataset.from_file(file)
     elif os.path.isdir(file):
-        table = _load_saved(file, source)
+        table = load_saved(file, source)
     else:
-        table = _load_from_hub(source)
+        table = load_from_hub(source)
     source.check_columns(table.column_names, tasks, file)
     used = source.column_names(table.column_names).values()
     return table.select_columns([name for name in table.column_names if name in used])
 
 
-def _load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
+def load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
+    """Loads the source's split of a folder written by `save_to_disk`; a missing one is a ValueError."""
     loaded = datasets.load_from_disk(folder)
     if isinstance(loaded, datasets.Dataset):
         return loaded
@@ -269,7 +270,8 @@ def _load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
     return loaded[source.split]
 
 
-def _load_from_hub(source: SourceConfig) -> datasets.Dataset:
+def load_from_hub(source: SourceConfig) -> datasets.Dataset:
+    """Loads a dataset of the Hub; if that fails, a ValueError says so."""
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split)
     except (OSError, ValueError) as error:
@@ -343,10 +345,11 @@ def _json_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield number, _parse_object(line, file, number)
+                yield number, parse_object(line, file, number)
 
 
-def _parse_object(line: bytes, file: str, number: int) -> dict[str, Any]:
+def parse_object(line: bytes, file: str, number: int) -> dict[str, Any]:
+    """Parses a line of JSON; anything but an object is a `RowError` that names file and line."""
     try:
         record = json.loads(line)
     except ValueError as error:

@@ -20,6 +20,7 @@ from helpers import random_image, save_tiny_model
 from vipolyqwen.data.readers import SourceConfig
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.evaluation.suite import read_suite
+from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
 from vipolyqwen.training.arguments import ARGUMENT_CLASSES, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +186,7 @@ def demo_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with an untrained model and media where `make demo` leaves its own."""
     folder = tmp_path_factory.mktemp("demo")
     save_tiny_model(folder / "outputs/demo/model")
+    write_fingerprint(folder / "outputs/demo/model")
     media = folder / "outputs/demo/corpus/media/eval/trimodal"
     media.mkdir(parents=True)
     rng = np.random.default_rng(0)

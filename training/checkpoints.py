@@ -6,7 +6,6 @@ and SHA-256 of all others.
 
 import hashlib
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +13,11 @@ from pathlib import Path
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
+from ..data.atomic import UNFINISHED, flush_file, flush_folder
+
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# In the output folder: checkpoints being written or deleted. The stock upload ignores names that begin with _.
-UNFINISHED = "_unfinished"
 
 
 class DamagedCheckpointError(ValueError):
@@ -43,10 +42,10 @@ def publish_checkpoint(written: Path, final: Path) -> None:
     manifest.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     _flush_and_digest(manifest)
     for folder in (written, *(path for path in written.rglob("*") if path.is_dir())):
-        _flush_folder(folder)
+        flush_folder(folder)
     delete_checkpoint(final)
     written.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -146,14 +145,5 @@ def _digest(path: Path) -> str:
 
 
 def _flush_and_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_file(path)
+    return _digest(path)

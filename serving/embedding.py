@@ -1,0 +1,167 @@
+"""Inputs to vectors in two steps, tensors and model, so that one may run ahead; a bad input costs no other one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+
+from .precision import check_dimensions, shorten
+
+ON_ERROR = ("raise", "skip", "none")
+INPUT_ERRORS = (ValueError, OSError)
+PLAIN_TEXT = {"chat_template": {"plain_text": True}}  # a text is never taken for a path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tensors of the good inputs of a batch.
+
+    Attributes:
+        features: input of the model; empty if no input is good.
+        kept: positions of the good inputs in the batch.
+        reasons: position of each bad input -> what is wrong with it.
+    """
+
+    features: Mapping[str, Any]
+    kept: list[int]
+    reasons: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Embeds with one prompt and one number of dimensions.
+
+    Attributes:
+        encoder: the model.
+        prompt: text of the prompt, such as a task's prefix; `None` for the general embedding.
+        dimensions: see `shorten`.
+        processing_kwargs: as in sentence-transformers' `encode`.
+    """
+
+    encoder: SentenceTransformer
+    prompt: str | None = None
+    dimensions: int | None = None
+    processing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_dimensions(self.dimensions, self.encoder.get_embedding_dimension())
+
+    @property
+    def width(self) -> int:
+        """Returns the number of components of a vector."""
+        return self.dimensions or self.encoder.get_embedding_dimension()
+
+    def prepare(self, inputs: Sequence[Callable[[], Any]]) -> Prepared:
+        """Turns inputs into tensors on the CPU.
+
+        Args:
+            inputs: functions that load an input as `encode` takes it.
+
+        Returns:
+            The tensors of the inputs without error; a ValueError or OSError is the reason why one is missing.
+        """
+        loaded, reasons = {}, {}
+        for position, load in enumerate(inputs):
+            try:
+                loaded[position] = load()
+            except INPUT_ERRORS as error:
+                reasons[position] = str(error)
+        try:
+            return Prepared(self._tensors(list(loaded.values())), list(loaded), reasons)
+        except INPUT_ERRORS:
+            for position, item in list(loaded.items()):
+                try:
+                    self._tensors([item])
+                except INPUT_ERRORS as error:
+                    reasons[position] = str(error)
+                    del loaded[position]
+        return Prepared(self._tensors(list(loaded.values())), list(loaded), reasons)
+
+    def _tensors(self, inputs: list[Any]) -> Mapping[str, Any]:
+        return self.encoder.preprocess(inputs, prompt=self.prompt, processing_kwargs=dict(self.processing_kwargs))
+
+    @torch.inference_mode()
+    def vectors(self, features: Mapping[str, Any]) -> np.ndarray:
+        """Returns (rows, width) float32 unit vectors of prepared inputs."""
+        if not features:
+            return np.zeros((0, self.width), np.float32)
+        output = self.encoder(batch_to_device(dict(features), self.encoder.device))
+        return shorten(output["sentence_embedding"].float().cpu().numpy(), self.dimensions)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of N inputs.
+
+    Attributes:
+        vectors: float32 unit vectors: (N, width), a bad input's NaN; with `on_error="skip"` one for each good input.
+        ok: (N,) bool, whether the input could be embedded.
+        reasons: N entries, what is wrong with the input, or `None`.
+    """
+
+    vectors: np.ndarray
+    ok: np.ndarray
+    reasons: list[str | None]
+
+
+def embed(
+    encoder: SentenceTransformer,
+    inputs: Sequence[Any],
+    on_error: str = "raise",
+    *,
+    prompt_name: str | None = None,
+    dimensions: int | None = None,
+    batch_size: int = 32,
+    processing_kwargs: Mapping[str, Any] | None = None,
+) -> Embeddings:
+    """Embeds inputs, some of which may be bad: N inputs give N results.
+
+    Args:
+        encoder: the model.
+        inputs: anything that `encode` takes: texts, dicts of modalities, conversations.
+        on_error: "raise" a ValueError that names the first bad input, "skip" bad inputs, or give them "none", NaN.
+        prompt_name: prompt, such as a task's name.
+        dimensions: see `shorten`.
+        batch_size: inputs that pass the model together.
+        processing_kwargs: as in `encode`.
+
+    Raises:
+        ValueError: an input is bad and `on_error="raise"`, or an argument is wrong.
+    """
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}; choose one of {', '.join(ON_ERROR)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    embedder = Embedder(encoder, prompt_of(encoder, prompt_name), dimensions, processing_kwargs or {})
+    vectors = np.full((len(inputs), embedder.width), np.nan, np.float32)
+    reasons: list[str | None] = [None] * len(inputs)
+    order = sorted(range(len(inputs)), key=lambda position: -_length(inputs[position]))
+    for first in range(0, len(inputs), batch_size):
+        positions = order[first : first + batch_size]
+        prepared = embedder.prepare([lambda item=inputs[position]: item for position in positions])
+        for place, reason in prepared.reasons.items():
+            if on_error == "raise":
+                raise ValueError(f"Input {positions[place]} of {len(inputs)}: {reason}")
+            reasons[positions[place]] = reason
+        vectors[[positions[place] for place in prepared.kept]] = embedder.vectors(prepared.features)
+    ok = np.array([reason is None for reason in reasons], bool)
+    return Embeddings(vectors[ok] if on_error == "skip" else vectors, ok, reasons)
+
+
+def _length(item: Any) -> int:
+    """Returns the characters of an input, so that inputs of similar length share a batch; 0 for a conversation."""
+    texts = item.values() if isinstance(item, Mapping) else [item]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def prompt_of(encoder: SentenceTransformer, name: str | None) -> str | None:
+    """Returns the text of a prompt; an unknown name is a ValueError."""
+    if name is None:
+        return None
+    if name not in encoder.prompts:
+        raise ValueError(f"prompt_name is {name!r}; this model has {', '.join(encoder.prompts) or 'no prompts'}.")
+    return encoder.prompts[name]

@@ -1,0 +1,139 @@
+"""Vectors on disk: one Parquet file a unit, a manifest that says which model made them, and the bad rows.
+
+DIR/manifest.json            the model's fingerprint, prompt, dtype, precision, dimensions, versions
+DIR/vectors/NAME.parquet     id, vector, for int8 also scale
+DIR/errors.parquet/          id, file, row, error of the rows without vector: a folder that readers take for a file
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.atomic import write_atomically
+from .precision import unpack
+
+MANIFEST = "manifest.json"
+VECTORS, ERRORS = "vectors", "errors.parquet"
+KEY = b"vipolyqwen.unit"  # of a file's metadata: the unit's key
+ERROR_SCHEMA = pa.schema([("id", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("error", pa.string())])
+
+
+class AnotherModelError(ValueError):
+    """Vectors on disk and those to be added, or compared with them, are not of one kind."""
+
+
+def open_folder(folder: Path, manifest: Mapping[str, Any], writer: str = "") -> None:
+    """Writes the manifest of a new folder, or compares it with that of an existing one.
+
+    Args:
+        folder: where the vectors go.
+        manifest: `versions` may differ between runs, everything else may not.
+        writer: see `write_atomically`.
+
+    Raises:
+        AnotherModelError: the folder holds other vectors; names what differs.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        if (folder / VECTORS).exists():
+            raise AnotherModelError(f"{folder} holds vectors but no {MANIFEST}; choose another folder.")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"), writer)
+    written = read_manifest(folder)
+    changes = [
+        f"{name} is {written.get(name)!r} there and {manifest.get(name)!r} now"
+        for name in dict.fromkeys([*manifest, *written])
+        if name != "versions" and written.get(name) != manifest.get(name)
+    ]
+    if changes:
+        raise AnotherModelError(f"{folder} holds other vectors: {'; '.join(changes)}. Choose another folder.")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads the manifest of a folder.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no {MANIFEST}; name a folder that embed_vipolyqwen.py wrote.") from error
+
+
+def write_shard(
+    folder: Path, name: str, key: str, ids: list[str], vectors: np.ndarray, scales: np.ndarray | None
+) -> None:
+    """Writes the vectors of a unit, atomically.
+
+    Args:
+        folder: folder of the manifest.
+        name: name of the unit.
+        key: key of the unit.
+        ids: ids of the rows.
+        vectors: (rows, components) float32, float16, int8, or bits as uint8.
+        scales: (rows,) float32 of int8 vectors.
+    """
+    values = pa.array(np.ascontiguousarray(vectors).ravel())
+    columns = {"id": pa.array(ids, pa.string()), "vector": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])}
+    if scales is not None:
+        columns["scale"] = pa.array(scales)
+    table = pa.table(columns).replace_schema_metadata({KEY: key.encode()})
+    write_atomically(shard_path(folder, name), lambda path: pq.write_table(table, path, use_dictionary=False))
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """Returns the file of a unit's vectors."""
+    return folder / VECTORS / f"{name}.parquet"
+
+
+def write_errors(folder: Path, name: str, errors: list[dict[str, Any]]) -> None:
+    """Writes the bad rows of a unit, atomically; without any, removes those of an earlier run."""
+    path = folder / ERRORS / f"{name}.parquet"
+    if errors:
+        table = pa.Table.from_pylist(errors, schema=ERROR_SCHEMA)
+        write_atomically(path, lambda unfinished: pq.write_table(table, unfinished))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def shard_key(folder: Path, name: str) -> str | None:
+    """Returns the key with which a unit was written; `None` if it was not."""
+    path = shard_path(folder, name)
+    return pq.read_schema(path).metadata[KEY].decode() if path.exists() else None
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Returns the units that were written, in order."""
+    return sorted(path.stem for path in (folder / VECTORS).glob("*.parquet"))
+
+
+def count_rows(folder: Path) -> int:
+    """Returns the number of vectors of all shards, by their metadata."""
+    return sum(pq.read_metadata(shard_path(folder, name)).num_rows for name in shard_names(folder))
+
+
+def read_shards(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Returns ids and stored vectors, (rows, components), of one shard after the other, in order of their names."""
+    for name in shard_names(folder):
+        table = pq.read_table(shard_path(folder, name))
+        vectors = table["vector"].combine_chunks()
+        width = vectors.type.list_size
+        yield table["id"].to_pylist(), vectors.values.to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def read_vectors(folder: str | Path) -> tuple[list[str], np.ndarray]:
+    """Returns all ids and (rows, dimensions) float32 unit vectors of a folder."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    ids: list[str] = []
+    parts = [np.zeros((0, manifest["dimensions"]), np.float32)]
+    for of_shard, stored in read_shards(folder):
+        ids.extend(of_shard)
+        parts.append(unpack(stored, manifest["precision"]))
+    return ids, np.concatenate(parts)
