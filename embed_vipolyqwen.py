@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from vipolyqwen import __version__
 from vipolyqwen.serving.corpus_run import CorpusOptions, Summary, embed_corpus
 from vipolyqwen.serving.loading import load_model
 from vipolyqwen.serving.precision import PRECISIONS
@@ -76,6 +77,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("input", help="file, folder, glob, Hub dataset, or YAML file with the keys of a source")
     parser.add_argument("--out", type=Path, required=True, help="folder of the vectors")

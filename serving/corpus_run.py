@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from .. import __version__
 from ..data.corpus import UNIT_ROWS, BadRow, CorpusRow, Unit, read_corpus
 from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of
 from .loading import LoadedModel
@@ -147,7 +148,7 @@ def describe(model: LoadedModel, options: CorpusOptions, prompt: str | None, dim
         "side": options.side,
         "unit_rows": options.unit_rows,
         "source": source,
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": {"vipolyqwen": __version__, **{library: version(library) for library in LIBRARIES}},
     }
 
 
