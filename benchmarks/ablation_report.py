@@ -26,11 +26,11 @@ class Question:
 
     Attributes:
         hypothesis: which one it belongs to.
-        claim: what holds if it does.
+        claim: the statement that is tested.
         ours: variant and view ("own": prefixes as trained, "bare": no prefix).
-        theirs: the same of what it is compared with.
+        theirs: the same of the variant it is compared with.
         tasks: all (that both were trained on), text, audio, others than audio, or a task's name.
-        margin: how much less recall is no failure.
+        margin: loss of recall that still passes.
     """
 
     hypothesis: str
@@ -92,7 +92,7 @@ def as_json(found: Comparison, margin: float) -> dict[str, Any]:
 
 
 def answer(results: Results) -> list[tuple[Question, Comparison]]:
-    """Every question whose runs are there, with what was found."""
+    """Answers every question whose runs exist."""
     answers = []
     for question in QUESTIONS:
         if {question.ours[0], question.theirs[0]} - {NGRAMS} <= set(results["runs"]):
@@ -208,7 +208,7 @@ def page(results: Results, answers: list[tuple[Question, Comparison]], name: str
     """The report as markdown."""
     seeds = len(results["runs"]["base"])
     lines = [
-        "# Ablations: what the papers claim, and what was seen",
+        "# Ablations: claims of the papers and measurements",
         "",
         f"`{results['command']}`: {seeds} seeds, {results['minutes']:.1f} minutes on {results['machine']}, torch "
         f"{results['versions']['torch']}, transformers {results['versions']['transformers']}. {how(results)} "
@@ -243,7 +243,7 @@ def page(results: Results, answers: list[tuple[Question, Comparison]], name: str
 
 
 def order(question: Question) -> tuple[bool, str]:
-    """Hypotheses by number, what is none of them last."""
+    """Sorts hypotheses by number, other questions last."""
     return not question.hypothesis.startswith("H"), question.hypothesis
 
 

@@ -1,8 +1,8 @@
 """The runs of the ablation study: variants as settings, warm-ups shared where settings allow it, all of it cached.
 
-A run is named by a hash of what its result follows from: its settings, those of the runs it starts from, the files it
-learns from and is measured on, the training code and the libraries. So a change of any of these makes new runs, and a
-study that was interrupted, or asked for more seeds or variants, keeps the others.
+A run is named by a hash of everything that determines its result: its settings, those of the runs it continues, the
+training and evaluation files, the training code and the libraries. A change of any of these makes new runs; an
+interrupted study, or one with more seeds or variants, keeps the others.
 """
 
 import gc
@@ -70,21 +70,21 @@ QUIET = {
     "disable_tqdm": True,
     "resume_from_checkpoint": True,
 }
-# A stand-in for pretrained backbones, where there are none: InfoNCE, and no prefix, since those do not know any.
+# Replaces pretrained backbones: InfoNCE without prefixes, since pretrained backbones know none.
 WARM_UP = {"loss_table": "nce", "task_weighting": "none", "prefix_dropout": 1.0, "warmup_steps": 20}
 TEXT_ROWS = 192  # pairs of a batch of texts alone: they cost little
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A training run; it goes on from another one, or from the model that its settings name."""
+    """A training run that continues another one, or starts from the model in its settings."""
 
     settings: Settings
     start: "Stage | None" = None
 
     @property
     def key(self) -> str:
-        """Names what the run's result follows from; the order of the settings does not matter."""
+        """Returns the hash of everything that determines the result; the order of settings does not matter."""
         model = self.settings.get("model")
         return digest(
             {
@@ -119,7 +119,7 @@ class Study:
 
     Attributes:
         recipe: settings of the base, as `read_recipe` gives them.
-        bases: the model of each seed; empty if the recipe's own serves all.
+        bases: the model of each seed; empty if all use the recipe's.
         folder: of warm-ups and cached figures.
         text_steps: steps of the warm-up on texts alone; 0: none.
         warm_steps: steps of the warm-up on everything after it; 0: none.
@@ -205,7 +205,7 @@ def left_out(what: str, tasks: Mapping[str, Task]) -> list[str]:
 
 
 class HeldOut:
-    """The held-out pairs of a study, and what retrieval of a model finds among them."""
+    """The held-out pairs of a study, and retrieval among them."""
 
     def __init__(self, study: Study, group_by: str | None, min_samples: int = 1) -> None:
         recipe, self.keeps = study.recipe, bool(study.bases)

@@ -3,12 +3,11 @@
     python benchmarks/ablations.py [--seeds 3] [--steps 40] [--output_dir DIR] [--out FILE]
     python benchmarks/ablations.py --recipe RECIPE.yaml [--steps N] [--group_by language]
 
-On the demo world every seed has a tiny base of its own, and a warm-up on InfoNCE stands in for pretrained backbones:
-texts first, then everything. Settings that already hold there, the pooling and the tasks that are left out, have a
-warm-up of their own; all others share one. Then each variant trains on the same rows in the same order. With
-`--recipe` the study is of that recipe's model and pairs; a warm-up is made if `--text_steps` or `--warm_steps` ask for
-it. What was measured is kept in OUTPUT_DIR under a hash of its settings, so that the same command goes on where it was
-stopped.
+On the demo world every seed has a separate tiny base, and a warm-up on InfoNCE replaces pretrained backbones: text
+first, then all tasks. Variants that change the warm-up (pooling, left-out tasks) get a separate one; the others share
+one. Then each variant trains on the same rows in the same order. `--recipe` studies the model and pairs of a recipe;
+`--text_steps` or `--warm_steps` add a warm-up. Results are cached in OUTPUT_DIR under a hash of their settings, so
+that the same command resumes an interrupted study.
 """
 
 import argparse
@@ -41,7 +40,7 @@ NGRAMS = {"analyzer": "char_wb", "ngram_range": (2, 4)}
 
 
 def main() -> None:
-    """Trains and measures what is not there yet, compares, writes."""
+    """Trains and measures missing runs, compares all, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, help="base of the study; default: the demo world's")
     parser.add_argument("--seeds", type=int, default=3)
@@ -100,7 +99,7 @@ def demo_study(options: argparse.Namespace) -> Study:
 
 
 def recipe_study(options: argparse.Namespace) -> Study:
-    """A recipe's own model and pairs."""
+    """Returns the study of a recipe's model and pairs."""
     recipe = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, **read_recipe(options.recipe)}
     for name in ("train_data", "eval_data"):
         if not recipe.get(name):

@@ -3,7 +3,7 @@
     python benchmarks/adaptive_prefix.py outputs/demo/corpus/eval.jsonl
 
 Reads JSONL rows with `task`, `a`, `images` and `audio`, as `make demo` writes them; prints the share of rows
-whose side a gets its own task, and what the others get.
+whose side a gets the row's task, and the tasks that the others get.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/balance.py [--output_dir outputs/balance] [--seeds 3] [--steps 100]
 
-Half of all rows are graded text pairs (scores below 1), under the DLE losses (MSE × 20, Rank × 7). Every seed trains a
-tiny model of its own on InfoNCE first, as a stand-in for pretrained backbones, then goes on from it with each
-weighting: same rows, same order. Warm-ups that OUTPUT_DIR holds already are used again. Writes balance.json and
+Half of all rows are graded text pairs (scores below 1), under the DLE losses (MSE × 20, Rank × 7). For every
+seed a tiny model first trains on InfoNCE, in place of pretrained backbones; each weighting continues from it on the
+same rows in the same order. Warm-ups in OUTPUT_DIR are reused. Writes balance.json and
 balance.md to benchmarks/results.
 
 A task's gradient share is the norm of its weighted loss's gradient by the embeddings over the sum of these norms; the
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def warm_up(folder: Path, seed: int) -> None:
-    """A tiny base of its own for the seed, trained on InfoNCE: texts first, then all tasks alike."""
+    """Trains a tiny base for the seed on InfoNCE: text first, then all tasks alike."""
     write_base(folder / "corpus", seed, folder / f"seed{seed}/base")
     stages = {
         "text": ({"text_pair": 3.0, "instr": 1.0}, {"steps": 400, "rows": 192, "model": "base"}),
@@ -189,7 +189,7 @@ def report(runs: dict[str, list[dict[str, Any]]], steps: int, folder: Path) -> N
         "",
         *task_table(runs, "recalls"),
         "",
-        "## What the papers say, and what was seen",
+        "## Claims of the papers and measurements",
         "",
         *(f"- {sentence}" for sentence in verdicts(figures)),
         "",

@@ -1,8 +1,8 @@
-"""Cached gradients: memory of a large batch in small chunks against that of a small batch, and what the time costs.
+"""Cached gradients: memory of a large batch in small chunks against that of a small batch, and the cost in time.
 
     python benchmarks/cached_gradients.py [--pairs 2048] [--chunk 16] [--timed_pairs 128] [--repeats 7]
 
-A tiny model of text, images and sounds, and pairs of noise made in memory. Peak memory is the resident set of a
+Uses a tiny model of text, images and audio, and pairs of noise made in memory. Peak memory is the resident set of a
 process that loads model and batch and takes one training step, monitors included. Time is the median over steps of
 both kinds in turn. Writes benchmarks/results/cached_gradients.json.
 """

@@ -13,7 +13,7 @@ from vipolyqwen.publishing.repository import save_repository
 
 
 def write_base(corpus: Path, seed: int, folder: Path) -> None:
-    """An untrained tiny base of its own for the seed; its tokenizer knows the corpus."""
+    """Writes an untrained tiny base for the seed; its tokenizer knows the corpus."""
     rows = (row for path in sorted((corpus / "train").glob("*.jsonl")) for row in read_rows(path))
     texts = [row[side] for row in rows for side in ("a", "b") if row.get(side)]
     torch.manual_seed(seed)

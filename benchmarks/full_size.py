@@ -1,4 +1,4 @@
-"""Speed and memory of the real size, Qwen2-VL-2B and HuBERT-base with random weights, on whatever device there is.
+"""Speed and memory of the real size, Qwen2-VL-2B and HuBERT-base with random weights, on the available device.
 
     python benchmarks/full_size.py [--tokens 16384] [--lengths 128 512 2048 8192] [--image_sides 448 1120]
                                    [--audio_seconds 10] [--modes encode full lora] [--layers N] [--repeats 5]
@@ -10,8 +10,8 @@ layer of the language model and the new parts (lora). On a CPU use `--layers 2 -
 MFU is the model's FLOPs a second over the device's peak. FLOPs (`forward_flops`) are 2 for each weight of a linear
 layer and token, and 4 · length² · width for the attention of a layer, nothing off for causality. A step of training
 counts as 3 forwards; with LoRA 2 of the language model (no gradients of frozen weights) and 1 of the other towers.
-Work done twice by gradient checkpointing does not count, nor do adapters, norms and activations. The peak is that of
-the datasheet (dense bfloat16), or elsewhere what a large product of matrices reaches. Writes
+Work done twice by gradient checkpointing does not count, nor do adapters, norms and activations. The peak is
+the datasheet's (dense bfloat16), or measured with a large matrix product on other devices. Writes
 benchmarks/results/full_size.json; on a CPU its claims do not apply.
 """
 
@@ -278,7 +278,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def free(device: torch.device) -> None:
-    """Gives back what nothing refers to any more."""
+    """Frees unreferenced memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -302,7 +302,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def step_flops(mode: str, model: ViPolyQwenModel, point: Point) -> int:
-    """FLOPs of what a mode does with all rows of a point."""
+    """Returns the FLOPs of a mode on all rows of a point."""
     return sum(FORWARDS[mode][part] * flops for part, flops in forward_flops(model, point).items())
 
 
@@ -347,7 +347,7 @@ def audio_flops(model: ViPolyQwenModel, samples: int) -> dict[str, int]:
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs of all linear layers for one position; an adapted layer counts as what it adapts."""
+    """FLOPs of all linear layers for one position; an adapted layer counts as its base layer."""
     names = {name for name, _ in module.named_modules() if ".lora_" in f".{name}"}
     layers = (layer for name, layer in module.named_modules() if name not in names)
     return sum(2 * layer.weight.numel() for layer in layers if type(layer) is nn.Linear)

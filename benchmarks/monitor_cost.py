@@ -1,4 +1,4 @@
-"""What monitoring costs: steps that measure the tasks' gradients against steps that do not, side by side.
+"""Cost of monitoring: steps that measure the tasks' gradients against steps that do not, side by side.
 
     python benchmarks/monitor_cost.py [CORPUS] [--batches 12] [--batch_size 96]
 

@@ -1,4 +1,4 @@
-"""Held-out pairs as vectors, and what retrieval makes of them within each task and language."""
+"""Embeds held-out pairs and retrieves them within each task and language."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ ALL = "all"  # the cell of a task's rows of every group
 
 @dataclass(frozen=True)
 class Search:
-    """Which rows of some pairs are queries and candidates, and what is relevant: the same for every model."""
+    """Queries, candidates and relevance among some pairs: the same for every model."""
 
     queries: list[int]
     candidates: list[int]

@@ -20,7 +20,7 @@ class Comparison:
         ours: mean over seeds of the mean over cells.
         theirs: the same of the other.
         by_seed: the differences, one a seed.
-        seeds: 95 % interval of their mean by Student's t: what other seeds would give.
+        seeds: 95 % interval of their mean by Student's t: the spread over seeds.
         p_seeds: paired t-test over the seeds, two-sided; NaN with one seed.
         queries: 95 % bootstrap interval of the difference between these very models on other queries.
         p_queries: two-sided test by random signs of the queries' differences; `None` if the queries are not the same.

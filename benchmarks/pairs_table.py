@@ -172,7 +172,7 @@ def page(command: str, rows: list[Row], speed: Mapping[str, float]) -> str:
 
 
 def show(value: float | None) -> str:
-    """Three digits, or what stands for no number."""
+    """Returns three digits, or `NO_TEXT` for a missing number."""
     return NO_TEXT if value is None else f"{value:.3f}"
 
 

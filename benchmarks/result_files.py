@@ -1,4 +1,4 @@
-"""The result of a benchmark as a file: what it claims, the bar, whether that holds, and on what it was measured."""
+"""Result files of benchmarks: claims, limits, whether they hold, machine and versions."""
 
 import json
 import os
@@ -19,11 +19,11 @@ def claim(value: float, bar: float, holds: bool) -> dict[str, Any]:
 
 
 def write_result(name: str, claims: dict[str, dict[str, Any]], **figures: Any) -> None:
-    """Writes and prints results/NAME.json: claims, what else was measured, machine and versions.
+    """Writes and prints results/NAME.json: claims, other measurements, machine and versions.
 
     Args:
         name: of the file.
-        claims: {id: what `claim` gives}.
+        claims: {id: result of `claim`}.
         figures: whatever the claims were computed from, and the settings.
     """
     result = {"claims": claims, **figures, "machine": machine(), "versions": versions()}
@@ -40,7 +40,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that are there."""
+    """Returns the versions of the installed libraries."""
     found = {}
     for library in LIBRARIES:
         try:

@@ -1,10 +1,10 @@
-"""Images that rows share: a training step that encodes each picture once against one that does so for every row.
+"""Images that rows share: a training step that encodes each image once against one that does so for every row.
 
     python benchmarks/shared_images.py [--pairs 32] [--sharing 4] [--repeats 5]
 
-A tiny model of the real classes and pairs of visual questions, some about the same picture, made in memory. Seconds
-are the median over steps of both kinds in turn. What sharing can save is the vision tower's part, so the result has an
-estimate of that part too, parameters × positions of the layers: 0.66 for Qwen2-VL-2B. Writes
+A tiny model of the real classes and pairs of visual questions, some about the same image, made in memory. Seconds are
+the median over steps of both kinds in turn. Sharing saves at most the vision tower's part, so the result also has an
+estimate of it, parameters × positions of the layers: 0.66 for Qwen2-VL-2B. Writes
 benchmarks/results/shared_images.json.
 """
 

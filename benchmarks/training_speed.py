@@ -5,15 +5,15 @@
 CORPUS is a demo corpus (`make demo` leaves one in outputs/demo/corpus). Both trainers take the same steps: the same
 repository loaded from disk, the same pairs in the same order and number a step, the same symmetric InfoNCE (the first
 losses are compared), AdamW with clipping, float32, no prefixes, no worker processes, cached gradients whose largest
-forward is the same: there so many rows, here as many tokens as so many of the longest row have (`embed_chunk_tokens`).
-Each collates, pads and divides in its own way. Steps are timed whole, collation included, over `train()` of both in
+forward is the same: N rows in theirs, the tokens of N longest rows in ours (`embed_chunk_tokens`). Collation, padding
+and splitting into micro-batches differ. Step times include collation, over `train()` of both in
 turn. Two sets of pairs:
 
 - `long_tail`: texts of 3 to 100 words, spread evenly over the logarithm, as questions and passages are;
-- `text_and_images`: the demo corpus but for its sounds, about half with an image.
+- `text_and_images`: the demo corpus without audio, about half with an image.
 
-With sounds among other rows, sentence-transformers' loss cuts the clips of a batch as if every row had one; what it
-says is recorded, and this trainer measured alone. Writes benchmarks/results/training_speed.json.
+In batches that mix audio with other rows, sentence-transformers' loss splits the clips as if every row had one; its
+error is recorded, and this trainer measured alone. Writes benchmarks/results/training_speed.json.
 """
 
 import argparse
