@@ -24,6 +24,7 @@ TASK_PREFIXES = {
     "vqa_multi": "<vqa_multi>",
     "audio": "<audio>",
 }
+PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 # A readable form of a conversation: the system message is the task prefix, and audio has no token. The processor
@@ -80,6 +81,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         feature_extractor: the speech encoder's feature extractor (16 kHz, zero mean and unit variance a clip).
         chat_template: Jinja template that renders a conversation as a string; `None`: `CHAT_TEMPLATE`.
         task_prefixes: task name -> prefix token; `None`: `TASK_PREFIXES`, the six tasks of the STW paper (§3.1.1).
+        prefix_sides: task name -> the sides of its pairs that carried the prefix in training: `a`, `both` or `none`;
+            a task that is not in it (as in processors saved before this setting): `a`.
         min_audio_samples: fewest samples that give the speech encoder a frame (400, 25 ms, for HuBERT-base).
         max_audio_seconds: longer audio is cut here, or refused with `truncation=False`.
         allow_urls: fetch images and audio given as `http(s)://` URLs; without it they are an error.
@@ -94,6 +97,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         feature_extractor: Any = None,
         chat_template: str | None = None,
         task_prefixes: dict[str, str] | None = None,
+        prefix_sides: dict[str, str] | None = None,
         min_audio_samples: int = 400,
         max_audio_seconds: float = 30.0,
         allow_urls: bool = False,
@@ -101,25 +105,33 @@ class ViPolyQwenProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.task_prefixes: dict[str, str] = {}
+        self.prefix_sides: dict[str, str] = {}
         self.min_audio_samples = min_audio_samples
         self.max_audio_seconds = max_audio_seconds
         self.allow_urls = allow_urls
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
-            self.add_task(task, prefix)
+            self.add_task(task, prefix, (prefix_sides or {}).get(task, "a"))
 
-    def add_task(self, task: str, prefix: str) -> None:
+    def add_task(self, task: str, prefix: str, prefix_sides: str = "a") -> None:
         """Makes `prefix` the prefix token of `task` and adds it to the tokenizer if it is new.
 
         Args:
             task: name of the task.
             prefix: its prefix token. After a new one, `model.resize_token_embeddings` may be needed.
+            prefix_sides: the sides of its pairs that carry the prefix in training: `a`, `both` or `none`.
 
         Raises:
-            ValueError: the task is called `auto`, or the prefix is empty or a token that texts or images use.
+            ValueError: the task is called `auto`, the prefix is empty or a token that texts or images use, or the
+                sides are unknown.
         """
         if task == AUTO_TASK:
             raise ValueError(f"A task cannot be called {task!r}: that name infers the task. Choose another name.")
+        if prefix_sides not in PREFIX_SIDES:
+            raise ValueError(
+                f"The prefix of task {task!r} is said to stand on {prefix_sides!r}; write one of "
+                f"{', '.join(PREFIX_SIDES)} (`prefix_sides` in processor_config.json)."
+            )
         structure = {*self.tokenizer.all_special_tokens, VISION_START, IMAGE_TOKEN, VISION_END}
         is_new = prefix not in self.tokenizer.get_vocab()
         if not prefix or prefix in structure or not (is_new or prefix in self.tokenizer.get_added_vocab()):
@@ -130,6 +142,11 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if is_new:
             self.tokenizer.add_tokens([AddedToken(prefix, special=True, normalized=False)])
         self.task_prefixes[task] = prefix
+        self.prefix_sides[task] = prefix_sides
+
+    def has_prefix(self, task: str, side: str) -> bool:
+        """Whether the prefix of a task stood on a side of its pairs in training, `a` or `b`."""
+        return self.prefix_sides[task] == "both" or self.prefix_sides[task] == side
 
     @property
     def model_input_names(self) -> list[str]:
@@ -518,4 +535,4 @@ def _as_list(entry: Any) -> list[Any]:
 
 ViPolyQwenProcessor.register_for_auto_class()
 
-__all__ = ["CHAT_TEMPLATE", "TASK_PREFIXES", "EmbeddingInput", "ViPolyQwenProcessor"]
+__all__ = ["CHAT_TEMPLATE", "PREFIX_SIDES", "TASK_PREFIXES", "EmbeddingInput", "ViPolyQwenProcessor"]

@@ -11,9 +11,8 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.training.arguments import read_arguments
-from vipolyqwen.training.build import build_collator, build_loss, load_model, read_pairs
+from vipolyqwen.training.build import build_collator, build_loss, build_tasks, load_model, read_pairs
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
 from vipolyqwen.training.run_record import write_record
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains, evaluates and saves a repository to `output_dir`."""
     model_args, data_args, loss_args, args = read_arguments(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
-    tasks = declare_tasks(data_args.tasks)
+    tasks = build_tasks(data_args)
     mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
     with unsharded_loading(args):
         model, processor = load_model(model_args, args, tasks)

@@ -23,7 +23,7 @@ from pair_vectors import ALL, Search, cells, collate, embed, load_grouped, searc
 from result_files import versions
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import Task, declare_tasks
+from vipolyqwen.data.schema import Task, declare_tasks, with_prefix_sides
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.evaluation.metrics import spearman
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
@@ -211,7 +211,6 @@ class HeldOut:
         recipe, self.keeps = study.recipe, bool(study.bases)
         self.tasks = study.tasks
         self.min_score = recipe.get("nce_min_score", 0.5)
-        self.prefix_sides = recipe.get("prefix_sides", "a")
         self.pairs, groups = load_grouped(recipe["eval_data"], group_by, self.tasks, min_samples)
         names = list(self.tasks)
         self.row_tasks = [names[number] for number in self.pairs.task_ids]
@@ -228,19 +227,21 @@ class HeldOut:
         self.searches: dict[tuple[str, str], Search] = {
             cell: search(self.columns, rows, self.min_score) for cell, rows in self.cells.items()
         }
-        self._batches: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = {}
+        self._batches: dict[str, list[dict[str, Any]]] = {}
 
-    def figures(self, repository: Path, unprefixed: Sequence[str]) -> dict[str, Any]:
+    def figures(self, repository: Path) -> dict[str, Any]:
         """Ranks of all queries with prefixes as trained ("own") and without any ("bare"), and Spearman's ρ."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = ViPolyQwenModel.from_pretrained(repository).eval().to(device)
         processor = ViPolyQwenProcessor.from_pretrained(repository, config=model.config)
         started = time.perf_counter()
-        views = {"own": tuple(unprefixed), "bare": tuple(self.tasks)}
-        made = {without: embed(model, self.batches(processor, without)) for without in set(views.values())}
+        nowhere = dict.fromkeys(self.tasks, "none")
+        made: dict[str, dict[str, torch.Tensor]] = {}
         figures: dict[str, Any] = {}
-        for view, without in views.items():
-            vectors = made[without]
+        for view, sides in {"own": processor.prefix_sides, "bare": nowhere}.items():
+            tasks = with_prefix_sides(self.tasks, sides)
+            key = digest({name: task.prefix_sides for name, task in tasks.items()})
+            vectors = made[key] = made.get(key) or embed(model, self.batches(processor, tasks))
             ranks = {
                 cell: found.ranks(vectors["a"][found.queries] @ vectors["b"][found.candidates].T)
                 for cell, found in self.searches.items()
@@ -249,18 +250,17 @@ class HeldOut:
             figures[view]["spearman"] = self.correlations(vectors)
         return figures | {"seconds_of_embedding": time.perf_counter() - started}
 
-    def batches(self, processor: ViPolyQwenProcessor, without: tuple[str, ...]) -> Iterable[dict[str, Any]]:
+    def batches(self, processor: ViPolyQwenProcessor, tasks: Mapping[str, Task]) -> Iterable[dict[str, Any]]:
         """The pairs as model inputs; on the demo world they are kept, since all its runs see the same ones."""
         tokens = processor.tokenizer.backend_tokenizer.to_str()
-        key = (digest([tokens, processor.task_prefixes, processor.tokenizer.model_max_length]), without)
+        sides = {name: task.prefix_sides for name, task in tasks.items()}
+        key = digest([tokens, processor.task_prefixes, processor.tokenizer.model_max_length, sides])
         if key in self._batches:
             return self._batches[key]
         collator = MixedBatchCollator(
             processor,
-            self.tasks,
-            prefix_sides=self.prefix_sides,
+            tasks,
             prefix_dropout=0.0,
-            tasks_without_prefix=without,
             with_negatives=False,
         )
         made = collate(self.pairs, collator, 64)
@@ -289,9 +289,7 @@ def measured(study: Study, held_out: HeldOut, name: str, seed: int, group_by: st
     if not path.is_file():
         started = time.perf_counter()
         model = stage.train(study.folder / "models")
-        no_prefix = stage.settings.get("prefix_dropout") == 1.0
-        unprefixed = list(held_out.tasks) if no_prefix else stage.settings.get("tasks_without_prefix") or []
-        figures = held_out.figures(model, unprefixed)
+        figures = held_out.figures(model)
         figures |= {"variant": name, "seed": seed, "seconds": time.perf_counter() - started}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")

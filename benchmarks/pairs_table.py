@@ -3,7 +3,7 @@
     python benchmarks/pairs_table.py MODEL RECIPE [--group_by language] [--scores_by source] [--out FILE]
 
 RECIPE is one that training reads; its `eval_data` is measured. Every distinct side a that has a right answer searches
-the distinct sides b of its task and language. Side a carries its task's prefix. Writes OUT.md and OUT.json.
+the distinct sides b of its task and language. Sides carry prefixes as in training. Writes OUT.md and OUT.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_tasks
+from vipolyqwen.data.schema import declare_tasks, with_prefix_sides
 from vipolyqwen.evaluation.memory import peak_memory
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -72,10 +72,8 @@ def measure(
     scales = load_grouped(data.eval_data, by[1], tasks, processor.min_audio_samples)[1]
     collator = MixedBatchCollator(
         processor,
-        tasks,
-        prefix_sides=data.prefix_sides,
+        with_prefix_sides(tasks, processor.prefix_sides),  # as in training
         prefix_dropout=0.0,
-        tasks_without_prefix=data.tasks_without_prefix or (),
         with_negatives=False,
     )
     started = time.perf_counter()

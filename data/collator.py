@@ -10,8 +10,6 @@ import torch
 from .schema import MODALITY_PAIRS, Task
 from .sources import content_key
 
-PREFIX_SIDES = ("a", "both")
-
 
 @dataclass
 class MixedBatchCollator:
@@ -25,11 +23,9 @@ class MixedBatchCollator:
 
     Attributes:
         processor: the model's processor; it must know the prefix of every task.
-        tasks: the tasks in the order of their task ids.
-        prefix_sides: `"a"` or `"both"`, the sides that carry the prefix.
+        tasks: the tasks in the order of their task ids; each says which sides carry its prefix.
         prefix_dropout: probability of dropping the prefix of a pair, which trains the general embedding f(x, None);
             0 in evaluation.
-        tasks_without_prefix: tasks without prefix (an ablation).
         seed: seed of the prefix dropout.
         with_negatives: whether to include hard negatives; evaluation does not need them.
         extra_parts: message parts of one extra row after the pairs, so that every tower takes part in every batch.
@@ -37,21 +33,14 @@ class MixedBatchCollator:
 
     processor: Any
     tasks: Mapping[str, Task]
-    prefix_sides: str = "a"
     prefix_dropout: float = 0.1
-    tasks_without_prefix: Sequence[str] = ()
     seed: int = 0
     with_negatives: bool = True
     extra_parts: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        if self.prefix_sides not in PREFIX_SIDES:
-            raise ValueError(f"prefix_sides is {self.prefix_sides!r}; choose one of {', '.join(PREFIX_SIDES)}.")
         if not 0.0 <= self.prefix_dropout <= 1.0:
             raise ValueError(f"prefix_dropout is {self.prefix_dropout}; a probability is in [0, 1].")
-        for name in self.tasks_without_prefix:
-            if name not in self.tasks:
-                raise ValueError(f"tasks_without_prefix: unknown task {name!r}; known: {', '.join(self.tasks)}.")
         for name, task in self.tasks.items():
             if self.processor.task_prefixes.get(name) != task.prefix:
                 raise ValueError(
@@ -74,7 +63,8 @@ class MixedBatchCollator:
             `negative_keys` (N,) long; `extra_parts` add one row after those.
         """
         prefixes = self._prefixes([row["id"] for row in rows], [row["task"] for row in rows])
-        on_b = prefixes if self.prefix_sides == "both" else [None] * len(rows)
+        on_both = [self.tasks[row["task"]].prefix_sides == "both" for row in rows]
+        on_b = [prefix if both else None for prefix, both in zip(prefixes, on_both, strict=True)]
         conversations = [
             *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
             *(_conversation(prefix, [_text(row["b"])]) for prefix, row in zip(on_b, rows, strict=True)),
@@ -121,7 +111,7 @@ class MixedBatchCollator:
             drawn = batch.copy()
             drawn.update(place.to_bytes(8))
             uniform = int.from_bytes(drawn.digest()[:8]) / 2**64  # in [0, 1)
-            dropped = uniform < self.prefix_dropout or name in self.tasks_without_prefix
+            dropped = uniform < self.prefix_dropout or self.tasks[name].prefix_sides == "none"
             prefixes.append(None if dropped else self.tasks[name].prefix)
         return prefixes
 

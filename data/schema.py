@@ -5,20 +5,21 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import soundfile
 from PIL import Image
 
 from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_complete, load_audio
-from ..processing_vipolyqwen import TASK_PREFIXES
+from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
 
 COLUMNS = ("id", "task", "a", "b", "images", "audio", "score", "group", "negatives")
 MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; audio beside other parts counts
 TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 PREFIX_PATTERN = re.compile(r"<\w+>")
+SIDES_OF_TASKS = "task"  # in a recipe: each task keeps its sides
 
 
 def canonical_task(name: str) -> str:
@@ -28,13 +29,14 @@ def canonical_task(name: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its prefix token and what its rows need besides text."""
+    """A task: its prefix token, the sides that carry it (`PREFIX_SIDES`), and what its rows need besides text."""
 
     name: str
     prefix: str
     needs_score: bool = False
     needs_image: bool = False
     needs_audio: bool = False
+    prefix_sides: str = "a"
 
     def __post_init__(self) -> None:
         if not isinstance(self.prefix, str) or not PREFIX_PATTERN.fullmatch(self.prefix):
@@ -45,6 +47,10 @@ class Task:
         for need in ("needs_score", "needs_image", "needs_audio"):
             if not isinstance(getattr(self, need), bool):
                 raise ValueError(f"tasks.{self.name}.{need} is {getattr(self, need)!r}; write true or false.")
+        if self.prefix_sides not in PREFIX_SIDES:
+            raise ValueError(
+                f"tasks.{self.name}.prefix_sides is {self.prefix_sides!r}; write one of {', '.join(PREFIX_SIDES)}."
+            )
 
 
 TASKS = {
@@ -54,16 +60,21 @@ TASKS = {
         needs_score=name == "text_pair",
         needs_image=name in ("ocr", "vqa_single", "vqa_multi"),
         needs_audio=name == "audio",
+        prefix_sides="both" if name == "text_pair" else "a",  # both sides of a scored pair are alike
     )
     for name, prefix in TASK_PREFIXES.items()
 }
 
 
-def declare_tasks(declared: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Task]:
+def declare_tasks(
+    declared: Mapping[str, Mapping[str, Any]] | None = None, prefix_sides: str = SIDES_OF_TASKS
+) -> dict[str, Task]:
     """Returns the six tasks and those that a recipe declares; a task's place in the result is its task id.
 
     Args:
-        declared: name -> `{prefix, needs_score, needs_image, needs_audio, loss}`; `loss` is for the loss to read.
+        declared: name -> `{prefix, prefix_sides, needs_score, needs_image, needs_audio, loss}`; `loss` is for the loss
+            to read.
+        prefix_sides: `a`, `both` or `none` for all tasks, or `task` for those of each task.
     """
     tasks = dict(TASKS)
     known = [field.name for field in fields(Task) if field.name != "name"]
@@ -81,7 +92,19 @@ def declare_tasks(declared: Mapping[str, Mapping[str, Any]] | None = None) -> di
                     f"tasks.{name}: the prefix {task.prefix!r} is that of {other.name}; choose another one."
                 )
         tasks[name] = task
-    return tasks
+    if prefix_sides == SIDES_OF_TASKS:
+        return tasks
+    if prefix_sides not in PREFIX_SIDES:
+        known = ", ".join((*PREFIX_SIDES, SIDES_OF_TASKS))
+        raise ValueError(f"prefix_sides is {prefix_sides!r}; choose one of {known}.")
+    return with_prefix_sides(tasks, dict.fromkeys(tasks, prefix_sides))
+
+
+def with_prefix_sides(tasks: Mapping[str, Task], prefix_sides: Mapping[str, str]) -> dict[str, Task]:
+    """Returns the tasks in their order, those named in `prefix_sides` with the sides that it gives."""
+    return {
+        name: replace(task, prefix_sides=prefix_sides.get(name, task.prefix_sides)) for name, task in tasks.items()
+    }
 
 
 class RowError(ValueError):

@@ -22,7 +22,7 @@ from ..evaluation.charts import Points, line_chart
 from ..evaluation.figures import STYLE, show, views
 from ..evaluation.metrics import pair_retrieval, six_directions
 from ..evaluation.pooling_weights import inspect_pooling
-from ..evaluation.search import Side, embed, read_pairs, read_sides
+from ..evaluation.search import Side, embed, prompt_name, read_pairs, read_sides
 from .world import read_rows
 
 STAGES = ("text", "warmup", "run")  # folders of the training stages, in order
@@ -75,7 +75,7 @@ def scene_sides(scenes: list[dict[str, Any]], corpus: Path) -> Sides:
 
 
 def task_metrics(embedder: SentenceTransformer, path: Path) -> dict[str, dict[str, float]]:
-    """Measures retrieval of side b by side a, with the task's prompt, among each task's pairs that belong together."""
+    """Measures retrieval of side b by side a, prompts as in training, among each task's pairs that belong together."""
     groups: dict[str, list[tuple[Side, Side]]] = defaultdict(list)
     for row, a, b in read_sides(read_pairs(path)[0]):
         if row.score in (None, 1.0):
@@ -84,7 +84,8 @@ def task_metrics(embedder: SentenceTransformer, path: Path) -> dict[str, dict[st
     for task, pairs in groups.items():
         a, b = zip(*pairs, strict=True)
         keys = (torch.tensor([side.key() for side in sides]) for sides in (a, b))
-        metrics[task] = pair_retrieval(embed(embedder, a, task), embed(embedder, b), *keys)
+        vectors = (embed(embedder, of, prompt_name(embedder, task, side)) for side, of in (("a", a), ("b", b)))
+        metrics[task] = pair_retrieval(*vectors, *keys)
     return metrics
 
 

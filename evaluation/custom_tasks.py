@@ -26,7 +26,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from ..data.readers import SourceConfig
 from ..data.schema import Row, Task
 from ..data.sources import load_pairs
-from .search import MIN_AUDIO_SAMPLES, Side
+from .search import MIN_AUDIO_SAMPLES, Side, SidePrompt
 
 MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)
@@ -41,7 +41,7 @@ class CustomRetrieval(AbsTaskRetrieval):
 
     split: RetrievalSplitData
     relevant: list[tuple[int, int]]  # positions of query and document
-    prompt_names: dict[str, str | None] = {}  # "query", "document" -> name of the model's prompt
+    prompt_names: dict[str, SidePrompt] = {}  # "query", "document" -> the model's prompt
     k_values = CUTOFFS
 
     def __init__(self, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class CustomSTS(AbsTaskSTS):
     """Similarity of scored pairs of texts; `sts_tasks` sets `pairs` and `metadata`."""
 
     pairs: datasets.Dataset
-    prompt_names: dict[str, str | None] = {}
+    prompt_names: dict[str, SidePrompt] = {}
     min_score, max_score = 0, 1
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
@@ -127,7 +127,7 @@ def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[Ab
 def answer_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, both_directions: bool = False
 ) -> list[AbsTask]:
-    """Builds one task per task of the pairs: side a, with its prompt, finds side b; on request also the reverse.
+    """Builds one task per task of the pairs: side a finds side b, with prompts as in training; also the reverse.
 
     Sides a of different modalities, such as images with and without a question, make separate tasks.
     """
@@ -140,10 +140,10 @@ def answer_tasks(
             label = f"{name}-{task}" + (f"-{'+'.join(modalities)}" if len(groups) > 1 else "")
             sides = [(_side_a(row, placeholder), Side(row.b)) for row in group]
             relevant = [row.score is None or row.score >= MIN_SCORE for row in group]
-            tasks.append(retrieval_task(label, sides, relevant, {"query": task, "document": None}, languages))
+            a, b = SidePrompt(task, "a"), SidePrompt(task, "b")
+            tasks.append(retrieval_task(label, sides, relevant, {"query": a, "document": b}, languages))
             if both_directions:
-                reverse = [(b, a) for a, b in sides]
-                prompts = {"query": None, "document": task}
+                reverse, prompts = [(shown, asked) for asked, shown in sides], {"query": b, "document": a}
                 tasks.append(retrieval_task(f"{label}-reverse", reverse, relevant, prompts, languages))
     return tasks
 
@@ -223,7 +223,7 @@ def retrieval_task(
     name: str,
     pairs: list[tuple[Side, Side]],
     relevant: list[bool],
-    prompt_names: dict[str, str | None],
+    prompt_names: dict[str, SidePrompt],
     languages: Iterable[str],
     task_type: str | None = None,
 ) -> AbsTask:
@@ -233,7 +233,7 @@ def retrieval_task(
         name: of the task.
         pairs: query and document of each row; all queries have the same modalities, and so do all documents.
         relevant: per row whether the document is relevant to the query.
-        prompt_names: name of the model's prompt for "query" and "document"; an absent side has none.
+        prompt_names: the model's prompt for "query" and "document"; an absent side has none.
         languages: mteb's codes, such as "vie-Latn".
         task_type: of mteb; by default derived from the modalities.
     """

@@ -12,6 +12,9 @@ import mteb
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from mteb.abstasks import AbsTask
+from mteb.abstasks.pair_classification import AbsTaskPairClassification
+from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
@@ -24,16 +27,24 @@ from torch.utils.data import DataLoader
 from ..data.collator import interleave
 from ..media_vipolyqwen import load_audio, resample
 from .memory import CLEAR_REFS, peak_host, reset_peaks
+from .search import SidePrompt, prefix_sides
 
 MODALITIES = ("image", "audio", "text", "video")  # order within an input: an image precedes its question
 AUDIO_RATE = 16_000  # Hz, as in mteb; sentence-transformers requires one rate per batch
+Prompts = Mapping[str, str | SidePrompt | None]  # keys as in `prompt_keys` -> a model's prompt, None for no prompt
+SIDES = {
+    None: "a",
+    PromptType.query: "a",
+    PromptType.document: "b",
+}  # of training; both inputs of a symmetric task are a
+PAIR_TASKS = (AbsTaskSTS, AbsTaskPairClassification)
 PLACEHOLDER = "<image>"  # marks the place of each of several images in a text
 ENCODE = {None: SentenceTransformer.encode, PromptType.query: SentenceTransformer.encode_query}
 ENCODE[PromptType.document] = SentenceTransformer.encode_document
 
 
 def load_encoder(
-    name: str, table: Mapping[str, str | None], device: str | None, dtype: str | None, trust_remote_code: bool
+    name: str, table: Prompts, device: str | None, dtype: str | None, trust_remote_code: bool
 ) -> "MeasuredEncoder":
     """Loads a folder or a model of the Hub.
 
@@ -41,7 +52,7 @@ def load_encoder(
 
     Args:
         name: folder or Hub id.
-        table: keys as in `prompt_keys` -> the name of one of the model's prompts, or None for no prompt.
+        table: the prompts of a suite.
         device: such as "cuda"; None: the library's choice.
         dtype: such as "bfloat16"; None, and for models registered in mteb: the library's choice.
         trust_remote_code: whether code from the Hub may run; code in a folder always may.
@@ -92,7 +103,8 @@ def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[
     The keys are the task's name, its type and the side's modalities (such as "text" or "image+text"), each with and
     without "-query" or "-document".
     """
-    modalities = metadata.get_modalities(prompt_type)
+    has_class = (metadata.category or "").endswith("2c")  # also of some tasks on pairs; mteb has no modality for it
+    modalities = metadata.modalities if has_class else metadata.get_modalities(prompt_type)
     shown = "+".join(sorted(modalities))
     bases = (metadata.name, metadata.type, shown)
     return [key for base in bases for key in ([f"{base}-{prompt_type.value}"] if prompt_type else []) + [base]]
@@ -106,23 +118,35 @@ class SentenceEncoder(AbsEncoder):
     does not place several images in a text, and ignores prompts that are not named after tasks of mteb.
     """
 
-    def __init__(self, model: SentenceTransformer, name: str, revision: str, table: Mapping[str, str | None]) -> None:
+    def __init__(self, model: SentenceTransformer, name: str, revision: str, table: Prompts) -> None:
         self.model = model
         self.table = dict(table)
+        self.prefix_sides = prefix_sides(model)
         meta = ModelMeta.from_sentence_transformer_model(model, fill_missing=None)
         modalities = [modality for modality in MODALITIES if modality in model.modalities]
         self.mteb_model_meta = meta.model_copy(update={"name": name, "revision": revision, "modalities": modalities})
 
     def prompt(self, metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
-        """Returns the text that precedes an input, by the suite's table or by mteb's rule for the model's prompts."""
+        """Returns the text that precedes an input, by the suite's table or by mteb's rule for the model's prompts.
+
+        A task's prefix stands on the sides of training (queries are sides a, documents sides b), unless a key of the
+        suite names the side (`STS-document`).
+        """
         for key in prompt_keys(metadata, prompt_type):
             if key in self.table:
-                name = self.table[key]
+                name = self._trained(key, self.table[key], SIDES[prompt_type])
                 if name is None or name in self.model.prompts:
                     return self.model.prompts[name] if name else ""  # None would select the model's default
                 break  # this model lacks the prompt
         name = get_prompt_name(self.model.prompts, metadata, prompt_type) or self.model.default_prompt_name
         return self.model.prompts[name] if name else None
+
+    def _trained(self, key: str, prompt: str | SidePrompt | None, side: str) -> str | None:
+        """Returns the name of a prompt, `None` if it is for a side that had no prefix in training."""
+        name, side = (prompt.task, prompt.side) if isinstance(prompt, SidePrompt) else (prompt, side)
+        is_explicit = isinstance(prompt, str) and key.endswith(("-query", "-document"))
+        known = self.prefix_sides.get(name)
+        return name if is_explicit or known is None or known in (side, "both") else None
 
     def encode(
         self,
@@ -214,13 +238,25 @@ class MeasuredEncoder:
         """Returns the encoder's similarity of matching rows."""
         return self.encoder.similarity_pairwise(embeddings1, embeddings2)
 
-    def prompts(self, metadata: TaskMetadata) -> dict[str, str]:
+    def prompts(self, task: AbsTask) -> dict[str, str]:
         """Returns the prompt of each side of a task for display: "" for none; empty for a model registered in mteb."""
         if not isinstance(self.encoder, SentenceEncoder):
             return {}
-        if metadata.simplified_task_type != "retrieval":
-            return {"all": self.encoder.prompt(metadata, None) or ""}
-        return {side.value: self.encoder.prompt(metadata, side) or "" for side in PromptType}
+        if task.metadata.simplified_task_type != "retrieval" and not self._differs_by_side(task):
+            return {"all": self.encoder.prompt(task.metadata, None) or ""}
+        return {side.value: self.encoder.prompt(task.metadata, side) or "" for side in PromptType}
+
+    def tell_sides_apart(self, task: AbsTask) -> None:
+        """Lets a task on pairs encode its inputs as sides a and b where prompts differ; mteb treats them alike."""
+        if self._differs_by_side(task):
+            task.input1_prompt_type, task.input2_prompt_type = PromptType.query, PromptType.document
+
+    def _differs_by_side(self, task: AbsTask) -> bool:
+        """Whether the inputs of a task on pairs have different prompts, by the sides of the prefix in training."""
+        encoder = self.encoder
+        if not (isinstance(task, PAIR_TASKS) and isinstance(encoder, SentenceEncoder) and encoder.prefix_sides):
+            return False
+        return len({encoder.prompt(task.metadata, side) for side in (None, *PromptType)}) > 1
 
     def home(self) -> dict[str, str]:
         """Returns device and dtype of the weights."""

@@ -6,7 +6,7 @@ import datasets
 from mteb.abstasks import AbsTask
 
 from .dry_run import check_task, show_check
-from .encoder import MeasuredEncoder, load_encoder
+from .encoder import MeasuredEncoder, Prompts, load_encoder
 from .scorecard import Row, write_scorecard
 from .suite import Suite, SuiteError, read_suite
 from .task_run import describe, run_task, suite_tasks
@@ -31,7 +31,7 @@ def run_suite(options: argparse.Namespace) -> int:
     return int(any(row["status"] == "failed" for of_model in rows.values() for row in of_model))
 
 
-def load(name: str, prompts: dict[str, str | None], options: argparse.Namespace) -> MeasuredEncoder:
+def load(name: str, prompts: Prompts, options: argparse.Namespace) -> MeasuredEncoder:
     """Loads a model as an encoder of mteb."""
     return load_encoder(name, prompts, options.device, options.dtype, options.trust_remote_code)
 
@@ -44,9 +44,7 @@ def baselines(suite: Suite, names: list[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def run_all(
-    name: str, tasks: list[AbsTask | Row], prompts: dict[str, str | None], options: argparse.Namespace
-) -> list[Row]:
+def run_all(name: str, tasks: list[AbsTask | Row], prompts: Prompts, options: argparse.Namespace) -> list[Row]:
     """Returns the rows of one model; if a baseline cannot be loaded, all of them have failed."""
     try:
         encoder = load(name, prompts, options)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -72,6 +72,13 @@ class Side:
         return [{"role": "user", "content": parts}]
 
 
+class SidePrompt(NamedTuple):
+    """The prompt of a task on one side of its pairs; none if that side had no prefix in training."""
+
+    task: str
+    side: str  # a or b
+
+
 @dataclass(frozen=True)
 class Search:
     """Queries, candidates and relevance judgements.
@@ -81,14 +88,14 @@ class Search:
         queries: distinct, each with at least one relevant candidate.
         candidates: distinct.
         relevant: per query the positions of its relevant candidates.
-        prompted: `queries` or `candidates`, whichever is side a of the pairs and has the task's prompt.
+        side_a: `queries` or `candidates`, whichever is side a of the pairs; prompts stand on the sides of training.
     """
 
     task: str
     queries: list[Side]
     candidates: list[Side]
     relevant: list[set[int]]
-    prompted: str = "queries"
+    side_a: str = "queries"
 
     def embed_queries(self, embedder: SentenceTransformer, sides: Sequence[Side] | None = None) -> torch.Tensor:
         """Returns (Q, D) vectors of the queries, or of variants of them, with their prompt."""
@@ -99,7 +106,7 @@ class Search:
         return embed(embedder, self.candidates, self._prompt(embedder, "candidates"))
 
     def _prompt(self, embedder: SentenceTransformer, name: str) -> str | None:
-        return self.task if name == self.prompted and self.task in embedder.prompts else None
+        return prompt_name(embedder, self.task, "a" if name == self.side_a else "b")
 
 
 def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
@@ -158,8 +165,23 @@ def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | No
     asking, found = ([pair[place] for pair in rows] for place in ((2, 1) if swapped else (1, 2)))
     keys = (torch.tensor([side.key() for side in sides]) for sides in (asking, found))
     queries, candidates, relevant = pair_search(*keys, scores, min_score)
-    prompted = "candidates" if swapped else "queries"
-    return Search(task, [asking[i] for i in queries], [found[i] for i in candidates], relevant, prompted)
+    side_a = "candidates" if swapped else "queries"
+    return Search(task, [asking[i] for i in queries], [found[i] for i in candidates], relevant, side_a)
+
+
+def prefix_sides(embedder: SentenceTransformer) -> dict[str, str]:
+    """Returns {task: sides that carried its prefix in training}, of `PREFIX_SIDES`, as the processor records them.
+
+    A viPolyQwen saved before they were recorded had prefixes on side a; other models have no tasks.
+    """
+    processor = vars(embedder[0]).get("processor")
+    settings = {} if processor is None else vars(processor)
+    return dict.fromkeys(settings.get("task_prefixes", {}), "a") | settings.get("prefix_sides", {})
+
+
+def prompt_name(embedder: SentenceTransformer, task: str, side: str) -> str | None:
+    """Returns the name of the prompt for a side of a task's pairs, `a` or `b`; `None` if it had none in training."""
+    return task if prefix_sides(embedder).get(task) in (side, "both") else None
 
 
 def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str | None = None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from mteb.types import PromptType
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import Task, declare_tasks
 from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
+from .search import SidePrompt
 
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"  # package data, beside the rooms in both kinds of install
 TASKS = {task.metadata.name for task in TASK_LIST}
@@ -68,7 +69,7 @@ class Suite:
             return custom_tasks(entry, self.pair_tasks)
         return [mteb.get_task(entry["task"], languages=entry.get("languages", self.languages))]
 
-    def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | None]:
+    def table(self, tasks: Iterable[AbsTask]) -> dict[str, str | SidePrompt | None]:
         """Returns the table of prompts, with the defaults of custom tasks where the suite names none."""
         defaults = {
             f"{task.metadata.name}-{side}": prompt
@@ -111,8 +112,15 @@ def read_suite(name: str) -> Suite:
         prompts,
         content.get("languages"),
         content.get("baselines") or [],
-        declare_tasks(content.get("pair_tasks")),
+        _pair_tasks(content.get("pair_tasks"), path),
     )
+
+
+def _pair_tasks(declared: Any, path: Path) -> dict[str, Task]:
+    try:
+        return declare_tasks(declared)
+    except ValueError as error:
+        raise SuiteError(f"{path}, pair_tasks: {error}") from error
 
 
 def _entry(entry: Any, path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     Returns:
         The task's description, `status` (run, cached, skipped, failed) and `reason`, or scores and measurements.
     """
-    row = describe(task) | {"prompts": encoder.prompts(task.metadata)}
+    row = describe(task) | {"prompts": encoder.prompts(task)}
     if missing := sorted(set(task.metadata.modalities) - set(encoder.mteb_model_meta.modalities)):
         supported = ", ".join(encoder.mteb_model_meta.modalities)
         return row | {"status": "skipped", "reason": f"it needs {', '.join(missing)}; the model supports {supported}"}
@@ -67,6 +67,7 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(known | {"status": "begun"}), encoding="utf-8")
     encoder.start(save_vectors)
+    encoder.tell_sides_apart(task)
     try:
         run = mteb.evaluate(
             encoder,
@@ -147,7 +148,8 @@ def expected_hits(metric: str, candidates: list[int]) -> float | None:
 def write_vectors(encoder: MeasuredEncoder, task: AbsTask, folder: Path) -> None:
     """Writes SUBSET-SPLIT.npz with (rows, dimension) float32 arrays.
 
-    Arrays: `query` and `document`, or `inputs0`, `inputs1`, … in mteb's order of encoding; for custom tasks also
+    Arrays: `query` and `document` (of a task on pairs only if its sides have different prompts), or `inputs0`,
+    `inputs1`, … in mteb's order of encoding; for custom tasks also
     `relevant`, (pairs, 2) int64 positions of query and document, or `score`, (pairs,) float64.
     """
     folder.mkdir(parents=True, exist_ok=True)

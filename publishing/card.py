@@ -75,6 +75,7 @@ def model_card(
         seconds=processor.max_audio_seconds,
         rate=processor.feature_extractor.sampling_rate if has_audio else None,
         prompts=processor.task_prefixes,
+        on_sides=_tasks_by_sides(processor),
         training=training,
         steps=state.get("global_step"),
         epochs=state.get("epoch"),
@@ -136,6 +137,16 @@ def _towers(config: PreTrainedConfig) -> list[str]:
     if audio is not None:
         towers.append(f"{audio.model_type} ({audio.num_hidden_layers} layers, {audio.hidden_size} wide) for audio")
     return towers
+
+
+def _tasks_by_sides(processor: ProcessorMixin) -> dict[str, list[str]]:
+    """Sides of the prefix in training, in words -> the tasks, for those that had a prefix."""
+    words = {"both": "both sides of a pair", "a": "side a, the query"}
+    found = {
+        shown: [f"`{task}`" for task, where in processor.prefix_sides.items() if where == sides]
+        for sides, shown in words.items()
+    }
+    return {shown: tasks for shown, tasks in found.items() if tasks}
 
 
 def _runtime(state: dict[str, Any]) -> float | None:

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
 from ..data.names import did_you_mean, rename_old_keys
+from ..data.schema import SIDES_OF_TASKS, declare_tasks
 from ..publishing.repository import ADAPTER_CONFIG
 from .parts import TOWERS
 
@@ -123,7 +124,10 @@ class DataArguments:
     )
     eval_data: Any = field(default=None, metadata={"help": "sources of held-out pairs, as in `train_data`"})
     tasks: Any = field(default_factory=dict, metadata={"help": "further tasks: prefix and loss of each"})
-    prefix_sides: str = field(default="a", metadata={"help": "sides that get the task prefix: a or both"})
+    prefix_sides: str = field(
+        default="task",
+        metadata={"help": "sides that get the task prefix: a, both or none for all tasks; task: those of each task"},
+    )
     prefix_dropout: float = field(default=0.1, metadata={"help": "fraction of training rows without task prefix"})
     tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get a prefix"})
     without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks to leave out of training"})
@@ -272,4 +276,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if key not in known:
             hint = did_you_mean(key, known) or " See docs/training.md, or --help, for the keys."
             raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}).{hint}")
+    try:
+        declare_tasks(recipe.get("tasks"), recipe.get("prefix_sides", SIDES_OF_TASKS))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return recipe

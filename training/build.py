@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import ViPolyQwenConfig
 from ..data.collator import MixedBatchCollator
-from ..data.schema import Task
+from ..data.schema import Task, declare_tasks, with_prefix_sides
 from ..data.sources import PairDataset, load_pairs
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
@@ -159,7 +159,7 @@ def load_model(
     Args:
         model_args: the model, its limits, frozen towers and adapter.
         args: device and precision of the run; the output folder, for the base of an adapter.
-        tasks: tasks, whose prefixes become tokens.
+        tasks: tasks, whose prefixes become tokens and whose sides of the prefix are saved with the processor.
 
     Returns:
         the model (with an adapter, a `PeftModel`), and its processor.
@@ -181,7 +181,7 @@ def load_model(
         processor = build_processor(*backbones)
     _bound_inputs(processor, model_args)
     for task in tasks.values():
-        processor.add_task(task.name, task.prefix)
+        processor.add_task(task.name, task.prefix, task.prefix_sides)
     grows = len(processor.tokenizer) > model.get_input_embeddings().num_embeddings
     if grows:
         model.resize_token_embeddings(len(processor.tokenizer))
@@ -241,6 +241,20 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
     )
 
 
+def build_tasks(data_args: DataArguments) -> dict[str, Task]:
+    """Returns the tasks of a run, each with the sides on which its prefix stands in training and evaluation.
+
+    Raises:
+        ValueError: an invalid declaration or side, or an unknown task in `tasks_without_prefix`.
+    """
+    tasks = declare_tasks(data_args.tasks, data_args.prefix_sides)
+    never = tasks if data_args.prefix_dropout == 1.0 else data_args.tasks_without_prefix or ()
+    for name in never:
+        if name not in tasks:
+            raise ValueError(f"tasks_without_prefix: unknown task {name!r}; known: {', '.join(tasks)}.")
+    return with_prefix_sides(tasks, dict.fromkeys(never, "none"))
+
+
 def read_pairs(
     sources: list[dict[str, Any]] | None,
     tasks: dict[str, Task],
@@ -265,9 +279,7 @@ def build_collator(
     return MixedBatchCollator(
         processor,
         tasks,
-        prefix_sides=data_args.prefix_sides,
         prefix_dropout=data_args.prefix_dropout if training else 0.0,
-        tasks_without_prefix=data_args.tasks_without_prefix or (),
         with_negatives=training,
         seed=args.seed,
     )

@@ -73,6 +73,7 @@ def test_a_declared_task_comes_after_the_six() -> None:
         ({"x": {"prefix": "<ocr>"}}, "is that of ocr; choose another"),
         ({"x": {"prefix": "<x>", "los": {}}}, r"unknown keys \['los'\]; known: .*'loss'"),
         ({"x": {"prefix": "<x>", "needs_score": "no"}}, "needs_score is 'no'; write true or false"),
+        ({"x": {"prefix": "<x>", "prefix_sides": "b"}}, "tasks.x.prefix_sides is 'b'; write one of a, both, none"),
         ({"instruction": {"prefix": "<x>"}}, "choose another name"),
     ],
 )
@@ -445,7 +446,7 @@ def test_a_mixed_batch_holds_both_sides(folder: Path, collator: MixedBatchCollat
         "<instr>Dịch: cá xanh" + end,
         f"<vqa_multi>Is {image} like {image}?{end}",
         f"<vqa_single>{image}{end}",
-        *(row["b"] + end for row in MIXED),
+        *(("<text_pair>" if row is TEXT_PAIR else "") + row["b"] + end for row in MIXED),
     ]
     assert batch["images_per_row"].tolist() == [0, 1, 0, 0, 2, 1] + [0] * 6
     assert batch["has_image"].tolist() == [False, True, False, False, True, True] + [False] * 6
@@ -519,7 +520,7 @@ def test_negatives_are_rows_after_the_sides_b(folder: Path, collator: MixedBatch
         {**INSTR, "negatives": ["một", "hai"]},
         {**TEXT_PAIR, "group": "x", "negatives": "x"},
     ]
-    batch = replace(collator, prefix_sides="both")(list(load(folder, [*rows, MIXED[2]])))
+    batch = replace(collator, tasks=declare_tasks(None, "both"))(list(load(folder, [*rows, MIXED[2]])))
     expected = ["<instr>một<|im_end|>", "<instr>hai<|im_end|>", "<text_pair>x<|im_end|>"]
     assert [decode(collator, batch, row) for row in range(8, 11)] == expected
     assert batch["negative_owners"].tolist() == [1, 1, 2]
@@ -530,9 +531,30 @@ def test_negatives_are_rows_after_the_sides_b(folder: Path, collator: MixedBatch
     assert len(without["input_ids"]) == 6 and not len(without["negative_owners"])
 
 
-def test_the_prefix_stands_on_both_sides_if_asked(folder: Path, collator: MixedBatchCollator) -> None:
-    batch = replace(collator, prefix_sides="both")(list(load(folder, [OCR, INSTR])))
-    assert [decode(collator, batch, row) for row in (2, 3)] == ["<ocr>Huế<|im_end|>", "<instr>blue fish<|im_end|>"]
+@pytest.mark.parametrize(
+    ("sides", "prefixes"),
+    [
+        ("task", ["<text_pair>", "<instr>", "<text_pair>", ""]),  # both sides of the symmetric task, side a of others
+        ("a", ["<text_pair>", "<instr>", "", ""]),
+        ("both", ["<text_pair>", "<instr>", "<text_pair>", "<instr>"]),
+        ("none", ["", "", "", ""]),
+    ],
+)
+def test_prefixes_stand_on_the_sides_of_each_task_or_on_those_of_the_recipe(
+    folder: Path, collator: MixedBatchCollator, sides: str, prefixes: list[str]
+) -> None:
+    rows = list(load(folder, [TEXT_PAIR, INSTR]))
+    batch = replace(collator, tasks=declare_tasks(None, sides))(rows)
+    texts = [rows[0]["a"], rows[1]["a"], rows[0]["b"], rows[1]["b"]]
+    shown = [f"{prefix}{text}<|im_end|>" for prefix, text in zip(prefixes, texts, strict=True)]
+    assert [decode(collator, batch, row) for row in range(4)] == shown
+
+
+def test_a_declared_task_says_its_sides_and_the_recipe_overrides_them() -> None:
+    declared = {"x": {"prefix": "<x>", "prefix_sides": "both"}, "y": {"prefix": "<y>"}}
+    sides = {name: task.prefix_sides for name, task in declare_tasks(declared).items()}
+    assert sides == dict.fromkeys(TASKS, "a") | {"text_pair": "both", "x": "both", "y": "a"}
+    assert {task.prefix_sides for task in declare_tasks(declared, "a").values()} == {"a"}
 
 
 def test_a_declared_task_has_its_prefix_and_task_id(folder: Path, tiny: tuple) -> None:
@@ -554,7 +576,7 @@ def test_tokens_in_the_text_of_a_row_stay_plain(folder: Path, collator: MixedBat
     specials = torch.tensor(tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder)).unique()
     counts = (torch.isin(batch["input_ids"], specials) & batch["attention_mask"].bool()).sum(1)
     slots = batch["image_grid_thw"].prod(-1).item() // 4
-    assert counts.tolist() == [2, 4 + slots, 2, 1, 1, 1]  # prefix, end, and the slot of the real image
+    assert counts.tolist() == [2, 4 + slots, 2, 1, 1, 2]  # prefix, end, and the slot of the real image
     assert batch["images_per_row"].tolist() == [0, 1, 0, 0, 0, 0]
 
 
@@ -580,7 +602,7 @@ def test_prefixes_are_dropped_at_the_rate_asked_for_and_the_same_way_again(colla
 
 def test_a_dropped_prefix_leaves_the_plain_input(folder: Path, collator: MixedBatchCollator) -> None:
     rows = list(load(folder, [INSTR, OCR]))
-    batch = replace(collator, prefix_dropout=1.0, prefix_sides="both")(rows)
+    batch = replace(collator, prefix_dropout=1.0, tasks=declare_tasks(None, "both"))(rows)
     assert decode(collator, batch, 0) == "Dịch: cá xanh<|im_end|>"
     assert decode(collator, batch, 3) == "Huế<|im_end|>"
 
@@ -589,7 +611,6 @@ def test_a_dropped_prefix_leaves_the_plain_input(folder: Path, collator: MixedBa
     ("settings", "message"),
     [
         ({"prefix_dropout": 1.5}, r"prefix_dropout is 1.5; a probability is in \[0, 1\]"),
-        ({"prefix_sides": "b"}, "prefix_sides is 'b'; choose one of a, both"),
     ],
 )
 def test_a_wrong_collator_setting_is_an_error(tiny: tuple, settings: dict, message: str) -> None:

@@ -14,13 +14,21 @@ from sentence_transformers import SentenceTransformer
 
 mteb = pytest.importorskip("mteb")
 
+from mteb.abstasks import AbsTask  # noqa: E402
 from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
 from vipolyqwen.data.schema import declare_tasks  # noqa: E402
 from vipolyqwen.evaluation.custom_tasks import custom_tasks  # noqa: E402
-from vipolyqwen.evaluation.encoder import as_input, load_encoder, prompt_keys  # noqa: E402
+from vipolyqwen.evaluation.encoder import (  # noqa: E402
+    MeasuredEncoder,
+    SentenceEncoder,
+    as_input,
+    load_encoder,
+    prompt_keys,
+)
+from vipolyqwen.evaluation.search import SidePrompt  # noqa: E402
 
 TASKS = declare_tasks()
 
@@ -62,13 +70,17 @@ def test_scores_chance_and_mean_rank_are_those_of_a_worked_example(tmp_path: Pat
 def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> None:
     tasks = custom_tasks({"task": "retrieval", "name": "All", "path": str(world / "pairs.jsonl")}, TASKS)
     found = {task.metadata.name: (task.metadata.type, task.metadata.category, task.prompt_names) for task in tasks}
+    expected = {
+        "text_pair": ("Retrieval", "t2t"),
+        "instr": ("Retrieval", "t2t"),
+        "ocr": ("VisionCentricQA", "it2t"),
+        "vqa_single": ("VisionCentricQA", "it2t"),
+        "vqa_multi": ("VisionCentricQA", "it2t"),
+        "audio": ("Any2AnyRetrieval", "a2t"),
+    }
     assert found == {
-        "All-text_pair": ("Retrieval", "t2t", {"query": "text_pair", "document": None}),
-        "All-instr": ("Retrieval", "t2t", {"query": "instr", "document": None}),
-        "All-ocr": ("VisionCentricQA", "it2t", {"query": "ocr", "document": None}),
-        "All-vqa_single": ("VisionCentricQA", "it2t", {"query": "vqa_single", "document": None}),
-        "All-vqa_multi": ("VisionCentricQA", "it2t", {"query": "vqa_multi", "document": None}),
-        "All-audio": ("Any2AnyRetrieval", "a2t", {"query": "audio", "document": None}),
+        f"All-{name}": (*kind, {"query": SidePrompt(name, "a"), "document": SidePrompt(name, "b")})
+        for name, kind in expected.items()
     }
 
 
@@ -88,7 +100,7 @@ def test_images_with_and_without_a_question_are_two_tasks(world: Path, tmp_path:
 def test_the_entry_names_the_task_of_rows_without_one(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": "A"}]
     (task,) = custom_tasks(entry(tmp_path, rows, pair_task="instr"), TASKS)
-    assert (task.metadata.name, task.prompt_names["query"]) == ("Mine-instr", "instr")
+    assert (task.metadata.name, task.prompt_names["query"]) == ("Mine-instr", ("instr", "a"))
 
 
 def test_other_content_has_another_revision(tmp_path: Path) -> None:
@@ -163,6 +175,27 @@ def test_several_images_without_places_stand_first() -> None:
     ]
 
 
+def test_prompts_stand_on_the_sides_of_training_unless_the_suite_names_the_side(world: Path, tmp_path: Path) -> None:
+    rows = [{"task": task, "a": "x", "b": "y", "score": 1.0} for task in ("text_pair", "instr")]
+    pair, instr = custom_tasks(entry(tmp_path, rows, both_directions=False), TASKS)
+    (graded,) = custom_tasks(entry(tmp_path, rows[:1], "sts"), TASKS)
+    model = SentenceTransformer(str(world / "base"), device="cpu", trust_remote_code=True)
+
+    def prompts(recorded: dict[str, str], task: AbsTask, **table: str) -> dict[str, str]:
+        vars(model[0].processor)["prefix_sides"] = recorded
+        prompted = {f"{task.metadata.name}-{side}": prompt for side, prompt in task.prompt_names.items()}
+        return MeasuredEncoder(SentenceEncoder(model, "tiny", "0", prompted | table)).prompts(task)
+
+    assert prompts({"text_pair": "both"}, pair) == {"query": "<text_pair>", "document": "<text_pair>"}
+    assert prompts({"text_pair": "none"}, pair) == {"query": "", "document": ""}
+    assert prompts({}, instr) == {"query": "<instr>", "document": ""}  # saved before sides were recorded
+    assert prompts({"text_pair": "both"}, graded, STS="text_pair") == {"all": "<text_pair>"}
+    assert prompts({"text_pair": "a"}, graded, STS="text_pair") == {"query": "<text_pair>", "document": ""}
+    assert prompts({"text_pair": "none"}, graded, STS="text_pair") == {"all": ""}
+    both = {"STS-query": "text_pair", "STS-document": "text_pair"}
+    assert prompts({"text_pair": "none"}, graded, **both) == {"query": "<text_pair>", "document": "<text_pair>"}
+
+
 def test_the_name_of_a_task_is_the_strongest_key_of_a_prompt_and_modalities_the_weakest(tmp_path: Path) -> None:
     rows = [{"task": "instr", "a": "x", "b": "A"}]
     (task,) = custom_tasks(entry(tmp_path, rows), TASKS)
@@ -175,6 +208,9 @@ def test_the_name_of_a_task_is_the_strongest_key_of_a_prompt_and_modalities_the_
         "text",
     ]
     assert prompt_keys(mteb.get_task("BIOSSES-VN").metadata, None) == ["BIOSSES-VN", "STS", "text"]
+    pairs = mteb.get_task("BIOSSES-VN").metadata
+    assert pairs.category == "t2c"
+    assert prompt_keys(pairs, PromptType.document)[-1] == "text"
 
 
 def test_other_weights_have_another_revision(world: Path, tmp_path: Path) -> None:

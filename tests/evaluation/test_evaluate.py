@@ -122,7 +122,7 @@ def test_retrieval_scores_are_those_that_numpy_finds_in_the_saved_vectors(evalua
 
 def test_spearman_is_the_one_that_scipy_finds_in_the_saved_vectors(evaluated: Path) -> None:
     saved = saved_vectors(evaluated, "Graded")
-    a, b = (saved[side].astype(np.float64) for side in ("inputs0", "inputs1"))
+    a, b = (saved[side].astype(np.float64) for side in ("query", "document"))  # sides a and b have other prompts
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     expected = spearmanr(cosines, saved["score"]).statistic
     assert mteb_scores(evaluated, "Graded")["cosine_spearman"] == pytest.approx(expected, abs=1e-6)
@@ -143,7 +143,7 @@ def test_every_result_says_prompts_chance_speed_memory_and_device(evaluated: Pat
     by_task = {row["task"]: row for row in rows}
     assert by_task["Captions-vqa_single"]["prompts"] == {"query": "<vqa_single>", "document": ""}
     assert by_task["Captions-vqa_single-reverse"]["prompts"] == {"query": "", "document": "<vqa_single>"}
-    assert by_task["Graded"]["prompts"] == {"all": "<text_pair>"}
+    assert by_task["Graded"]["prompts"] == {"query": "<text_pair>", "document": ""}  # sides of the base: a
     assert by_task["Scenes-text2image"]["chance"] == pytest.approx(1 / ROWS)
     assert by_task["Captions-vqa_single"]["chance"] == pytest.approx(2 / (2 * ROWS))
     page = next(evaluated.glob("suite/*/summary.md")).read_text(encoding="utf-8")

@@ -108,7 +108,7 @@ def test_audio_is_searched_by_its_text(folder: Path) -> None:
     found = {search.task: search for search in searches(pairs, min_score, text_asks=True)}
     assert [side.kind for side in found["audio"].candidates] == ["audio", "audio"]
     assert found["audio"].queries[0].text == "tiếng 0"
-    assert found["audio"].prompted == "candidates"
+    assert found["audio"].side_a == "candidates"
     assert [side.kind for side in found["ocr"].queries] == ["text + image"] * 2
     asking = {search.task: search for search in searches(pairs, min_score)}
     assert [side.kind for side in asking["audio"].queries] == ["audio", "audio"]

@@ -1,6 +1,7 @@
 """The model card: what the metadata claims, where its numbers come from, and that the Hub's validation takes it."""
 
 import ast
+import copy
 import json
 import re
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_the_text_shows_settings_data_hardware_and_results(tiny: tuple, checkpoi
     ):
         assert line in text, line
     assert "built from a configuration" not in text
+
+
+def test_the_card_says_on_which_sides_prompts_stand(tiny: tuple, tmp_path: Path) -> None:
+    model, processor = tiny[0], copy.deepcopy(tiny[1])
+    processor.add_task("text_pair", "<text_pair>", "both")
+    processor.add_task("audio", "<audio>", "none")
+    text = model_card("someone/tiny", model, processor, tmp_path).text
+    shown = "the prefix of `text_pair` stood on both sides of a pair; the prefix of `instr`, `ocr`, `vqa_single`, "
+    assert shown + "`vqa_multi` stood on side a, the query: put prompts there." in " ".join(text.split())
 
 
 def test_the_results_are_those_of_the_weights_in_the_folder(tiny: tuple, checkpoint: Path) -> None:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_tasks
+from vipolyqwen.data.schema import Task, declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.evaluation.search import prefix_sides, searches
 from vipolyqwen.training.arguments import read_arguments, read_recipe
-from vipolyqwen.training.build import build_loss
+from vipolyqwen.training.build import build_loss, build_tasks
 from vipolyqwen.training.microbatches import take_rows
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
@@ -57,6 +58,23 @@ def test_a_checkpoint_is_a_repository_that_sentence_transformers_loads(trained: 
     assert vectors.shape == (2, 1024)
     assert "caption" in SentenceTransformer(checkpoint, trust_remote_code=True).prompts
     assert not list(trained[0].glob("**/training_args.bin"))
+
+
+def test_a_checkpoint_says_where_prefixes_stood_and_evaluation_puts_prompts_there(
+    world: Path, trained: tuple[Path, list[dict]]
+) -> None:
+    sides = {name: task.prefix_sides for name, task in declare_tasks(None).items()} | {"caption": "a"}
+    saved = json.loads((trained[0] / "processor_config.json").read_text(encoding="utf-8"))
+    assert saved["prefix_sides"] == sides
+    model = SentenceTransformer(str(trained[0] / "checkpoint-4"), device="cpu", trust_remote_code=True)
+    assert prefix_sides(model) == sides
+    pair, instr = searches(load_pairs([{"path": str(world / "pairs.jsonl")}], declare_tasks(None), 400), 0.5)[:2]
+    for search, on_b in ((pair, "text_pair"), (instr, None)):
+        texts = [side.text for side in search.candidates]
+        wanted = torch.from_numpy(model.encode(texts, prompt_name=on_b))
+        torch.testing.assert_close(search.embed_candidates(model), wanted)
+        asked = torch.from_numpy(model.encode([side.text for side in search.queries], prompt_name=search.task))
+        torch.testing.assert_close(search.embed_queries(model), asked)
 
 
 def test_a_run_records_the_facts_of_its_model_card_and_no_path(world: Path, trained: tuple[Path, list[dict]]) -> None:
@@ -220,11 +238,28 @@ def test_a_task_without_prefix_never_gets_one(world: Path) -> None:
     tasks = declare_tasks(None)
     pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
     ids = {name: processor.tokenizer.convert_tokens_to_ids(task.prefix) for name, task in tasks.items()}
-    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0, tasks_without_prefix=("ocr",))
+    rest = ["--vlm", "x", "--output_dir", "x", "--use_cpu", "true"]
+
+    def chosen(*flags: str) -> dict[str, Task]:
+        return build_tasks(read_arguments([*rest, *flags])[1])
+
+    without = chosen("--tasks_without_prefix", "ocr")
+    collator = MixedBatchCollator(processor, without, prefix_dropout=0.0)
     used = set(collator([pairs[number] for number in range(len(pairs))])["input_ids"].flatten().tolist())
     assert ids["ocr"] not in used and ids["instr"] in used and ids["vqa_multi"] in used
+    assert {task.prefix_sides for task in chosen("--prefix_dropout", "1").values()} == {"none"}  # also in evaluation
     with pytest.raises(ValueError, match="unknown task 'orc'; known: text_pair"):
-        MixedBatchCollator(processor, tasks, tasks_without_prefix=("orc",))
+        chosen("--tasks_without_prefix", "orc")
+
+
+def test_an_unknown_side_of_the_prefix_names_the_recipe_the_value_and_the_choices(tmp_path: Path) -> None:
+    recipe = tmp_path / "sides.yaml"
+    recipe.write_text("vlm: x\nprefix_sides: b\n")
+    with pytest.raises(ValueError, match="sides.yaml: prefix_sides is 'b'; choose one of a, both, none, task"):
+        read_recipe(recipe)
+    recipe.write_text("vlm: x\ntasks: {page: {prefix: <page>, prefix_sides: left, loss: {nce: 1}}}\n")
+    with pytest.raises(ValueError, match="sides.yaml: tasks.page.prefix_sides is 'left'; write one of a, both, none"):
+        read_recipe(recipe)
 
 
 def test_a_wrong_row_stops_the_run_before_any_step(world: Path, tmp_path: Path) -> None:
