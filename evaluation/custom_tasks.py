@@ -30,7 +30,7 @@ from .search import MIN_AUDIO_SAMPLES, Side, SidePrompt
 
 MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)
-MAX_RANKED = 1000  # as in mteb; the mean rank is reported only if all candidates are ranked
+MAX_RANKED = 1000  # as in mteb
 MIN_SCORE = 0.5  # a pair scored lower is not relevant; its side b stays a candidate
 MEDIA = {"image": datasets.Image(), "audio": datasets.Audio()}
 LANGUAGES = ("mul-Latn",)  # mteb's code for several languages
@@ -61,20 +61,14 @@ class CustomRetrieval(AbsTaskRetrieval):
         hf_split: str,
         hf_subset: str,
     ) -> dict[str, float]:
-        """Returns unrounded scores (mteb rounds to 5 places), the number of candidates, chance and the mean rank.
-
-        Chance is the expected hit rate at 1 of a random order. A query's rank is that of its best relevant document.
-        """
+        """Returns unrounded scores (mteb rounds to 5 places), the number of candidates, and chance of a hit at 1."""
         queries, candidates = len(scores), len(self.split["corpus"])
         exact = {
             f"{ours}_at_{k}": sum(query[f"{theirs}_{k}"] for query in scores.values()) / queries
             for ours, theirs in (("hit_rate", "success"), ("recall", "recall"), ("ndcg", "ndcg_cut"))
             for k in self.k_values
         }
-        exact |= {"candidates": candidates, "chance": len(self.relevant) / queries / candidates}
-        if candidates <= MAX_RANKED:
-            exact["mean_rank"] = sum(_best_rank(results[query], qrels[query]) for query in qrels) / queries
-        return exact
+        return exact | {"candidates": candidates, "chance": len(self.relevant) / queries / candidates}
 
 
 class CustomSTS(AbsTaskSTS):
@@ -88,11 +82,6 @@ class CustomSTS(AbsTaskSTS):
         """Assigns the rows, which are already in memory."""
         self.dataset = {"default": {"test": self.pairs}}
         self.data_loaded = True
-
-
-def _best_rank(found: Mapping[str, float], relevant: Mapping[str, int]) -> int:
-    ordered = sorted(found, key=found.__getitem__, reverse=True)
-    return 1 + next(rank for rank, document in enumerate(ordered) if document in relevant)
 
 
 def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[AbsTask]:

@@ -1,6 +1,6 @@
 """Computes retrieval and similarity metrics from vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import permutations
 
@@ -38,18 +38,37 @@ def retrieval_metrics(
     return metrics | {"candidates": len(candidates), "chance": relevant_count / len(queries) / len(candidates)}
 
 
-def query_ranks(queries: Tensor, candidates: Tensor, relevant: Sequence[AbstractSet[int]] | Tensor) -> Tensor:
-    """Returns the (Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`."""
-    queries, candidates = _directions(queries, "queries"), _directions(candidates, "candidates")
+def query_ranks(
+    queries: Tensor,
+    candidates: Tensor,
+    relevant: Sequence[AbstractSet[int]] | Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Returns the (Q,) float64 rank, from 1, of each query's best relevant candidate; see `retrieval_metrics`.
+
+    Args:
+        queries: (Q, D) float, finite.
+        candidates: (C, D) float, finite.
+        relevant: as in `retrieval_metrics`.
+        similarity: maps (q, D) queries and (C, D) candidates to (q, C) similarities; `None`: the cosine.
+    """
+    directions = _directions(queries, "queries"), _directions(candidates, "candidates")
+    if similarity is None:
+        (queries, candidates), similarity = directions, _dot_product
     if len(relevant) != len(queries):
         raise ValueError(f"There are {len(queries)} queries but {len(relevant)} sets of relevant candidates.")
     ranks = []
     chunk = max(1, MAX_SIMILARITIES // len(candidates))
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
-        is_relevant = _relevance_matrix(relevant[rows], start, len(candidates)).to(queries.device)
-        ranks.append(best_ranks(queries[rows] @ candidates.T, is_relevant))
+        is_relevant = _relevance_matrix(relevant[rows], start, len(candidates))
+        similarities = torch.as_tensor(similarity(queries[rows], candidates))
+        ranks.append(best_ranks(similarities, is_relevant.to(similarities.device)))
     return torch.cat(ranks).double()
+
+
+def _dot_product(queries: Tensor, candidates: Tensor) -> Tensor:
+    return queries @ candidates.T
 
 
 def _directions(vectors: Tensor, name: str) -> Tensor:

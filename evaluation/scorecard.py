@@ -9,6 +9,8 @@ from typing import Any
 from .templates import ENVIRONMENT
 
 LIBRARIES = ("mteb", "sentence-transformers", "transformers", "torch")
+RANK_METRICS = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "ndcg_at_10", "mean_rank")
+PAGE_TYPES = ("DocumentUnderstanding", "Retrieval")  # of mteb
 Row = dict[str, Any]
 
 
@@ -29,7 +31,8 @@ def write_scorecard(folder: Path, suite: str, rows: Mapping[str, list[Row]]) -> 
         versions=versions,
         models=list(rows),
         scores=_score_lines(rows),
-        retrieval=_retrieval_lines(rows),
+        retrieval=_retrieval_lines(rows, RANK_METRICS),
+        pages=_retrieval_lines(_pages(rows), RANK_METRICS[:2]),
         measures=_measure_lines(rows),
         unscored=_unscored_lines(rows),
     )
@@ -57,20 +60,31 @@ def _score_lines(rows: Mapping[str, list[Row]]) -> list[list[str]]:
         shown = [
             _number(models[model]["score"]) if _done(models[model]) else models[model]["status"] for model in rows
         ]
-        chance = _number(row["chance"]) if row.get("chance") is not None else "–"
-        lines.append([name, row.get("metric", "–"), *shown, chance, _range(row.get("candidates") or [])])
+        chance, candidates = _number(row.get("chance")), _range(row.get("candidates") or [])
+        lines.append([name, row.get("metric", "–"), *shown, chance, candidates])
     return lines
 
 
-def _retrieval_lines(rows: Mapping[str, list[Row]]) -> list[list[str]]:
+def _retrieval_lines(rows: Mapping[str, list[Row]], metrics: tuple[str, ...]) -> list[list[str]]:
+    """Returns a line per task and model with a hit rate, and one per task with the chance levels."""
     lines = []
-    names = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "ndcg_at_10", "mean_rank")
     for name, models in _tasks(rows).items():
-        for model, row in models.items():
-            if _done(row) and "hit_rate_at_1" in row["scores"]:
-                values = [row["scores"].get(key) for key in names]
-                lines.append([name, model, *("–" if value is None else _number(value) for value in values)])
+        found = {model: row for model, row in models.items() if _done(row) and "hit_rate_at_1" in row["scores"]}
+        for model, row in found.items():
+            lines.append([name, model, *(_number(row["scores"].get(metric)) for metric in metrics), ""])
+        if found:
+            row = next(iter(found.values()))
+            chances = [_number(row["chances"].get(metric)) for metric in metrics]
+            lines.append([name, "chance", *chances, _range(row["candidates"])])
     return lines
+
+
+def _pages(rows: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Returns the tasks in which a text finds the image of a page: mteb calls some of them plain retrieval."""
+    return {
+        model: [row for row in of_model if row.get("category") == "t2i" and row["type"] in PAGE_TYPES]
+        for model, of_model in rows.items()
+    }
 
 
 def _measure_lines(rows: Mapping[str, list[Row]]) -> list[list[str]]:
@@ -101,7 +115,9 @@ def _prompts(prompts: Mapping[str, str]) -> str:
     return ", ".join(f"{side} {f'`{prompt}`' if prompt else 'none'}" for side, prompt in prompts.items())
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 

@@ -11,14 +11,16 @@ import numpy as np
 from mteb.abstasks import AbsTask
 from mteb.results import TaskResult
 
+from .chance import task_chance
 from .custom_tasks import CustomRetrieval, CustomSTS
 from .encoder import MeasuredEncoder
+from .ranks import is_ranked, mean_rank
 from .scorecard import Row
 from .suite import Suite
 
 logger = logging.getLogger(__name__)
 
-SHOWN_SCORES = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "ndcg_at_10", "mean_rank", "cosine_spearman")
+SHOWN_SCORES = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "ndcg_at_10", "cosine_spearman")
 
 
 def suite_tasks(suite: Suite) -> list[AbsTask | Row]:
@@ -60,37 +62,56 @@ def run_task(encoder: MeasuredEncoder, task: AbsTask, out: Path, batch_size: int
     is_same = before is not None and all(before[key] == value for key, value in known.items())
     is_custom = isinstance(task, CustomRetrieval | CustomSTS)
     cache = mteb.ResultCache(out / "custom" if is_custom else out)  # a submission holds only mteb's tasks
-    if is_same and before["status"] == "run" and not save_vectors:
+    if is_same and "chances" in before.get("measures", {}) and not save_vectors:
         result = cache.load_task_result(row["task"], meta)
         if result is not None:
             return row | before["measures"] | scores(task, result, before["measures"]) | {"status": "cached"}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(known | {"status": "begun"}), encoding="utf-8")
-    encoder.start(save_vectors)
-    encoder.tell_sides_apart(task)
+    kept.write_text(json.dumps(known), encoding="utf-8")
     try:
-        run = mteb.evaluate(
-            encoder,
-            task,
-            co2_tracker=False,
-            cache=cache,
-            overwrite_strategy="only-missing" if is_same and not save_vectors else "always",
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-            show_progress_bar=False,
-        )
+        result, measures = _measure(encoder, task, cache, batch_size, save_vectors, is_same)
     except Exception as error:  # a failed task does not end the suite; the row and the exit code report it
         status, reason = why(error, task)
         if status == "failed":
             logger.exception("%s failed", row["task"])
         return row | {"status": status, "reason": reason}
-    if not run.task_results:  # mteb does not raise for a private data set without access
-        return row | {"status": "skipped", "reason": run.exceptions[0].exception}
-    result = run.task_results[0]
-    measures = encoder.measures() | {"candidates": list(encoder.documents.values())}
-    kept.write_text(json.dumps(known | {"status": "run", "measures": measures}, indent=1), encoding="utf-8")
+    finally:
+        if task.data_loaded:
+            task.unload_data()
+    kept.write_text(json.dumps(known | {"measures": measures}, indent=1), encoding="utf-8")
     if save_vectors:
         write_vectors(encoder, task, out / "vectors" / meta.model_name_as_path() / str(meta.revision) / row["task"])
     return row | measures | scores(task, result, measures) | {"status": "run"}
+
+
+def _measure(
+    encoder: MeasuredEncoder,
+    task: AbsTask,
+    cache: mteb.ResultCache,
+    batch_size: int,
+    save_vectors: bool,
+    resumes: bool,
+) -> tuple[TaskResult, dict[str, Any]]:
+    """Runs a task; returns mteb's result, and the measurements with candidates, chance levels and mean rank."""
+    if not task.data_loaded:
+        task.load_data()
+    ranked = is_ranked(task)
+    encoder.start(save_vectors or ranked)
+    encoder.tell_sides_apart(task)
+    run = mteb.evaluate(
+        encoder,
+        task,
+        co2_tracker=False,
+        cache=cache,
+        overwrite_strategy="only-missing" if resumes and not (save_vectors or ranked) else "always",
+        encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+        show_progress_bar=False,
+    )
+    measures = encoder.measures() | {"candidates": list(encoder.documents.values())}
+    measures["chances"] = task_chance(task, dict.fromkeys((*SHOWN_SCORES, "mean_rank", task.metadata.main_score)))
+    if ranked:
+        measures["mean_rank"] = mean_rank(encoder, task)
+    return run.task_results[0], measures
 
 
 def describe(task: AbsTask) -> Row:
@@ -127,22 +148,12 @@ def why(error: Exception, task: AbsTask) -> tuple[str, str]:
 
 
 def scores(task: AbsTask, result: TaskResult, measures: Mapping[str, Any]) -> Row:
-    """Returns the main score, further common scores, and chance where defined; means over splits and subsets."""
+    """Returns the main score, further common scores and the mean rank, and the chance level of the main score."""
     of_parts = [part for parts in result.scores.values() for part in parts]
     shown = {name: float(np.mean([part[name] for part in of_parts])) for name in SHOWN_SCORES if name in of_parts[0]}
-    if "chance" in of_parts[0]:
-        chance = of_parts[0]["chance"]
-    else:
-        chance = expected_hits(task.metadata.main_score, measures["candidates"])
-    return {"score": result.get_score(), "scores": shown, "chance": chance}
-
-
-def expected_hits(metric: str, candidates: list[int]) -> float | None:
-    """Returns the score of a random order with one relevant document: K / candidates, for hit rate and recall."""
-    name, _, cutoff = metric.rpartition("_at_")
-    if name not in ("hit_rate", "recall") or not candidates:
-        return None
-    return float(np.mean([min(1.0, int(cutoff) / count) for count in candidates]))
+    if "mean_rank" in measures:
+        shown["mean_rank"] = measures["mean_rank"]
+    return {"score": result.get_score(), "scores": shown, "chance": measures["chances"].get(task.metadata.main_score)}
 
 
 def write_vectors(encoder: MeasuredEncoder, task: AbsTask, folder: Path) -> None:
