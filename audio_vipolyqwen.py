@@ -1,4 +1,4 @@
-"""Makes a speech encoder independent of padding, and computes its receptive field."""
+"""Makes a speech encoder independent of padding, joins windows of long audio, computes the receptive field."""
 
 from typing import Any, NamedTuple
 
@@ -98,6 +98,36 @@ def keep_supported_attention(audio_config: PreTrainedConfig) -> None:
         audio_config._attn_implementation = "eager"
 
 
+def check_windows(audio_windows: torch.Tensor, given: int) -> None:
+    """Checks the counts of windows of each clip.
+
+    Args:
+        audio_windows: (clips,) long, windows of each clip.
+        given: number of windows that were passed.
+
+    Raises:
+        ValueError: the counts are not those of the windows passed, or a clip has none.
+    """
+    if audio_windows.sum() != given or (audio_windows < 1).any():
+        raise ValueError(
+            f"`audio_windows` is {audio_windows.tolist()}, {int(audio_windows.sum())} windows of "
+            f"{len(audio_windows)} clips, but `audio_features` has {given}; pass both as the processor returns them, "
+            "with at least one window a clip."
+        )
+
+
+def join_windows(frames: torch.Tensor, audio_windows: torch.Tensor) -> torch.Tensor:
+    """Returns the mask of the frames of each clip, (clips, frames) bool, right-padded.
+
+    Args:
+        frames: (windows,) long, frames of each window.
+        audio_windows: (clips,) long, windows of each clip, in the same order.
+    """
+    clips = torch.arange(len(audio_windows), device=frames.device).repeat_interleave(audio_windows)  # of each window
+    total = frames.new_zeros(len(audio_windows)).index_add(0, clips, frames)
+    return torch.arange(int(total.max()), device=frames.device) < total[:, None]
+
+
 def receptive_field(audio_config: Any) -> int:
     """Returns the fewest samples that give one frame of a wav2vec2-like stack (400 for HuBERT-base, 25 ms)."""
     samples = 1
@@ -110,6 +140,8 @@ __all__ = [
     "PADDING_BLIND",
     "PaddedAudio",
     "PaddingInvariantFeatureEncoder",
+    "check_windows",
+    "join_windows",
     "keep_supported_attention",
     "make_padding_invariant",
     "receptive_field",

@@ -6,7 +6,16 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2VLConfig
 
 POOLINGS = ("attention", "mean", "last")
 PROJECTIONS = ("linear", "mlp")
-AUDIO_FUSIONS = ("mean", "audio")
+AUDIO_FUSIONS = ("mean", "audio", "attention")
+AUDIO_PREFIXES = ("none", "fuse")
+CHOICES = {
+    "pooling": POOLINGS,
+    "projection": PROJECTIONS,
+    "audio_pooling": POOLINGS,
+    "audio_projection": PROJECTIONS,
+    "audio_fusion": AUDIO_FUSIONS,
+    "audio_prefix": AUDIO_PREFIXES,
+}
 
 
 class ViPolyQwenConfig(Qwen2VLConfig):
@@ -18,8 +27,13 @@ class ViPolyQwenConfig(Qwen2VLConfig):
         projection_dim: width of the embedding, at least 1; sentence-transformers looks it up under this name.
         pooling: `attention` (one learned query for each backbone), `mean` or `last`.
         projection: `linear` (papers 001, 003, 004) or `mlp` (paper 000).
+        audio_pooling: pooling of the audio route; `None`: as `pooling`.
+        audio_projection: projection of the audio route; `None`: as `projection`.
         audio_fusion: how to embed an input with audio and text or images: `mean`, the normalised mean of the two
-            unit vectors, or `audio`, the unit vector of the audio alone.
+            unit vectors; `audio`, the unit vector of the audio alone; or `attention`, the mean moved by a trained
+            cross-attention over the hidden states of both routes (`AttentionFusion`).
+        audio_prefix: what a task prefix does to audio alone: `none`, nothing; or `fuse`, prefix and end token are
+            embedded as a text and fused with the audio. The processor has the same setting.
         initializer_range: standard deviation of new pooling queries and projections (paper 000 §3.2.1).
 
     Raises:
@@ -36,7 +50,10 @@ class ViPolyQwenConfig(Qwen2VLConfig):
     projection_dim: int = 1024
     pooling: str = "attention"
     projection: str = "linear"
+    audio_pooling: str | None = None
+    audio_projection: str | None = None
     audio_fusion: str = "mean"
+    audio_prefix: str = "none"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -47,9 +64,10 @@ class ViPolyQwenConfig(Qwen2VLConfig):
                     "`audio_config` has no `model_type`; say which speech encoder it is, such as 'hubert'."
                 )
             self.audio_config = AutoConfig.for_model(**self.audio_config)
-        for name, known in (("pooling", POOLINGS), ("projection", PROJECTIONS), ("audio_fusion", AUDIO_FUSIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known and not (value is None and name in ("audio_pooling", "audio_projection")):
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(known)}.")
         if self.projection_dim < 1:
             raise ValueError(f"`projection_dim` is {self.projection_dim}; an embedding needs at least 1 dimension.")
         super().__post_init__(**kwargs)
@@ -57,4 +75,4 @@ class ViPolyQwenConfig(Qwen2VLConfig):
 
 ViPolyQwenConfig.register_for_auto_class()
 
-__all__ = ["AUDIO_FUSIONS", "POOLINGS", "PROJECTIONS", "ViPolyQwenConfig"]
+__all__ = ["AUDIO_FUSIONS", "AUDIO_PREFIXES", "CHOICES", "POOLINGS", "PROJECTIONS", "ViPolyQwenConfig"]

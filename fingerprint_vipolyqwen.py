@@ -114,6 +114,8 @@ def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
         inputs["mix: image + text + audio"] = {"text": [TEXTS["zh"]], "images": image, "audio": audio}
     for task in processor.task_prefixes:
         inputs[f"prefix: {task}"] = {"text": [TEXTS["vi"]], "task": task}
+    if has_audio and _fuses_prefix(processor) and "audio" in processor.task_prefixes:
+        inputs["audio: tones with prefix"] = {"audio": audio, "task": "audio"}
     return inputs
 
 
@@ -135,6 +137,11 @@ def mark(tensor: torch.Tensor) -> list[float]:
     return [float(norm), float(sums @ angles.cos()), float(sums @ angles.sin())]
 
 
+def _fuses_prefix(processor: Any) -> bool:
+    """Returns whether a prefix steers audio alone; repositories published before the setting exist without it."""
+    return getattr(processor, "audio_prefix", "none") == "fuse"
+
+
 def processor_settings(processor: Any) -> dict[str, Any]:
     """Returns the processor's settings on which tensors depend, in the form that JSON restores."""
     image, audio = processor.image_processor.to_dict(), processor.feature_extractor.to_dict()
@@ -144,6 +151,7 @@ def processor_settings(processor: Any) -> dict[str, Any]:
         "tokenizer.model_max_length": processor.tokenizer.model_max_length,
         "min_audio_samples": processor.min_audio_samples,
         "max_audio_seconds": processor.max_audio_seconds,
+        **({"audio_prefix": "fuse"} if _fuses_prefix(processor) else {}),
         **{f"image_processor.{name}": image.get(name) for name in IMAGE_SETTINGS},
         **{f"feature_extractor.{name}": audio.get(name) for name in AUDIO_SETTINGS},
     }

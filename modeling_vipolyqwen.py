@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,10 +12,23 @@ from transformers import AutoModel, PreTrainedModel, Qwen2VLModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .audio_vipolyqwen import PaddedAudio, keep_supported_attention, make_padding_invariant
+from .audio_vipolyqwen import (
+    PaddedAudio,
+    check_windows,
+    join_windows,
+    keep_supported_attention,
+    make_padding_invariant,
+)
 from .configuration_vipolyqwen import ViPolyQwenConfig
 from .packing_vipolyqwen import pack, packed_attention
-from .pooling_vipolyqwen import POOLING_CLASSES, PROJECTION_CLASSES, AttentionPooling
+from .pooling_vipolyqwen import (
+    POOLING_CLASSES,
+    PROJECTION_CLASSES,
+    AttentionFusion,
+    AttentionPooling,
+    PackedStates,
+    ZeroLinear,
+)
 
 
 @dataclass
@@ -26,7 +39,8 @@ class ViPolyQwenOutput(ModelOutput):
         embeddings: (batch, projection_dim) float32 unit vectors.
         pooling_weights: (text rows, tokens) float32 in [0, 1], each row sums to 1, with `output_pooling_weights=True`;
             text rows are the rows of the batch that have tokens.
-        audio_pooling_weights: (clips, frames) float32, likewise, for the rows that have audio.
+        audio_pooling_weights: (clips, frames) float32, likewise, for the rows that have audio; the frames of all
+            windows of a clip one after another.
         hidden_states: (text rows, tokens, hidden) of each layer of the language model, with
             `output_hidden_states=True`.
         attentions: (text rows, heads, tokens, tokens) of each layer, with `output_attentions=True`.
@@ -97,6 +111,34 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AttentionPooling):
             init.normal_(module.query, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+
+
+Pooled = tuple[torch.Tensor, torch.Tensor, torch.BoolTensor]  # vectors, hidden states and mask of a route
+
+
+class Route(NamedTuple):
+    """Result of one route.
+
+    Attributes:
+        rows: (R,) long, its rows of the batch in ascending order.
+        vectors: (R, projection_dim) float32 unit vectors.
+        hidden: (R, N, D) float, or packed (T, D).
+        mask: (R, N) bool, real positions.
+    """
+
+    rows: torch.LongTensor
+    vectors: torch.Tensor
+    hidden: torch.Tensor
+    mask: torch.BoolTensor
+
+    def states_of(self, rows: torch.LongTensor) -> PackedStates:
+        """Returns the hidden states of some of its rows of the batch."""
+        chosen = torch.isin(self.rows, rows)
+        if self.hidden.dim() == 2:
+            return PackedStates(self.hidden[chosen[self.mask.nonzero()[:, 0]]], self.mask[chosen])
+        return PackedStates(self.hidden[chosen][self.mask[chosen]], self.mask[chosen])
 
 
 class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
@@ -109,18 +151,26 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     def __init__(self, config: ViPolyQwenConfig) -> None:
         super().__init__(config)
         self.vlm = Qwen2VLModel._from_config(config)
-        self.pooling, self.projection = self._new_route(config.text_config.hidden_size)
+        self.pooling, self.projection = self._new_route(
+            config.pooling, config.projection, config.text_config.hidden_size
+        )
         if config.audio_config is not None:
             keep_supported_attention(config.audio_config)
             self.audio_tower = make_padding_invariant(AutoModel.from_config(config.audio_config))
-            self.audio_pooling, self.audio_projection = self._new_route(config.audio_config.hidden_size)
+            self.audio_pooling, self.audio_projection = self._new_route(
+                config.audio_pooling or config.pooling,
+                config.audio_projection or config.projection,
+                config.audio_config.hidden_size,
+            )
+            if config.audio_fusion == "attention":
+                widths = (config.text_config.hidden_size, config.audio_config.hidden_size, config.projection_dim)
+                self.audio_fusion = AttentionFusion(*widths)
         self.post_init()
 
-    def _new_route(self, hidden_size: int) -> tuple[nn.Module, nn.Module]:
+    def _new_route(self, pooling: str, projection: str, hidden_size: int) -> tuple[nn.Module, nn.Module]:
         """Builds the pooling and the projection of one backbone."""
-        config = self.config
-        pooling = POOLING_CLASSES[config.pooling](hidden_size)
-        return pooling, PROJECTION_CLASSES[config.projection](hidden_size, config.projection_dim)
+        width = self.config.projection_dim
+        return POOLING_CLASSES[pooling](hidden_size), PROJECTION_CLASSES[projection](hidden_size, width)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding of the language model."""
@@ -139,11 +189,13 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         audio_features: torch.FloatTensor | None = None,
         audio_attention_mask: torch.Tensor | None = None,
+        audio_windows: torch.LongTensor | None = None,
         has_audio: torch.BoolTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         packing: bool = False,
+        all_windows_at_once: bool = False,
         output_pooling_weights: bool = False,
         **kwargs: Any,
     ) -> ViPolyQwenOutput:
@@ -154,29 +206,36 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             attention_mask: (batch, tokens), 1 for real tokens, padding on either side; a row of zeros has no text.
             pixel_values: (patches, patch values) float, the images of the batch one after the other.
             image_grid_thw: (images, 3) long, patches of each image in time, height and width.
-            audio_features: (clips, samples) float, 16 kHz mono, zero mean and unit variance a clip, right-padded.
-            audio_attention_mask: (clips, samples), 1 for real samples; `None`: no padding.
+            audio_features: (windows, samples) float, 16 kHz mono, zero mean and unit variance a clip, right-padded;
+                the windows of a clip one after another.
+            audio_attention_mask: (windows, samples), 1 for real samples; `None`: no padding.
+            audio_windows: (clips,) long, windows of each clip; `None`: one.
             has_audio: (batch,) bool, the rows to which the clips belong, in order; `None`: one clip a row.
             position_ids: (3, batch, tokens) long; `None`: computed from the tokens and the grids.
             inputs_embeds: (batch, tokens, hidden) float in place of `input_ids`.
             image_indices: (slots,) long, the image of each slot of the batch, so that an image in several rows is
                 passed and encoded once; `None`: the images stand in the slots in their order.
             packing: pass the rows through the language model as one sequence without padding; saves time on CUDA.
+            all_windows_at_once: pass all windows through the speech encoder in one call, for ranks that must make as
+                many calls; otherwise as many windows at a time as there are clips, which bounds memory.
             output_pooling_weights: return the pooling weights of every position.
-            **kwargs: passed to the language model (`output_hidden_states`, `output_attentions`, …).
+            **kwargs: passed to the language model: `output_hidden_states`, `output_attentions`, `is_causal`.
 
         Returns:
             `ViPolyQwenOutput` with one unit vector a row.
 
         Raises:
-            ValueError: a row is empty, clips do not match rows, or the model or `packing` does not support an input.
+            ValueError: a row is empty, images, clips or windows do not match rows, an argument is unknown, or the
+                model or `packing` does not support an input.
         """
+        _refuse_unknown(kwargs)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None and audio_features is None:
             raise ValueError(
                 "The inputs hold nothing to embed: pass `input_ids`, `inputs_embeds` or `audio_features`."
             )
-        batch = len(tokens) if tokens is not None else len(audio_features)
+        clips = audio_features if audio_windows is None else audio_windows
+        batch = len(tokens) if tokens is not None else len(clips)
         routes, extras = [], {}
         if tokens is not None:
             mask = torch.ones(tokens.shape[:2], device=tokens.device) if attention_mask is None else attention_mask
@@ -184,11 +243,17 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             if len(rows) > 0:
                 inputs = [_take_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)]
                 inputs += [_take_rows(position_ids, rows, batch, dim=1), pixel_values, image_grid_thw, image_indices]
-                vectors, extras = self._embed_text(*inputs, packing, **kwargs)
-                routes.append((rows, vectors))
+                route, extras = self._embed_text(*inputs, packing, **kwargs)
+                routes.append(Route(rows, *route))
         if audio_features is not None:
-            vectors, extras["audio_pooling_weights"] = self._embed_audio(audio_features, audio_attention_mask)
-            routes.append((_audio_rows(has_audio, len(vectors), batch, vectors.device), vectors))
+            audio = (audio_features, audio_attention_mask, audio_windows, all_windows_at_once)
+            route, extras["audio_pooling_weights"] = self._embed_audio(*audio)
+            routes.append(Route(_audio_rows(has_audio, len(clips), batch, route[0].device), *route))
+        elif has_audio is not None and has_audio.any():
+            raise ValueError(
+                f"`has_audio` marks {int(has_audio.sum())} rows, but 0 clips were passed; pass `audio_features` with "
+                "one clip for each of these rows."
+            )
         kept = {key: extras[key] for key in extras if output_pooling_weights or not key.endswith("pooling_weights")}
         return ViPolyQwenOutput(embeddings=self._fuse(routes, batch), **kept)
 
@@ -203,8 +268,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         image_indices: torch.LongTensor | None,
         packing: bool,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[Pooled, dict[str, Any]]:
         """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
+        self._check_images(input_ids, pixel_values, image_grid_thw, image_indices)
         if position_ids is None:
             grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
             position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)
@@ -231,7 +297,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             "hidden_states": backbone.hidden_states,
             "attentions": backbone.attentions,
         }
-        return F.normalize(self.projection(pooled).float(), dim=-1), extras
+        return (F.normalize(self.projection(pooled).float(), dim=-1), hidden, mask), extras
 
     def _encode_images(
         self,
@@ -262,41 +328,90 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         token_types = (input_ids == self.config.image_token_id).int()
         return self.vlm.get_rope_index(input_ids, token_types, image_grid_thw, attention_mask=mask)[0]
 
+    def _check_images(
+        self,
+        input_ids: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor | None,
+        image_grid_thw: torch.LongTensor | None,
+        image_indices: torch.LongTensor | None,
+    ) -> None:
+        """Raises ValueError unless pixels, grids and image slots are those of the same images."""
+        if (pixel_values is None) != (image_grid_thw is None):
+            given, missing = ("image_grid_thw", "pixel_values")[:: 1 if pixel_values is None else -1]
+            raise ValueError(f"`{given}` was passed without `{missing}`; pass both, as the processor returns them.")
+        grids = torch.empty(0, 3, dtype=torch.long) if image_grid_thw is None else image_grid_thw
+        patches = 0 if pixel_values is None else len(pixel_values)
+        if patches != grids.prod(dim=-1).sum():
+            raise ValueError(
+                f"`pixel_values` has {patches} patches, but the {len(grids)} images of `image_grid_thw` have "
+                f"{int(grids.prod(dim=-1).sum())}; pass both as the processor returns them."
+            )
+        if input_ids is None:  # embeddings may already hold the images
+            return
+        slots = int((input_ids == self.config.image_token_id).sum())
+        shown = grids if image_indices is None else grids[image_indices]
+        filled = int(shown.prod(dim=-1).sum()) // self.config.vision_config.spatial_merge_size**2
+        if slots != filled:
+            raise ValueError(
+                f"`input_ids` has {slots} image tokens, but the {len(shown)} images passed fill {filled}; pass "
+                "`pixel_values` and `image_grid_thw` of exactly the images in the rows."
+            )
+
     def _embed_audio(
-        self, audio_features: torch.FloatTensor, audio_attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        audio_features: torch.FloatTensor,
+        audio_attention_mask: torch.Tensor | None,
+        audio_windows: torch.LongTensor | None,
+        all_windows_at_once: bool,
+    ) -> tuple[Pooled, torch.Tensor]:
         """Embeds clips into (clips, projection_dim) unit vectors; also their pooling weights (clips, frames)."""
         if self.config.audio_config is None:
             raise ValueError("This model is bimodal (`audio_config` is None): it embeds text and images, not audio.")
         if audio_attention_mask is None:
             audio_attention_mask = torch.ones_like(audio_features, dtype=torch.long)
         audio_attention_mask = audio_attention_mask.long()
-        lengths = audio_attention_mask.sum(dim=-1)
-        hidden = self.audio_tower(
-            PaddedAudio(audio_features.to(self.audio_tower.dtype), lengths),
-            attention_mask=audio_attention_mask,
-            return_dict=True,
-        ).last_hidden_state  # (clips, K, D_audio)
-        frames = self.audio_tower._get_feat_extract_output_lengths(lengths)
-        mask = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]  # (clips, K)
+        if audio_windows is None or len(audio_windows) == len(audio_features):
+            hidden, mask = self._encode_audio(audio_features, audio_attention_mask)
+        else:
+            check_windows(audio_windows, len(audio_features))
+            size = len(audio_features) if all_windows_at_once else len(audio_windows)
+            parts = zip(audio_features.split(size), audio_attention_mask.split(size), strict=True)
+            encoded = [self._encode_audio(*part) for part in parts]
+            hidden = torch.cat([frames[real] for frames, real in encoded])  # (frames of all windows, D_audio)
+            mask = join_windows(torch.cat([real.sum(dim=-1) for _, real in encoded]), audio_windows)
         pooled, weights = self.audio_pooling(hidden, mask)
-        return F.normalize(self.audio_projection(pooled).float(), dim=-1), weights
+        return (F.normalize(self.audio_projection(pooled).float(), dim=-1), hidden, mask), weights
 
-    def _fuse(self, routes: list[tuple[torch.Tensor, torch.Tensor]], batch: int) -> torch.Tensor:
+    def _encode_audio(self, values: torch.FloatTensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes windows (windows, samples) into frames (windows, K, D_audio), and which are real (windows, K)."""
+        lengths = mask.sum(dim=-1)
+        hidden = self.audio_tower(
+            PaddedAudio(values.to(self.audio_tower.dtype), lengths), attention_mask=mask, return_dict=True
+        ).last_hidden_state
+        frames = self.audio_tower._get_feat_extract_output_lengths(lengths)
+        return hidden, torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
+
+    def _fuse(self, routes: list["Route"], batch: int) -> torch.Tensor:
         """Adds up the unit vectors (rows, projection_dim) of each route on its rows, as `audio_fusion` says."""
-        rows = torch.cat([rows for rows, _ in routes]) if routes else torch.empty(0)
+        rows = torch.cat([route.rows for route in routes]) if routes else torch.empty(0)
         missing = batch - len(rows.unique())
         if missing:
             raise ValueError(
                 f"{missing} of the {batch} rows have neither tokens nor audio, so they hold nothing to embed. "
                 "Give each row text, an image or audio."
             )
-        vectors = [vectors for _, vectors in routes]
+        vectors = [route.vectors for route in routes]
         if len(routes) == 2 and self.config.audio_fusion == "audio":
-            text_rows, audio_rows = routes[0][0], routes[1][0]
-            vectors[0] = vectors[0] * ~torch.isin(text_rows, audio_rows)[:, None]
+            vectors[0] = vectors[0] * ~torch.isin(routes[0].rows, routes[1].rows)[:, None]
         total = vectors[0].new_zeros(batch, self.config.projection_dim)
-        return F.normalize(total.index_add(0, rows, torch.cat(vectors)), dim=-1)
+        total = total.index_add(0, rows, torch.cat(vectors))
+        if len(routes) == 2 and self.config.audio_fusion == "attention":
+            text, audio = routes
+            shared = text.rows[torch.isin(text.rows, audio.rows)]  # both in ascending order
+            if len(shared) > 0:
+                fused = self.audio_fusion(total[shared], text.states_of(shared), audio.states_of(shared))
+                total = total.index_copy(0, shared, fused)
+        return F.normalize(total, dim=-1)
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
@@ -312,10 +427,25 @@ def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: 
                 f"{clips} clips for a batch of {batch} rows: pass `has_audio`, (batch,) bool, to assign them to rows."
             )
         return torch.arange(batch, device=device)
+    if len(has_audio) != batch:
+        raise ValueError(f"`has_audio` has {len(has_audio)} entries for a batch of {batch} rows; pass one a row.")
     rows = has_audio.bool().nonzero().flatten()
     if len(rows) != clips:
         raise ValueError(f"`has_audio` marks {len(rows)} rows, but {clips} clips were passed; pass one clip a row.")
     return rows.to(device)
+
+
+LANGUAGE_ARGUMENTS = ("output_hidden_states", "output_attentions", "is_causal")
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that neither `forward` nor the language model takes."""
+    unknown = sorted(kwargs.keys() - set(LANGUAGE_ARGUMENTS))
+    if unknown:
+        raise ValueError(
+            f"`forward` takes no argument {', '.join(map(repr, unknown))}, which would be ignored. Pass the tensors "
+            f"of the processor under their names, and of further arguments {', '.join(LANGUAGE_ARGUMENTS)}."
+        )
 
 
 def loading_problems(report: dict[str, Any]) -> str:

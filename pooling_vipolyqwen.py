@@ -1,8 +1,12 @@
-"""Poolings and projections: from the hidden states of a row to one vector."""
+"""Poolings, projections and fusion: from the hidden states of a row to one vector."""
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+HEAD_SIZE = 64  # width of a head of `AttentionFusion`, where it divides the embedding; else one head
 
 
 class AttentionPooling(nn.Module):
@@ -105,12 +109,90 @@ class MLPProjection(nn.Module):
 
 PROJECTION_CLASSES = {"linear": LinearProjection, "mlp": MLPProjection}
 
+
+class PackedStates(NamedTuple):
+    """Hidden states of one route, real positions only.
+
+    Attributes:
+        states: (T, D) float, the T positions where `mask` is true, row by row.
+        mask: (rows, positions) bool, at least one true position a row.
+    """
+
+    states: torch.Tensor
+    mask: torch.BoolTensor
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that `ViPolyQwenModel._init_weights` fills with zeros."""
+
+
+class AttentionFusion(nn.Module):
+    """Fuses text and audio by one cross-attention over the hidden states of both routes (future work in 003 §7).
+
+    With x = e_text + e_audio, the heads h of width d, and the positions i of both routes:
+    α_hi = softmax_i((W_q x)_h · (W_k h_i)_h / √d), and the result is x + W_o [Σ_i α_hi (W_v h_i)_h]_h. Each route has
+    its W_k and W_v. W_o starts at 0, so that training starts from the mean of the
+    two vectors.
+    """
+
+    def __init__(self, hidden_size: int, audio_hidden_size: int, projection_dim: int) -> None:
+        super().__init__()
+        self.heads = projection_dim // HEAD_SIZE if projection_dim % HEAD_SIZE == 0 else 1
+        self.query = nn.Linear(projection_dim, projection_dim, bias=False)
+        self.text_key = nn.Linear(hidden_size, projection_dim, bias=False)
+        self.text_value = nn.Linear(hidden_size, projection_dim, bias=False)
+        self.audio_key = nn.Linear(audio_hidden_size, projection_dim, bias=False)
+        self.audio_value = nn.Linear(audio_hidden_size, projection_dim, bias=False)
+        self.out = ZeroLinear(projection_dim, projection_dim, bias=False)
+
+    def forward(self, vectors: torch.Tensor, text: PackedStates, audio: PackedStates) -> torch.Tensor:
+        """Moves vectors by their attention to both routes.
+
+        Args:
+            vectors: (F, projection_dim) float32, the sum of the two unit vectors of each row.
+            text: states of the text route of these rows, (T, hidden_size).
+            audio: states of the audio route of these rows, (K, audio_hidden_size).
+
+        Returns:
+            (F, projection_dim) float32, not normalised.
+        """
+        query = self._split(self.query(vectors.to(text.states.dtype)))  # (F, heads, d)
+        scores = [
+            _spread(self._scores(query, key(route.states), route.mask), route.mask)
+            for key, route in ((self.text_key, text), (self.audio_key, audio))
+        ]
+        weights = torch.cat(scores, dim=1).softmax(dim=1)  # (F, N + K, heads) float32
+        of_text, of_audio = weights.split([text.mask.shape[1], audio.mask.shape[1]], dim=1)
+        context = torch.zeros_like(query)
+        for value, route, of_route in ((self.text_value, text, of_text), (self.audio_value, audio, of_audio)):
+            weighted = of_route[route.mask][..., None] * self._split(value(route.states))  # (T, heads, d)
+            context = context.index_add(0, route.mask.nonzero()[:, 0], weighted)
+        return vectors + self.out(context.flatten(1).to(text.states.dtype)).float()
+
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        """Splits (T, projection_dim) into heads, (T, heads, d) float32."""
+        return states.float().unflatten(-1, (self.heads, -1))
+
+    def _scores(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Computes the score of each position in each head, (T, heads) float32."""
+        rows = mask.nonzero()[:, 0]  # (T,), the row of each position
+        return (query[rows] * self._split(keys)).sum(dim=-1) / query.shape[-1] ** 0.5
+
+
+def _spread(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Spreads packed scores (T, heads) over their rows, (F, N, heads), −inf where masked."""
+    return scores.new_full((*mask.shape, scores.shape[1]), float("-inf")).masked_scatter(mask[..., None], scores)
+
+
 __all__ = [
     "POOLING_CLASSES",
     "PROJECTION_CLASSES",
+    "AttentionFusion",
     "AttentionPooling",
     "LastPooling",
     "LinearProjection",
     "MLPProjection",
     "MeanPooling",
+    "PackedStates",
+    "ZeroLinear",
 ]

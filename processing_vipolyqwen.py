@@ -25,6 +25,7 @@ TASK_PREFIXES = {
     "audio": "<audio>",
 }
 PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
+NO_TENSORS: dict[str, Any] = {"return_tensors": None, "return_attention_mask": False}  # lists, not padded
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 # A readable form of a conversation: the system message is the task prefix, and audio has no token. The processor
@@ -84,7 +85,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
         prefix_sides: task name -> the sides of its pairs that carried the prefix in training: `a`, `both` or `none`;
             a task that is not in it (as in processors saved before this setting): `a`.
         min_audio_samples: fewest samples that give the speech encoder a frame (400, 25 ms, for HuBERT-base).
-        max_audio_seconds: longer audio is cut here, or refused with `truncation=False`.
+        max_audio_seconds: longer audio passes through the speech encoder in windows of this length.
+        max_audio_windows: windows of an input at most; longer audio is refused (120 windows of 30 s: an hour).
+        audio_prefix: what a task prefix does to audio alone: `none`, nothing; or `fuse`, prefix and end token are
+            tokens of the input. Must be that of the model's configuration.
         allow_urls: fetch images and audio given as `http(s)://` URLs; without it they are an error.
     """
 
@@ -100,6 +104,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         prefix_sides: dict[str, str] | None = None,
         min_audio_samples: int = 400,
         max_audio_seconds: float = 30.0,
+        max_audio_windows: int = 120,
+        audio_prefix: str = "none",
         allow_urls: bool = False,
     ) -> None:
         self.image_token = IMAGE_TOKEN
@@ -108,6 +114,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
         self.prefix_sides: dict[str, str] = {}
         self.min_audio_samples = min_audio_samples
         self.max_audio_seconds = max_audio_seconds
+        self.max_audio_windows = max_audio_windows
+        if audio_prefix not in ("none", "fuse"):
+            raise ValueError(f"`audio_prefix` is {audio_prefix!r}; it must be one of none, fuse.")
+        self.audio_prefix = audio_prefix
         self.allow_urls = allow_urls
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
@@ -158,6 +168,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
             "image_grid_thw",
             "audio_features",
             "audio_attention_mask",
+            "audio_windows",
             "has_audio",
         ]
 
@@ -188,8 +199,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` (batch, tokens) long, unless all inputs are audio alone; with images
             `pixel_values` (patches, patch values) float32 and `image_grid_thw` (images, 3) long; with audio
-            `audio_features` (clips, samples) float32, `audio_attention_mask` (clips, samples) and `has_audio`
-            (batch,) bool.
+            `audio_features` (windows, samples) float32, `audio_attention_mask` (windows, samples) and `has_audio`
+            (batch,) bool; if a clip is longer than a window also `audio_windows` (clips,) long, the windows of each.
 
         Raises:
             ValueError: an input is empty, cannot be read, is out of range or does not fit the batch; the message
@@ -348,15 +359,13 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 f"The audio has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
                 f"{self.min_audio_samples}. Pad it with silence or leave it out."
             )
-        limit = int(self.max_audio_seconds * rate)
-        if len(samples) > limit:
-            seconds = f"{len(samples) / rate:.1f} s of audio; the limit is {self.max_audio_seconds} s"
-            if not merged["text_kwargs"].get("truncation"):
-                raise ValueError(f"{seconds}. Split it, or raise `max_audio_seconds`.")
-            logger.warning_once(
-                f"{seconds}: the excess is cut off. Split long recordings, or raise `max_audio_seconds`."
+        limit = self.max_audio_seconds * self.max_audio_windows
+        if len(samples) > limit * rate:
+            raise ValueError(
+                f"{len(samples) / rate:.1f} s of audio; the limit is {limit:g} s, {self.max_audio_windows} windows of "
+                f"{self.max_audio_seconds:g} s. Split it, or raise `max_audio_windows`."
             )
-        return samples[:limit]
+        return samples
 
     def _encode(
         self, inputs: list[EmbeddingInput], merged: dict[str, dict], share_images: bool = False
@@ -375,7 +384,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
             merge = self.image_processor.merge_size**2
             counts = [int(np.prod(grid)) // merge for grid in np.asarray(data["image_grid_thw"])]
             image_tokens = [counts[slot] for slot in slots]
-        if any(item.parts or item.audio is None for item in inputs):
+        if any(item.parts or item.audio is None or self._embeds_prefix(item) for item in inputs):
             data.update(self._encode_tokens(inputs, image_tokens, merged["text_kwargs"]))
         if any(item.audio is not None for item in inputs):
             data.update(self._encode_audio(inputs, {**merged["audio_kwargs"], "return_tensors": tensors}))
@@ -383,15 +392,31 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def _encode_audio(self, inputs: list[EmbeddingInput], audio_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Scales and pads the clips; `max_length`, padding and truncation of the batch concern its tokens only."""
-        fixed = {"padding": True, "truncation": False, "return_attention_mask": True}
-        fixed["sampling_rate"] = self.feature_extractor.sampling_rate
+        fixed = {"truncation": False, "sampling_rate": self.feature_extractor.sampling_rate}
         clips = [item.audio for item in inputs if item.audio is not None]
-        encoded = self.feature_extractor(clips, **{**audio_kwargs, **fixed})
-        return {
-            "audio_features": encoded["input_values"],
-            "audio_attention_mask": encoded["attention_mask"],
-            "has_audio": [item.audio is not None for item in inputs],
-        }
+        has_audio = {"has_audio": [item.audio is not None for item in inputs]}
+        padded = {"padding": True, "return_attention_mask": True}
+        if all(len(clip) <= self._window_samples() for clip in clips):
+            encoded = self.feature_extractor(clips, **{**audio_kwargs, **fixed, **padded})
+        else:
+            scaled = self.feature_extractor(clips, **{**audio_kwargs, **fixed, "padding": False, **NO_TENSORS})
+            windows = [self._cut(values) for values in scaled["input_values"]]
+            has_audio["audio_windows"] = [len(of_clip) for of_clip in windows]
+            joined = {"input_values": [window for of_clip in windows for window in of_clip]}
+            tensors = {"return_tensors": audio_kwargs.get("return_tensors")}
+            encoded = self.feature_extractor.pad(joined, **padded, **tensors)
+        features = {"audio_features": encoded["input_values"], "audio_attention_mask": encoded["attention_mask"]}
+        return {**features, **has_audio}
+
+    def _window_samples(self) -> int:
+        """Returns the samples of a window of audio; at least those of one frame of the speech encoder."""
+        return max(int(self.max_audio_seconds * self.feature_extractor.sampling_rate), self.min_audio_samples)
+
+    def _cut(self, values: np.ndarray) -> list[np.ndarray]:
+        """Cuts (samples,) into windows; silence completes the last one to one frame of the speech encoder."""
+        size = self._window_samples()
+        *windows, last = (values[start : start + size] for start in range(0, len(values), size))
+        return [*windows, np.pad(last, (0, max(0, self.min_audio_samples - len(last))))]
 
     def _encode_tokens(
         self, inputs: list[EmbeddingInput], image_tokens: list[int], text_kwargs: dict[str, Any]
@@ -403,8 +428,9 @@ class ViPolyQwenProcessor(ProcessorMixin):
         limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         rows = []
         for item in inputs:
-            # audio alone skips the language model, so a prefix and an end token must not turn it into a text
+            # audio alone skips the language model; an end token, or a prefix not to be fused, makes it no text
             alone = item.audio is not None and not any(item.texts) and not item.images
+            alone = alone and not self._embeds_prefix(item)
             segments = [
                 (next(ids), True) if isinstance(part, str) else (self._image_slot(next(counts)), False)
                 for part in item.parts
@@ -415,6 +441,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if padding.get("padding") == "max_length":
             padding["max_length"] = limit
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
+
+    def _embeds_prefix(self, item: EmbeddingInput) -> bool:
+        """Returns whether the prefix of an input is embedded even if it has audio alone."""
+        return self.audio_prefix == "fuse" and item.prefix is not None
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Tokenizes plain text; the characters of special tokens become ordinary tokens."""

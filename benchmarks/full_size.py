@@ -35,7 +35,7 @@ from vipolyqwen.evaluation.memory import peak_memory, reset_peaks
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.packing_vipolyqwen import choose_attn_implementation
 from vipolyqwen.training.build import build_model
-from vipolyqwen.training.parts import NEW_PARTS
+from vipolyqwen.training.parts import new_parts
 
 # Dense bfloat16 (float16 before Ampere), FLOPs a second, from NVIDIA's datasheets; the first name that fits counts.
 PEAKS = {
@@ -203,7 +203,7 @@ def stepper(model: ViPolyQwenModel, mode: str, checkpointing: bool) -> Callable[
     if mode == "lora":
         layers = r".*language_model\.layers\..*_proj"
         wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=layers))
-        for name in NEW_PARTS:
+        for name in new_parts(model):
             model.get_submodule(name).requires_grad_(True)
     else:
         wrapped = model

@@ -135,9 +135,15 @@ def _token_spans(ids: list[int], weights: list[float], image_sizes: list[int], p
 
 
 def _frame_weights(model: Any, processor: Any, batch: Any, weights: np.ndarray) -> FrameWeights:
+    """Places the frames of the only clip of a batch, which may have several windows."""
     rate = processor.feature_extractor.sampling_rate
     config = model.config.audio_config
     stride = int(np.prod(config.conv_stride))
     lead = (receptive_field(config) - stride) / 2  # the receptive field extends past the stride on both sides
-    starts = (np.arange(len(weights)) * stride + lead) / rate
-    return FrameWeights(batch["audio_features"][0].float().cpu().numpy(), rate, weights, starts, stride / rate)
+    real = batch["audio_attention_mask"].bool()  # (windows, samples)
+    lengths = real.sum(dim=1)
+    frames = model.audio_tower._get_feat_extract_output_lengths(lengths).tolist()
+    begins = (lengths.cumsum(dim=0) - lengths).tolist()
+    places = [begin + np.arange(count) * stride for begin, count in zip(begins, frames, strict=True)]
+    samples = batch["audio_features"][real].float().cpu().numpy()
+    return FrameWeights(samples, rate, weights, (np.concatenate(places) + lead) / rate, stride / rate)

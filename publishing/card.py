@@ -73,6 +73,7 @@ def model_card(
         tokens=processor.tokenizer.model_max_length,
         pixels=processor.image_processor.size,
         seconds=processor.max_audio_seconds,
+        windows=processor.max_audio_windows,
         rate=processor.feature_extractor.sampling_rate if has_audio else None,
         prompts=processor.task_prefixes,
         on_sides=_tasks_by_sides(processor),

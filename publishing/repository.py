@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -46,9 +46,22 @@ def save_repository(
         folder: where to; created if it does not exist.
         state_dict: weights to write instead of the model's, as a sharded trainer gathers them.
         max_shard_size: largest file of weights.
+
+    Raises:
+        ValueError: `audio_prefix` of the processor is not the model's.
     """
+    check_audio_prefix(model.config, processor)
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     save_reading_files(processor, Path(folder), has_audio=model.config.audio_config is not None)
+
+
+def check_audio_prefix(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+    """Raises ValueError if `audio_prefix` of a processor is not that of the model's configuration."""
+    if config.audio_prefix != processor.audio_prefix:
+        raise ValueError(
+            f"`audio_prefix` is {config.audio_prefix!r} in the model's configuration, but {processor.audio_prefix!r} "
+            "in the processor. Vectors of audio alone depend on both: set the processor's to the model's."
+        )
 
 
 def save_reading_files(processor: ProcessorMixin, folder: Path, has_audio: bool) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
+from ..configuration_vipolyqwen import CHOICES
 from ..data.names import did_you_mean
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -193,7 +194,7 @@ def continued(model_args: ModelArguments, args: ViPolyQwenTrainingArguments) -> 
     run = Path(resume).parent if isinstance(resume, str) else Path(args.output_dir)
     if not resume or not (run / BASE).is_dir() or not list(run.glob("checkpoint-*")):
         return model_args
-    built = dict.fromkeys(("vlm", "audio", "pooling", "projection", "audio_fusion"))
+    built = dict.fromkeys(("vlm", "audio", *CHOICES))
     return replace(model_args, model=str(run / BASE), **built)
 
 

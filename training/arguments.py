@@ -31,9 +31,14 @@ class ModelArguments:
     )
     pooling: str | None = field(default=None, metadata={"help": "pooling of text and images: attention, mean or last"})
     projection: str | None = field(default=None, metadata={"help": "projection to the embedding: linear or mlp"})
+    audio_pooling: str | None = field(default=None, metadata={"help": "pooling of audio; none: as `pooling`"})
+    audio_projection: str | None = field(default=None, metadata={"help": "projection of audio; none: as `projection`"})
     audio_fusion: str | None = field(
         default=None,
-        metadata={"help": "embedding of an input that has audio and text or images: mean or audio"},
+        metadata={"help": "embedding of an input that has audio and text or images: mean, audio or attention"},
+    )
+    audio_prefix: str | None = field(
+        default=None, metadata={"help": "effect of a task prefix on audio alone: none, or fuse with its vector"}
     )
     attn_implementation: str = field(
         default="auto", metadata={"help": "attention kernel, such as sdpa; auto: the fastest installed"}
@@ -42,7 +47,10 @@ class ModelArguments:
     min_pixels: int | None = field(default=None, metadata={"help": "minimum pixels of an image after resizing"})
     max_pixels: int | None = field(default=None, metadata={"help": "maximum pixels of an image after resizing"})
     max_audio_seconds: float | None = field(
-        default=None, metadata={"help": "maximum length of an audio input, in seconds"}
+        default=None, metadata={"help": "length of a window of audio, in seconds; longer audio has several"}
+    )
+    max_audio_windows: int | None = field(
+        default=None, metadata={"help": "maximum windows of an audio input; longer audio is an error"}
     )
     freeze: list[str] | None = field(default=None, metadata={"help": f"towers to freeze, out of {','.join(TOWERS)}"})
     lora_rank: int | None = field(

@@ -20,13 +20,14 @@ from transformers import (
 from transformers.utils import logging
 
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
-from ..configuration_vipolyqwen import ViPolyQwenConfig
+from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
 from ..data.collator import MixedBatchCollator
 from ..data.schema import Task, declare_tasks, with_prefix_sides
 from ..data.sources import PairDataset, load_pairs
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
 from ..processing_vipolyqwen import ViPolyQwenProcessor
+from ..publishing.repository import check_audio_prefix
 from .adapters import add_adapter, check_installed, continued, load_in_4bit, untrained_towers, write_base
 from .arguments import DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
 from .losses import LOSS_TABLES, TaskLoss
@@ -170,15 +171,16 @@ def load_model(
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         attention = choose_attn_implementation(dtype, args.device.type)
     origin = model_args if model_args.lora_rank is None else continued(model_args, args)
-    names = ("pooling", "projection", "audio_fusion")
-    options = {name: value for name in names if (value := getattr(origin, name)) is not None}
+    options = {name: value for name in CHOICES if (value := getattr(origin, name)) is not None}
     if origin.model is not None:
         model = ViPolyQwenModel.from_pretrained(origin.model, attn_implementation=attention, **options)
         processor = ViPolyQwenProcessor.from_pretrained(origin.model, config=model.config)
+        check_audio_prefix(ViPolyQwenConfig.from_pretrained(origin.model), processor)
     else:
         backbones = (origin.vlm, origin.audio)
         model = build_model(*backbones, attn_implementation=attention, **options)
         processor = build_processor(*backbones)
+    processor.audio_prefix = model.config.audio_prefix
     _bound_inputs(processor, model_args)
     for task in tasks.values():
         processor.add_task(task.name, task.prefix, task.prefix_sides)
@@ -200,7 +202,7 @@ def load_model(
 
 
 def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) -> None:
-    """Sets the limits of `model_args` on tokens, pixels and seconds of audio."""
+    """Sets the limits of `model_args` on tokens, pixels, and seconds and windows of audio."""
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, model_args.max_length)
     if model_args.min_pixels is not None:
         processor.image_processor.size["shortest_edge"] = model_args.min_pixels
@@ -208,6 +210,8 @@ def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) ->
         processor.image_processor.size["longest_edge"] = model_args.max_pixels
     if model_args.max_audio_seconds is not None:
         processor.max_audio_seconds = model_args.max_audio_seconds
+    if model_args.max_audio_windows is not None:
+        processor.max_audio_windows = model_args.max_audio_windows
 
 
 def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], tasks: list[str]) -> MixedLoss:

@@ -15,8 +15,9 @@ class RowSize(NamedTuple):
     """Size of one row, and the image that it may share with other rows."""
 
     tokens: int  # 0 for a row of audio only
-    frames: int = 0  # that the speech encoder makes of its audio
+    frames: int = 0  # that the speech encoder makes of the first, longest window of its audio
     image: int = -1  # index of its first image in the batch; −1 without images
+    windows: int = 1  # of its audio
 
 
 class MicrobatchSize(NamedTuple):
@@ -26,8 +27,8 @@ class MicrobatchSize(NamedTuple):
     tokens: int = 0
     texts: int = 0  # rows with tokens; rows without tokens skip the language model
     longest_text: int = 0
-    clips: int = 0
-    longest_clip: int = 0
+    windows: int = 0
+    longest_window: int = 0
 
     def plus(self, rows: Iterable[RowSize]) -> "MicrobatchSize":
         """Returns the size with `rows` added."""
@@ -37,14 +38,14 @@ class MicrobatchSize(NamedTuple):
             self.tokens + sum(row.tokens for row in rows),
             self.texts + sum(row.tokens > 0 for row in rows),
             max([self.longest_text, *(row.tokens for row in rows)]),
-            self.clips + sum(row.frames > 0 for row in rows),
-            max([self.longest_clip, *(row.frames for row in rows)]),
+            self.windows + sum(row.windows for row in rows if row.frames > 0),
+            max([self.longest_window, *(row.frames for row in rows)]),
         )
 
     def positions(self, packed: bool) -> int:
         """Returns the number of tokens and audio frames that the towers process, padding included."""
         texts = self.tokens if packed else self.texts * self.longest_text
-        return texts + self.clips * self.longest_clip
+        return texts + self.windows * self.longest_window
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,13 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         inputs["image_grid_thw"] = batch["image_grid_thw"][images]
     if "has_audio" in batch and batch["has_audio"][rows].any():
         clips = members(batch["has_audio"].long(), rows)
-        mask = batch["audio_attention_mask"][clips]  # (clips, samples)
+        windows = clips
+        if "audio_windows" in batch:
+            inputs["audio_windows"] = batch["audio_windows"][clips]
+            windows = members(batch["audio_windows"], clips)
+        mask = batch["audio_attention_mask"][windows]  # (windows, samples)
         used = mask.any(dim=0)
-        inputs["audio_features"] = batch["audio_features"][clips][:, used]
+        inputs["audio_features"] = batch["audio_features"][windows][:, used]
         inputs["audio_attention_mask"] = mask[:, used]
         inputs["has_audio"] = batch["has_audio"][rows]
     return inputs

@@ -10,12 +10,18 @@ TOWERS = {  # name in `freeze` and `lora_targets` -> submodule of the model
     "language": "vlm.language_model",
     "audio": "audio_tower",
 }
-NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection")  # in no backbone: initialised at random
+# In no backbone, so initialised at random; a model has `audio_…` with a speech encoder, the last by `audio_fusion`.
+NEW_PARTS = ("pooling", "projection", "audio_pooling", "audio_projection", "audio_fusion")
 
 
 def plain_name(name: str) -> str:
     """Returns a parameter's name without peft's prefix: `base_model.model.vlm.…` becomes `vlm.…`."""
     return name.removeprefix("base_model.model.")
+
+
+def new_parts(model: nn.Module) -> list[str]:
+    """Returns those of `NEW_PARTS` that a model has."""
+    return [name for name in NEW_PARTS if name in dict(model.named_children())]
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

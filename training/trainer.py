@@ -183,7 +183,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         rows = _row_count(inputs)
         if self.args.world_size > 1 and not self.in_chunks:
             return [range(rows)]
-        columns = (row_lengths(inputs), self._audio_frames(inputs), first_images(inputs))
+        frames, windows = self._audio_sizes(inputs)
+        columns = (row_lengths(inputs), frames, first_images(inputs), windows)
         sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
         limit = MicrobatchLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
         microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
@@ -192,14 +193,20 @@ class ViPolyQwenTrainer(ResumingTrainer):
             microbatches += [()] * (int(self.accelerator.gather(count).max()) - len(microbatches))
         return microbatches
 
-    def _audio_frames(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Returns the speech encoder's frames of each row, (rows,) long; 0 without audio."""
+    def _audio_sizes(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the frames of the longest window of each row's audio, 0 without, and its windows, (rows,) long."""
         frames = torch.zeros_like(inputs["images_per_row"])
+        windows = torch.ones_like(frames)
         if "has_audio" in inputs:
-            samples = inputs["audio_attention_mask"].sum(dim=1)
+            samples = inputs["audio_attention_mask"].sum(dim=1)  # of each window
+            rows = inputs["has_audio"].bool()
+            if "audio_windows" in inputs:
+                counts = inputs["audio_windows"]
+                samples = samples[counts.cumsum(0) - counts]  # the first is the longest
+                windows[rows] = counts
             tower = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).audio_tower
-            frames[inputs["has_audio"].bool()] = tower._get_feat_extract_output_lengths(samples)
-        return frames
+            frames[rows] = tower._get_feat_extract_output_lengths(samples)
+        return frames, windows
 
     def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
         """Raises, or with `on_nan: skip` skips this step's update, on all ranks, since their loss is the same.
@@ -392,7 +399,11 @@ def _row_count(batch: Mapping[str, Any]) -> int:
 
 
 def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, packing: bool) -> torch.Tensor:
-    """Embeds some rows of a collated batch in one forward, together with the row for every tower at weight 0."""
+    """Embeds some rows of a collated batch in one forward, together with the row for every tower at weight 0.
+
+    That row means several ranks, which have to call a sharded tower equally often: all windows of audio at once.
+    """
     extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
-    vectors = model(**take_rows(batch, torch.cat([rows, extra])), packing=packing).embeddings
+    inputs = take_rows(batch, torch.cat([rows, extra]))
+    vectors = model(**inputs, packing=packing, all_windows_at_once=len(extra) > 0).embeddings
     return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()

@@ -73,7 +73,7 @@ def test_a_step_with_adapters_counts_neither_them_nor_gradients_of_frozen_weight
     take = full_size.stepper(model, "lora", checkpointing=False)
     assert full_size.forward_flops(model, point) == before
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert trained == set(full_size.NEW_PARTS)
+    assert trained == set(full_size.new_parts(model))
     with FlopCounterMode(display=False) as step:
         take(batch)
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)

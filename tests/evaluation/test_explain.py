@@ -1,6 +1,7 @@
 """α put back on characters, patches and seconds; the page and what it refuses."""
 
 import base64
+import copy
 import json
 import re
 from io import BytesIO
@@ -140,6 +141,19 @@ def test_frames_lie_within_the_seconds_of_the_audio(embedder: SentenceTransforme
     (_, figure) = views(pooled, Side(audio=str(folder / "speech.wav")))[0]
     assert figure.count("<rect") == len(audio.weights)
     assert ">0.5 s</text>" in figure
+
+
+def test_frames_of_later_windows_lie_at_their_seconds(embedder: SentenceTransformer, folder: Path) -> None:
+    processor = copy.copy(embedder[0].processor)
+    processor.max_audio_seconds = 0.2
+    audio = inspect_pooling(embedder[0].auto_model, processor, Side(audio=str(folder / "speech.wav"))).audio
+    per_window = [((audio.starts >= begin) & (audio.starts < begin + 0.2)).sum() for begin in (0, 0.2, 0.4)]
+    assert sum(per_window) == len(audio.weights) == len(audio.starts) and min(per_window) > 2
+    assert audio.weights.sum() == pytest.approx(1, abs=1e-6)
+    whole = inside(embedder, str(folder / "speech.wav")).audio
+    np.testing.assert_allclose(audio.samples, whole.samples, atol=1e-5)
+    first = audio.starts[0]
+    np.testing.assert_allclose(audio.starts[np.cumsum([0, *per_window[:-1]])], [first, first + 0.2, first + 0.4])
 
 
 def test_the_overlay_has_a_pixel_for_each_patch_and_is_strongest_where_the_weight_is() -> None:

