@@ -30,6 +30,11 @@ class Prepared:
     kept: list[int]
     reasons: dict[int, str]
 
+    def tokens(self) -> list[int]:
+        """Returns the number of tokens of each good input; 0 for audio alone."""
+        mask = self.features.get("attention_mask")
+        return [0] * len(self.kept) if mask is None else mask.sum(dim=1).tolist()
+
 
 @dataclass(frozen=True)
 class Embedder:
@@ -40,12 +45,14 @@ class Embedder:
         prompt: text of the prompt, such as a task's prefix; `None` for the general embedding.
         dimensions: see `shorten`.
         processing_kwargs: as in sentence-transformers' `encode`.
+        max_tokens: an input with more is an error, if the processor does not cut it; `None` for no limit.
     """
 
     encoder: SentenceTransformer
     prompt: str | None = None
     dimensions: int | None = None
     processing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_dimensions(self.dimensions, self.encoder.get_embedding_dimension())
@@ -82,7 +89,11 @@ class Embedder:
         return Prepared(self._tensors(list(loaded.values())), list(loaded), reasons)
 
     def _tensors(self, inputs: list[Any]) -> Mapping[str, Any]:
-        return self.encoder.preprocess(inputs, prompt=self.prompt, processing_kwargs=dict(self.processing_kwargs))
+        features = self.encoder.preprocess(inputs, prompt=self.prompt, processing_kwargs=dict(self.processing_kwargs))
+        tokens = int(features["attention_mask"].sum(dim=1).max()) if "attention_mask" in features else 0
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(f"the input has {tokens} tokens; the limit is {self.max_tokens}: split it.")
+        return features
 
     @torch.inference_mode()
     def vectors(self, features: Mapping[str, Any]) -> np.ndarray:
