@@ -19,11 +19,13 @@ from typing import Any
 import yaml
 
 from vipolyqwen import __version__
+from vipolyqwen.data.names import rename_old_keys
+from vipolyqwen.data.schema import OLD_COLUMNS
 from vipolyqwen.serving.corpus_run import CorpusOptions, Summary, embed_corpus
 from vipolyqwen.serving.loading import load_model
 from vipolyqwen.serving.precision import PRECISIONS
 
-COLUMNS = {"a": "text", "images": "images", "audio": "audio", "id": "id"}  # of the schema -> option
+COLUMNS = {"{}": "text", "images_{}": "images", "audio_{}": "audio", "id": "id"}  # of the schema, by side -> option
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,9 +67,10 @@ def read_source_keys(options: argparse.Namespace) -> dict[str, Any]:
         source = yaml.safe_load(Path(options.input).read_text(encoding="utf-8"))
         if not isinstance(source, dict):
             raise ValueError(f"{options.input} holds {source!r:.80}; write the keys of one source: `path: …`.")
-    columns = {name: getattr(options, option) for name, option in COLUMNS.items() if getattr(options, option)}
-    if columns:
-        source["columns"] = {**source.get("columns", {}), **columns}
+    columns = {name.format(options.side): getattr(options, option) for name, option in COLUMNS.items()}
+    if columns := {name: column for name, column in columns.items() if column}:
+        before = rename_old_keys(source.get("columns", {}), f"{options.input}: columns", OLD_COLUMNS)
+        source["columns"] = {**before, **columns}
     given = {name: getattr(options, name) for name in ("media_root", "split", "name")}
     return {**source, **{name: value for name, value in given.items() if value is not None}}
 
@@ -82,11 +85,16 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("input", help="file, folder, glob, Hub dataset, or YAML file with the keys of a source")
     parser.add_argument("--out", type=Path, required=True, help="folder of the vectors")
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--text", help="column of the text; default: a, or text")
-    rows.add_argument("--images", help="column of the image or images; default: images, or image")
-    rows.add_argument("--audio", help="column of the audio; default: audio")
+    rows.add_argument("--text", help="column of the side's text; default: a, or text")
+    rows.add_argument("--images", help="column of the image or images; default: images_a, images or image")
+    rows.add_argument("--audio", help="column of the audio; default: audio_a or audio")
     rows.add_argument("--id", help="column of the ids; default: id, or FILE:ROW")
-    rows.add_argument("--side", choices=("a", "b"), default="a", help="side of pairs; default: a")
+    rows.add_argument(
+        "--side",
+        choices=("a", "b"),
+        default="a",
+        help="side of pairs; default: a; for b, the columns are b, images_b, audio_b",
+    )
     rows.add_argument("--media_root", help="folder of relative media paths; default: the folder of the file")
     rows.add_argument("--split", help="split of a Hub dataset or a folder; default: train")
     rows.add_argument("--name", help="configuration of a Hub dataset")

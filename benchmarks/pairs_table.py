@@ -86,7 +86,7 @@ def measure(
     rows = []
     for (task, group), members in cells([names[i] for i in pairs.task_ids], groups).items():
         figures = compare(columns, bags, members, scales, loss.nce_min_score)
-        if not any(sides_a[row].strip() for row in members):
+        if not all(any(side[row].strip() for row in members) for side in (sides_a, sides_b)):
             figures |= dict.fromkeys([key for key in figures if key.startswith("ngrams_")])
         rows.append({"task": task, "group": group, **figures})
     speed = {

@@ -256,7 +256,7 @@ class Sides:
 
 def side_a(row: dict[str, Any]) -> str | dict[str, Any]:
     """A text, or a dict of what stands in side a."""
-    parts = {"image": row["images"], "text": row["a"], "audio": row["audio"]}
+    parts = {"image": row["images_a"], "text": row["a"], "audio": row["audio_a"]}
     parts = {name: part for name, part in parts.items() if part}
     return row["a"] if set(parts) == {"text"} else parts
 

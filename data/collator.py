@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .schema import MODALITY_PAIRS, Task
+from .schema import MODALITY_PAIRS, Task, modality_pair, present_modalities
 from .sources import content_key
 
 
@@ -17,6 +17,10 @@ class MixedBatchCollator:
 
     Rows reach the processor as conversations because `SentenceTransformer.encode` passes its inputs in this form too:
     training and inference share one code path, so an input and a prefix give the same tokens in both.
+
+    The trimodal paper (§4.4) has a tensor for each side; here one holds both. Its `input_ids_a` are the first B rows
+    of `input_ids`, its `input_ids_b` the next B (likewise `attention_mask`, `has_image`, `has_audio`); its
+    `pixel_values_b` and `audio_features_b` are the images and clips of those rows, which `take_rows` selects.
 
     Prefix dropout is a hash of the seed, the ids of the batch and the position in it. It is therefore reproducible for
     any number of workers and after a resume; it changes with the epoch because shuffling changes the batches.
@@ -66,11 +70,16 @@ class MixedBatchCollator:
         on_both = [self.tasks[row["task"]].prefix_sides == "both" for row in rows]
         on_b = [prefix if both else None for prefix, both in zip(prefixes, on_both, strict=True)]
         conversations = [
-            *(_conversation(prefix, _side_a(row)) for prefix, row in zip(prefixes, rows, strict=True)),
-            *(_conversation(prefix, [_text(row["b"])]) for prefix, row in zip(on_b, rows, strict=True)),
+            *(_conversation(prefix, _side(row, "a")) for prefix, row in zip(prefixes, rows, strict=True)),
+            *(_conversation(prefix, _side(row, "b")) for prefix, row in zip(on_b, rows, strict=True)),
         ]
-        negatives = [(row, text) for row, pair in enumerate(rows) if self.with_negatives for text in pair["negatives"]]
-        conversations += [_conversation(on_b[row], [_text(text)]) for row, text in negatives]
+        negatives = [(row, each) for row, pair in enumerate(rows) if self.with_negatives for each in pair["negatives"]]
+        conversations += [
+            _conversation(
+                on_b[row], message_parts(each["text"], each["images"], each["audio"], rows[row]["image_placeholder"])
+            )
+            for row, each in negatives
+        ]
         if self.extra_parts:
             conversations.append(_conversation(None, list(self.extra_parts)))
         batch = dict(
@@ -99,7 +108,7 @@ class MixedBatchCollator:
             "groups": _long([0 if row["group"] is None else content_key(row["group"]) for row in rows]),
             "modalities": _long([MODALITY_PAIRS.index(_modality_pair(row)) for row in rows]),
             "negative_owners": _long([row for row, _ in negatives]),
-            "negative_keys": _long([content_key(text) for _, text in negatives]),
+            "negative_keys": _long([each["key"] for _, each in negatives]),
             "ids": [row["id"] for row in rows],
         }
 
@@ -122,9 +131,8 @@ def _long(values: list[int]) -> torch.Tensor:
 
 def _modality_pair(row: Mapping[str, Any]) -> str:
     """Returns the entry of `MODALITY_PAIRS` of a pair."""
-    if row["audio"] is not None:
-        return "audio-text"
-    return "image-text" if row["images"] else "text-text"
+    a, b = (present_modalities(row[side], row[f"images_{side}"], row[f"audio_{side}"]) for side in ("a", "b"))
+    return modality_pair(a, b)
 
 
 def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,11 +140,15 @@ def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[
     return [*system, {"role": "user", "content": parts}]
 
 
-def _side_a(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the message parts of side a: text with its images, then audio."""
-    parts = interleave(row["a"], row["images"], row["image_placeholder"])
-    if row["audio"] is not None:
-        parts.append({"type": "audio", "audio": row["audio"]})
+def _side(row: Mapping[str, Any], side: str) -> list[dict[str, Any]]:
+    return message_parts(row[side], row[f"images_{side}"], row[f"audio_{side}"], row["image_placeholder"])
+
+
+def message_parts(text: str, images: Sequence[Any], audio: Any, placeholder: str) -> list[dict[str, Any]]:
+    """Returns the message parts of a side: text with its images, see `interleave`, then audio if not `None`."""
+    parts = interleave(text, images, placeholder)
+    if audio is not None:
+        parts.append({"type": "audio", "audio": audio})
     return parts
 
 

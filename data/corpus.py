@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..media_vipolyqwen import load_audio, load_image
-from .collator import interleave
-from .readers import TEXT_READERS, SourceConfig, find_files, load_from_hub, load_saved, parse_object
+from .collator import message_parts
+from .readers import FORMER_COLUMNS, TEXT_READERS, SourceConfig, find_files, load_from_hub, load_saved, parse_object
 from .schema import Place, RowError, clean_row
 
-SIDES = ("a", "b")
-CONTENT = ("a", "images", "audio")  # columns that an input is made of
-OTHER_NAMES = {"a": "text", "images": "image"}  # read where a file has no column of the schema's name
+CONTENT = {"a": ("a", "images_a", "audio_a"), "b": ("b", "images_b", "audio_b")}  # columns of each side
+OTHER_NAMES = {"a": "text", "images_a": "image"}  # read where a file has no column of the schema's name
 UNIT_ROWS = 4096
 
 
@@ -57,10 +56,11 @@ class CorpusRow:
         """
         try:
             images = [load_image(image if isinstance(image, bytes) else Path(image)) for image in self.images]
-            content = list(interleave(self.text, images, self.image_placeholder))
+            audio = None
             if self.audio is not None:
                 samples, rate = load_audio(self.audio)
-                content.append({"type": "audio", "audio": {"array": samples, "sampling_rate": rate}})
+                audio = {"array": samples, "sampling_rate": rate}
+            content = message_parts(self.text, images, audio, self.image_placeholder)
         except (ValueError, OSError) as error:
             raise RowError(f"{self.place.file}, row {self.place.row} (id {self.id!r}): {error}") from error
         return [{"role": "user", "content": content}]
@@ -185,14 +185,16 @@ class CorpusReader:
             raise ValueError(
                 f"{self.file}: the columns {missing} are missing; the file has {sorted(existing)}. Correct `columns`."
             )
-        wanted = ("b",) if self.side == "b" else CONTENT
+        wanted = CONTENT[self.side]
         names = {name: self.source.columns.get(name, name) for name in ("id", *wanted)}
-        for name, other in OTHER_NAMES.items():
-            if names.get(name) == name and name not in existing:
-                names[name] = other
+        for name in names:
+            if name in FORMER_COLUMNS and name not in self.source.columns:
+                names[name] = self.source.default_column(name, existing)
+            if name in OTHER_NAMES and names[name] == name and name not in existing:
+                names[name] = OTHER_NAMES[name]
         columns = {name: column for name, column in names.items() if column in existing}
         if not set(wanted) & set(columns):
-            hint = "`columns: {a: NAME}` (or images, audio)" if self.side == "a" else "`columns: {b: NAME}`"
+            hint = f"`columns: {{{self.side}: NAME}}` (or {', '.join(wanted[1:])})"
             raise ValueError(
                 f"{self.file}: no column holds the inputs; the file has {sorted(existing)}. Name it with {hint}."
             )
@@ -209,13 +211,12 @@ class CorpusReader:
         place = Place(self.file, number, None if values.get("id") is None else str(values["id"]), columns)
         try:
             row = clean_row(values, place, self._media_root())
-            a_side = self.side == "a"
-            text, images, audio = (row.a, row.images, row.audio) if a_side else (row.b, [], None)
-            if not (text.strip() or images or audio is not None):
-                raise place.error(self.side, text, "the row is empty; fill it in or drop it.")
+            content = row.side(self.side)
+            if not content.modalities:
+                raise place.error(self.side, content.text, "the row is empty; fill it in or drop it.")
         except RowError as error:
             return BadRow(place.id or row_id, self.file, number, str(error))
-        return CorpusRow(row.id, text, images, audio, place, self.source.image_placeholder)
+        return CorpusRow(row.id, **vars(content), place=place, image_placeholder=self.source.image_placeholder)
 
     def _media_root(self) -> str:
         root = self.source.media_root or (os.path.dirname(self.file) if os.path.isfile(self.file) else "")
@@ -253,8 +254,8 @@ def read_corpus(
     """Finds the files of a source of rows to embed.
 
     Args:
-        source: keys of an entry of a recipe's data, see `SourceConfig`. `columns` names those of the content, `a`
-            (text), `images` and `audio`, and `id`; by default `a` or `text`, `images` or `image`, `audio`, `id`.
+        source: keys of an entry of a recipe's data, see `SourceConfig`. `columns` names those of the content and `id`;
+            by default, of side a, `a` or `text`, `images_a`, `images` or `image`, `audio_a` or `audio`.
         side: "a", or "b" to embed the other side of pairs.
         unit_rows: rows of a unit at most; a row group of a Parquet file begins a new one.
 
@@ -265,8 +266,8 @@ def read_corpus(
         ValueError: a setting is wrong, or a file cannot be read.
         OSError: a file does not exist.
     """
-    if side not in SIDES:
-        raise ValueError(f"side is {side!r}; choose one of {', '.join(SIDES)}.")
+    if side not in CONTENT:
+        raise ValueError(f"side is {side!r}; choose one of {', '.join(CONTENT)}.")
     if unit_rows < 1:
         raise ValueError(f"unit_rows is {unit_rows}; a unit has at least 1 row.")
     config = SourceConfig.from_dict(source)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 
 from .names import did_you_mean, rename_old_keys
-from .schema import COLUMNS, Place, Row, RowError, Task, canonical_task, clean_row, row_id
+from .schema import COLUMNS, OLD_COLUMNS, Content, Place, Row, RowError, Task, canonical_task, clean_row, row_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
@@ -28,18 +28,21 @@ CODE = hashlib.blake2b(
     digest_size=16,
 ).hexdigest()
 
+FORMER_COLUMNS = {"task": "data_type"} | {new: old for old, new in OLD_COLUMNS.items()}
+IMAGES = datasets.List(datasets.Value("string"))
+AUDIO = {
+    "path": datasets.Value("string"),
+    "array": datasets.List(datasets.Value("float32")),
+    "sampling_rate": datasets.Value("int64"),
+}
 TEXT_FEATURES = datasets.Features(
     {
-        **{name: datasets.Value("string") for name in ("id", "task", "task_column", "a", "b", "group")},
-        "images": datasets.List(datasets.Value("string")),
-        "negatives": datasets.List(datasets.Value("string")),
-        "audio": {
-            "path": datasets.Value("string"),
-            "array": datasets.List(datasets.Value("float32")),
-            "sampling_rate": datasets.Value("int64"),
-        },
+        **{name: datasets.Value("string") for name in ("id", "task", "a", "b", "group")},
+        **{"images_a": IMAGES, "audio_a": AUDIO, "images_b": IMAGES, "audio_b": AUDIO},
+        "negatives": datasets.List({"text": datasets.Value("string"), "images": IMAGES, "audio": AUDIO}),
         "score": datasets.Value("float64"),
         "line": datasets.Value("int64"),
+        "named": datasets.List(datasets.Value("string")),  # the columns that have a former name, as the file has them
     }
 )
 
@@ -54,13 +57,14 @@ class SourceConfig:
         task: the task of all rows; or
         task_column: the column that holds each row's (`task`, or `data_type`, if neither is given).
         map: value of that column -> task; names of tasks need no entry.
-        columns: a, b, images, audio, score, id, group, negatives -> the user's column (default: the same name; null:
-            none). Rows of one group are not negatives of each other; negatives are texts of wrong answers.
+        columns: a, b, images_a, images_b, audio_a, audio_b, score, id, group, negatives, negative_images,
+            negative_audio -> the user's column (default: the same name, or `images` and `audio` for side a's; null:
+            none). Rows of one group are not negatives of each other; negatives are wrong answers.
         media_root: folder of relative media paths (default: the folder of the file that names them).
         weight: visits of each row in an epoch.
         split: split of a Hub dataset or a folder.
         name: configuration of a Hub dataset.
-        image_placeholder: marks the position of an image in the text of side a.
+        image_placeholder: marks the position of an image in the text of a side.
     """
 
     path: str
@@ -82,7 +86,9 @@ class SourceConfig:
         for name in ("map", "columns"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{self.path}: `{name}` is {getattr(self, name)!r}; write {{NAME: NAME, …}}.")
-        _check_keys(self.columns, [name for name in COLUMNS if name != "task"], f"{self.path}: columns")
+        columns = rename_old_keys(self.columns, f"{self.path}: columns", OLD_COLUMNS)
+        object.__setattr__(self, "columns", columns)
+        _check_keys(columns, [name for name in COLUMNS if name != "task"], f"{self.path}: columns")
         is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not is_number or not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: the weight is {self.weight!r}; it must be above 0 (or drop the source).")
@@ -104,33 +110,33 @@ class SourceConfig:
 
     def column_names(self, existing: Iterable[str] = ()) -> dict[str, str]:
         """Maps each column of the schema to the user's, in a file (or record) with the `existing` columns."""
-        names = {name: self.columns.get(name, name) for name in COLUMNS if name != "task"}
-        if self.task is None:
-            names["task"] = self.task_column or self._default_task_column(existing)
+        given = self.columns if self.task_column is None else {**self.columns, "task": self.task_column}
+        names = {name: given.get(name, name) for name in COLUMNS if name != "task" or self.task is None}
+        for name in FORMER_COLUMNS:
+            if name in names and name not in given:
+                names[name] = self.default_column(name, existing)
         return {name: column for name, column in names.items() if column is not None}
 
-    def _default_task_column(self, existing: Iterable[str]) -> str:
-        found = {"task", "data_type"} & set(existing) - set(self.columns.values())
+    def default_column(self, name: str, existing: Iterable[str]) -> str:
+        """Returns a column under its name or its former name, whichever exists."""
+        former = FORMER_COLUMNS[name]
+        found = {name, former} & set(existing) - set(self.columns.values())
         if len(found) == 2:
+            remedy = "task_column: NAME" if name == "task" else f"columns: {{{name}: NAME}}"
             raise ValueError(
-                f"{self.path}: the columns 'task' and 'data_type' can both hold the tasks; choose one with "
-                "`task_column: NAME`."
+                f"{self.path}: the columns {name!r} and {former!r} can both hold {name}; choose one with `{remedy}`."
             )
-        return found.pop() if found else "task"
+        return found.pop() if found else name
 
     def check_columns(self, existing: Iterable[str], tasks: Mapping[str, Task], file: str) -> None:
         """Checks that a file has the columns that the source names and those that its tasks need."""
         existing = set(existing)
         names = self.column_names(existing)
-        required = {name for name, column in self.columns.items() if column is not None} | {"b"}
-        if self.task is None:
-            required.add("task")
-        else:
-            task = tasks[canonical_task(self.task)]
-            needs = {"score": task.needs_score, "images": task.needs_image, "audio": task.needs_audio}
-            required.update(name for name, needed in needs.items() if needed)
-        if not existing & {names.get("images"), names.get("audio")}:
-            required.add("a")
+        required = {name for name, column in self.columns.items() if column is not None}
+        required.update(["task"] if self.task is None else tasks[canonical_task(self.task)].needed())
+        for side in ("a", "b"):
+            if not existing & {names.get(f"images_{side}"), names.get(f"audio_{side}")}:
+                required.add(side)
         for name in sorted(required):
             if names.get(name) not in existing:
                 remedy = "task_column: NAME" if name == "task" else f"columns: {{{name}: NAME}}"
@@ -153,7 +159,7 @@ class RowReader:
     def read(self, record: Mapping[str, Any], index: int) -> tuple[Row, Place]:
         """Returns the row of `record`, number `index` of the table, and its origin for errors."""
         if self.cleaned:
-            place = _place(self.source, self.file, record["line"], record["id"], [record["task_column"]])
+            place = _place(self.source, self.file, record["line"], record["id"], record["named"])
             row = _restore_row(record, place, self.root)
         else:
             values = {name: record[column] for name, column in self.columns.items()}
@@ -310,14 +316,14 @@ def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> It
         names = source.column_names(record)
         values = {name: record.get(column) for name, column in names.items()}
         row = clean_row(values, _place(source, file, line, values.get("id"), record))
-        audio = row.audio if isinstance(row.audio, dict) else {"path": row.audio}
-        stored = {"path": None, "array": None, "sampling_rate": None, **audio}
         yield {
             **vars(row),
             "id": None if values.get("id") is None else str(values["id"]),
-            "audio": None if row.audio is None else stored,
+            "audio_a": _stored_audio(row.audio_a),
+            "audio_b": _stored_audio(row.audio_b),
+            "negatives": [{**vars(each), "audio": _stored_audio(each.audio)} for each in row.negatives],
             "line": line,
-            "task_column": names.get("task"),
+            "named": [names[name] for name in FORMER_COLUMNS if name in names],
         }
     if existing:
         source.check_columns(existing, tasks, file)
@@ -327,14 +333,37 @@ def _text_rows(file: str, source: SourceConfig, tasks: Mapping[str, Task]) -> It
 
 def _restore_row(record: Mapping[str, Any], place: Place, root: str) -> Row:
     """Returns a row that `_text_rows` has cleaned, with media paths relative to `root` resolved."""
-    values = {name: record[name] for name in COLUMNS}
-    audio = record["audio"]
-    if audio is not None and audio["path"] is not None:
-        audio = os.path.join(root, audio["path"])
-    elif audio is not None:
-        audio = {"array": np.array(audio["array"], np.float32), "sampling_rate": audio["sampling_rate"]}
-    images = [os.path.join(root, path) for path in record["images"]]
-    return Row(**{**values, "id": row_id(place), "images": images, "audio": audio})
+    sides = {side: _restored(record, f"images_{side}", f"audio_{side}", root) for side in ("a", "b")}
+    negatives = [Content(each["text"], *_restored(each, "images", "audio", root)) for each in record["negatives"]]
+    return Row(
+        row_id(place),
+        record["task"],
+        record["a"],
+        record["b"],
+        *sides["a"],
+        *sides["b"],
+        record["score"],
+        record["group"],
+        negatives,
+    )
+
+
+def _restored(record: Mapping[str, Any], images: str, audio: str, root: str) -> tuple[list[str], Any]:
+    """Returns the images and the audio that a record has in these two columns, with paths relative to `root`."""
+    stored = record[audio]
+    if stored is not None and stored["path"] is not None:
+        stored = os.path.join(root, stored["path"])
+    elif stored is not None:
+        stored = {"array": np.array(stored["array"], np.float32), "sampling_rate": stored["sampling_rate"]}
+    return [os.path.join(root, path) for path in record[images]], stored
+
+
+def _stored_audio(audio: Any) -> dict[str, Any] | None:
+    """Returns audio of a row as `AUDIO`."""
+    if audio is None:
+        return None
+    given = audio if isinstance(audio, dict) else {"path": audio}
+    return {"path": None, "array": None, "sampling_rate": None, **given}
 
 
 def _place(source: SourceConfig, file: str, row: int, row_id: Any, existing: Iterable[str]) -> Place:

@@ -4,20 +4,30 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import soundfile
 from PIL import Image
 
 from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_complete, load_audio
 from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
 
-COLUMNS = ("id", "task", "a", "b", "images", "audio", "score", "group", "negatives")
-MODALITY_PAIRS = ("text-text", "image-text", "audio-text")  # of side a and side b; audio beside other parts counts
+COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
+COLUMNS += ("negatives", "negative_images", "negative_audio")
+OLD_COLUMNS = {"images": "images_a", "audio": "audio_a"}
+MODALITIES = ("text", "image", "audio")
+# Of the two sides of a pair, whichever is a. A side of several modalities counts by audio, else by image.
+MODALITY_PAIRS = ("text-text", "image-text", "audio-text", "image-image", "audio-image", "audio-audio")
 TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
+SIDE_NEEDS = {  # side -> column -> the field of `Task` that says whether a row needs it
+    "a": {"images_a": "needs_image", "audio_a": "needs_audio"},
+    "b": {"images_b": "needs_image_b", "audio_b": "needs_audio_b"},
+}
+TEXT_ONLY = ("text_only_a", "text_only_b")
 PREFIX_PATTERN = re.compile(r"<\w+>")
 SIDES_OF_TASKS = "task"  # in a recipe: each task keeps its sides
 
@@ -29,13 +39,30 @@ def canonical_task(name: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its prefix token, the sides that carry it (`PREFIX_SIDES`), and what its rows need besides text."""
+    """A task: its prefix token, what its rows need besides text, and the sides that hold nothing but text.
+
+    Attributes:
+        name: its name.
+        prefix: its prefix token.
+        needs_score: whether each row needs a score.
+        needs_image: whether side a needs an image.
+        needs_audio: whether side a needs audio.
+        needs_image_b: whether side b needs an image.
+        needs_audio_b: whether side b needs audio.
+        text_only_a: whether images and audio on side a are an error.
+        text_only_b: whether images and audio on side b and in hard negatives are an error.
+        prefix_sides: the sides that carry the prefix, of `PREFIX_SIDES`.
+    """
 
     name: str
     prefix: str
     needs_score: bool = False
     needs_image: bool = False
     needs_audio: bool = False
+    needs_image_b: bool = False
+    needs_audio_b: bool = False
+    text_only_a: bool = False
+    text_only_b: bool = False
     prefix_sides: str = "a"
 
     def __post_init__(self) -> None:
@@ -44,13 +71,26 @@ class Task:
                 f"tasks.{self.name}: the prefix is {self.prefix!r}; write one word in angle brackets, "
                 f"such as '<{self.name}>'."
             )
-        for need in ("needs_score", "needs_image", "needs_audio"):
-            if not isinstance(getattr(self, need), bool):
-                raise ValueError(f"tasks.{self.name}.{need} is {getattr(self, need)!r}; write true or false.")
+        for name in ("needs_score", *(need for needs in SIDE_NEEDS.values() for need in needs.values()), *TEXT_ONLY):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"tasks.{self.name}.{name} is {getattr(self, name)!r}; write true or false.")
         if self.prefix_sides not in PREFIX_SIDES:
             raise ValueError(
                 f"tasks.{self.name}.prefix_sides is {self.prefix_sides!r}; write one of {', '.join(PREFIX_SIDES)}."
             )
+        for only, (side, needs) in zip(TEXT_ONLY, SIDE_NEEDS.items(), strict=True):
+            for need in needs.values():
+                if getattr(self, only) and getattr(self, need):
+                    raise ValueError(
+                        f"tasks.{self.name}: {only} and {need} are both true; drop one, side {side} cannot be both."
+                    )
+
+    def needed(self) -> list[str]:
+        """Returns the columns that every row of the task fills, besides texts."""
+        columns = ["score"] if self.needs_score else []
+        return columns + [
+            column for needs in SIDE_NEEDS.values() for column, need in needs.items() if getattr(self, need)
+        ]
 
 
 TASKS = {
@@ -72,8 +112,7 @@ def declare_tasks(
     """Returns the six tasks and those that a recipe declares; a task's place in the result is its task id.
 
     Args:
-        declared: name -> `{prefix, prefix_sides, needs_score, needs_image, needs_audio, loss}`; `loss` is for the loss
-            to read.
+        declared: name -> the fields of `Task`, and `loss` for the loss to read.
         prefix_sides: `a`, `both` or `none` for all tasks, or `task` for those of each task.
     """
     tasks = dict(TASKS)
@@ -128,6 +167,42 @@ class Place:
 
 
 @dataclass
+class Content:
+    """What a side of a pair or a hard negative holds: text, images, audio or any mix.
+
+    Attributes:
+        text: with one placeholder per image, or without any.
+        images: paths or contents of files.
+        audio: path or content of a file, or `{"array": (samples,) float32, "sampling_rate"}`.
+    """
+
+    text: str = ""
+    images: list[str | bytes] = field(default_factory=list)
+    audio: str | bytes | dict[str, Any] | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Returns the modalities present, in the order of `MODALITIES`; empty if nothing is."""
+        return present_modalities(self.text, self.images, self.audio)
+
+    def equals(self, other: "Content") -> bool:
+        """Returns whether text and sources are the same, without opening a file."""
+        if isinstance(self.audio, dict) and isinstance(other.audio, dict):
+            same = np.array_equal(self.audio["array"], other.audio["array"])
+        else:
+            same = type(self.audio) is type(other.audio) and self.audio == other.audio
+        return same and (self.text, self.images) == (other.text, other.images)
+
+    def shown(self) -> str | dict[str, Any]:
+        """Returns a short form for an error message: the text, or a dict of the parts."""
+        if not self.images and self.audio is None:
+            return self.text
+        images = [show_media(image) for image in self.images]
+        parts = {"text": self.text, "images": images, "audio": None if self.audio is None else show_media(self.audio)}
+        return {name: part for name, part in parts.items() if part}
+
+
+@dataclass
 class Row:
     """One pair. An image is a path or the bytes of a file; audio also samples as `{"array", "sampling_rate"}`."""
 
@@ -135,11 +210,30 @@ class Row:
     task: str
     a: str
     b: str
-    images: list[str | bytes]
-    audio: str | bytes | dict[str, Any] | None
+    images_a: list[str | bytes]
+    audio_a: str | bytes | dict[str, Any] | None
+    images_b: list[str | bytes]
+    audio_b: str | bytes | dict[str, Any] | None
     score: float | None
     group: str | None
-    negatives: list[str]
+    negatives: list[Content]
+
+    def side(self, name: str) -> Content:
+        """Returns side `"a"` or `"b"`."""
+        if name == "a":
+            return Content(self.a, self.images_a, self.audio_a)
+        return Content(self.b, self.images_b, self.audio_b)
+
+
+def present_modalities(text: str, images: Sequence[Any], audio: Any) -> tuple[str, ...]:
+    """Returns the modalities present on a side, in the order of `MODALITIES`; blank text does not count."""
+    given = (text.strip(), len(images), audio is not None)
+    return tuple(name for name, is_given in zip(MODALITIES, given, strict=True) if is_given)
+
+
+def modality_pair(a: Sequence[str], b: Sequence[str]) -> str:
+    """Returns the entry of `MODALITY_PAIRS` for the modalities of two sides."""
+    return "-".join(sorted("audio" if "audio" in side else "image" if "image" in side else "text" for side in (a, b)))
 
 
 def row_id(place: Place) -> str:
@@ -164,16 +258,18 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
         task="" if task is None else str(task),
         a=_clean_text("a", record.get("a"), place),
         b=_clean_text("b", record.get("b"), place),
-        images=_clean_images(record.get("images"), place, root),
-        audio=_clean_audio(record.get("audio"), place, root),
+        images_a=_clean_images("images_a", record.get("images_a"), place, root),
+        audio_a=_clean_audio("audio_a", record.get("audio_a"), place, root),
+        images_b=_clean_images("images_b", record.get("images_b"), place, root),
+        audio_b=_clean_audio("audio_b", record.get("audio_b"), place, root),
         score=_clean_score(record.get("score"), place),
         group=None if group is None else str(group),
-        negatives=_clean_texts("negatives", record.get("negatives"), place),
+        negatives=_clean_negatives(record, place, root),
     )
 
 
 def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placeholder: str) -> None:
-    """Checks task, score, texts and the needs of the task, without opening a file.
+    """Checks task, score, both sides against the task, and hard negatives, without opening a file.
 
     Raises:
         RowError: the first fault found.
@@ -186,26 +282,49 @@ def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placehold
         )
     task = tasks[row.task]
     _check_score(row, task, place)
-    has_a = bool(row.a.strip() or row.images or row.audio is not None)
-    if not has_a and not row.b.strip():
-        raise place.error("a", row.a, "the text is empty on both sides; fill it in or drop the row.")
-    if not row.b.strip():
-        raise place.error("b", row.b, "side b has no text; fill it in or drop the row.")
-    if task.needs_image and not row.images:
-        raise place.error("images", row.images, f"{row.task} needs an image; name one or change the task.")
-    if task.needs_audio and row.audio is None:
-        raise place.error("audio", row.audio, f"{row.task} needs audio; name a file or change the task.")
-    if not has_a:
-        raise place.error("a", row.a, "side a has no text, image or audio; fill it in or drop the row.")
-    if any(not text.strip() or text == row.b for text in row.negatives):
-        raise place.error("negatives", row.negatives, "a negative is empty or equals side b; drop it.")
-    markers = row.a.count(image_placeholder) if row.images else 0
-    if markers not in (0, len(row.images)):
+    if not row.side("a").modalities and not row.side("b").modalities:
+        raise place.error("a", row.a, "side a and side b are both empty; fill them in or drop the row.")
+    for side in SIDE_NEEDS:
+        _check_side(row, side, task, place)
+        _check_placeholders(side, row.side(side), place, image_placeholder)
+    for negative in row.negatives:
+        if not negative.modalities or negative.equals(row.side("b")):
+            shown = [each.shown() for each in row.negatives]
+            raise place.error("negatives", shown, "a negative is empty or equals side b; drop it.")
+        if task.text_only_b and negative.modalities != ("text",):
+            problem = f"{row.task} has text_only_b, so its negatives are texts; write texts or drop text_only_b."
+            raise place.error("negatives", negative.shown(), problem)
+        _check_placeholders("negatives", negative, place, image_placeholder)
+
+
+def _check_side(row: Row, side: str, task: Task, place: Place) -> None:
+    """Checks that a side holds what its task needs, nothing that it excludes, and anything at all."""
+    values = {column: getattr(row, column) for column in SIDE_NEEDS[side]}
+    for (column, value), (what, file) in zip(values.items(), (("an image", "one"), ("audio", "a file")), strict=True):
+        if getattr(task, SIDE_NEEDS[side][column]) and not value:
+            problem = f"{row.task} needs {what} on side {side}; name {file} or change the task."
+            raise place.error(column, value, problem)
+        if getattr(task, f"text_only_{side}") and value:
+            shown = [show_media(image) for image in value] if isinstance(value, list) else show_media(value)
+            raise place.error(
+                column,
+                shown,
+                f"side {side} of {row.task} is text only (text_only_{side}); leave the column out, move it to the "
+                "other side or change the task.",
+            )
+    if not row.side(side).modalities:
+        text = getattr(row, side)
+        raise place.error(side, text, f"side {side} has no text, image or audio; fill it in or drop the row.")
+
+
+def _check_placeholders(column: str, content: Content, place: Place, image_placeholder: str) -> None:
+    markers, images = content.text.count(image_placeholder), len(content.images)
+    if images and markers not in (0, images):
         raise place.error(
-            "a",
-            row.a,
-            f"{markers} placeholders {image_placeholder} for {len(row.images)} images; write one for each image, or "
-            "none to have the images first.",
+            column,
+            content.text,
+            f"{markers} placeholders {image_placeholder} for {images} images; write one for each image, or none to "
+            "have the images first.",
         )
 
 
@@ -221,23 +340,23 @@ def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = 
     Raises:
         RowError: the first fault found.
     """
-    files = [("images", image) for image in row.images] + [("audio", row.audio)]
-    for column, path in files:
-        if isinstance(path, str) and not os.path.isfile(path):
-            raise place.error(column, path, "no such file; correct the path or `media_root` (URLs are not fetched).")
-    if headers:
-        for image in row.images:
-            _check_image_header(image, place)
-    if row.audio is not None and (headers or isinstance(row.audio, dict)):
-        frames, rate = _audio_header(row.audio, place)
-        samples = math.ceil(frames * ENCODER_RATE / rate)
-        if samples < max(1, min_audio_samples):
-            raise place.error(
-                "audio",
-                show_media(row.audio),
-                f"the audio has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder "
-                f"needs at least {max(1, min_audio_samples)}. Pad it with silence or drop the row.",
-            )
+    for images, audio, content in media_contents(row):
+        for column, source in [*((images, image) for image in content.images), (audio, content.audio)]:
+            if isinstance(source, str) and not os.path.isfile(source):
+                problem = "no such file; correct the path or `media_root` (URLs are not fetched)."
+                raise place.error(column, source, problem)
+        if headers:
+            for image in content.images:
+                _check_image_header(images, image, place)
+        if content.audio is not None and (headers or isinstance(content.audio, dict)):
+            _check_audio_length(audio, content.audio, place, max(1, min_audio_samples))
+
+
+def media_contents(row: Row) -> Iterator[tuple[str, str, Content]]:
+    """Yields the sides and hard negatives that hold media, with the columns of their images and of their audio."""
+    named = [("images_a", "audio_a", row.side("a")), ("images_b", "audio_b", row.side("b"))]
+    named += [("negatives", "negatives", negative) for negative in row.negatives]
+    yield from (entry for entry in named if entry[2].images or entry[2].audio is not None)
 
 
 def show_media(source: str | bytes | dict[str, Any]) -> str:
@@ -261,16 +380,38 @@ def _clean_text(column: str, value: Any, place: Place) -> str:
     return value
 
 
-def _clean_texts(column: str, value: Any, place: Place) -> list[str]:
-    if value is None or value == "":
+def _listed(value: Any) -> list[Any]:
+    """Returns a list as it is, and one value as a list of it; empty without a value."""
+    if value is None or (isinstance(value, str) and not value):
         return []
-    return [_clean_text(column, entry, place) for entry in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, list) else [value]
 
 
-def _clean_images(value: Any, place: Place, root: str) -> list[str | bytes]:
-    if value is None or value == "":
-        return []
-    return [_clean_file("images", entry, place, root) for entry in (value if isinstance(value, list) else [value])]
+def _clean_negatives(record: Mapping[str, Any], place: Place, root: str) -> list[Content]:
+    """Returns the hard negatives of three columns; each entry of a column is one negative."""
+    images, audio = record.get("negative_images"), record.get("negative_audio")
+    return [
+        *(_clean_negative(entry, place, root) for entry in _listed(record.get("negatives"))),
+        *(Content(images=_clean_images("negative_images", entry, place, root)) for entry in _listed(images)),
+        *(Content(audio=_clean_audio("negative_audio", entry, place, root)) for entry in _listed(audio)),
+    ]
+
+
+def _clean_negative(entry: Any, place: Place, root: str) -> Content:
+    if not isinstance(entry, dict):
+        return Content(_clean_text("negatives", entry, place))
+    known = [item.name for item in fields(Content)]
+    if unknown := sorted(set(entry) - set(known)):
+        raise place.error("negatives", entry, f"unknown keys {unknown}; a negative is a text or has {known}.")
+    return Content(
+        _clean_text("negatives", entry.get("text"), place),
+        _clean_images("negatives", entry.get("images"), place, root),
+        _clean_audio("negatives", entry.get("audio"), place, root),
+    )
+
+
+def _clean_images(column: str, value: Any, place: Place, root: str) -> list[str | bytes]:
+    return [_clean_file(column, entry, place, root) for entry in _listed(value)]
 
 
 def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes:
@@ -283,20 +424,20 @@ def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes
     return value
 
 
-def _clean_audio(value: Any, place: Place, root: str) -> str | bytes | dict[str, Any] | None:
+def _clean_audio(column: str, value: Any, place: Place, root: str) -> str | bytes | dict[str, Any] | None:
     if value is None or value == "":
         return None
     if isinstance(value, list):
         value = {"array": value}
     if not isinstance(value, dict) or value.get("array") is None:
-        return _clean_file("audio", value, place, root)
+        return _clean_file(column, value, place, root)
     array = value["array"]
     if isinstance(array, list) and array and all(isinstance(sample, int) for sample in array):
-        raise place.error("audio", array, "integer samples; scale them to [-1, 1].")
+        raise place.error(column, array, "integer samples; scale them to [-1, 1].")
     try:
         samples, rate = load_audio({"array": array, "sampling_rate": value.get("sampling_rate")})
     except (ValueError, TypeError) as error:
-        raise place.error("audio", array, str(error)) from error
+        raise place.error(column, array, str(error)) from error
     return {"array": samples, "sampling_rate": rate}
 
 
@@ -321,22 +462,34 @@ def _check_score(row: Row, task: Task, place: Place) -> None:
         )
 
 
-def _check_image_header(source: str | bytes, place: Place) -> None:
+def _check_image_header(column: str, source: str | bytes, place: Place) -> None:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise place.error("images", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
+        raise place.error(column, show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise place.error(
-            "images",
+            column,
             show_media(source),
             f"it is {width}×{height}; the limits are {MAX_IMAGE_PIXELS} pixels and an aspect ratio of "
             f"{MAX_ASPECT_RATIO}. Scale or crop it.",
         )
 
 
-def _audio_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
+def _check_audio_length(column: str, audio: str | bytes | dict[str, Any], place: Place, shortest: int) -> None:
+    frames, rate = _audio_header(column, audio, place)
+    samples = math.ceil(frames * ENCODER_RATE / rate)
+    if samples < shortest:
+        raise place.error(
+            column,
+            show_media(audio),
+            f"the audio has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder needs "
+            f"at least {shortest}. Pad it with silence or drop the row.",
+        )
+
+
+def _audio_header(column: str, source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
     """Returns the number of samples of a channel and the sampling rate in Hz."""
     if isinstance(source, dict):
         return len(source["array"]), source["sampling_rate"]
@@ -345,5 +498,5 @@ def _audio_header(source: str | bytes | dict[str, Any], place: Place) -> tuple[i
             check_wav_is_complete(file)
             info = soundfile.info(file)
     except (OSError, ValueError, soundfile.SoundFileError) as error:
-        raise place.error("audio", show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
+        raise place.error(column, show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
     return info.frames, info.samplerate

@@ -15,7 +15,17 @@ import torch
 
 from ..media_vipolyqwen import load_audio, load_image
 from .readers import CODE, RowReader, SourceConfig, read_source
-from .schema import Place, Row, Task, canonical_task, check_media, check_row, show_media
+from .schema import (
+    MODALITIES,
+    Content,
+    Place,
+    Row,
+    Task,
+    canonical_task,
+    check_media,
+    check_row,
+    show_media,
+)
 
 
 @dataclass(frozen=True)
@@ -29,19 +39,20 @@ class RowChecker:
     code: str = CODE
 
     def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
-        """Returns the task ids of the rows.
+        """Returns the task ids and the modalities of the rows, see `Piece`.
 
         Raises:
             RowError: a row is unusable.
         """
         task_ids = list(self.tasks)
-        checked = []
+        checked, modalities = [], []
         for index, record in zip(indices, table.to_pylist(), strict=True):
             row, place = self.reader.read(record, index)
             check_row(row, self.tasks, place, self.reader.source.image_placeholder)
             check_media(row, place, self.min_audio_samples, self.check_media)
             checked.append(task_ids.index(row.task))
-        return {"task": checked}
+            modalities.append(_modality_bits(row.side("a")) + 8 * _modality_bits(row.side("b")))
+        return {"task": checked, "modalities": modalities}
 
 
 @dataclass
@@ -51,11 +62,12 @@ class Piece:
     table: datasets.Dataset  # in arrow format, which does not decode media
     reader: RowReader
     task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
+    modalities: np.ndarray  # (rows,) int8: bits 0 to 2 for `MODALITIES` of side a, bits 3 to 5 for those of side b
     records: np.ndarray | None = None  # (rows,) int64, numbers in the file if rows were left out
 
     def only(self, kept: np.ndarray) -> "Piece":
         """Returns the piece of the rows with the given numbers."""
-        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], kept)
+        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], self.modalities[kept], kept)
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -76,6 +88,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.source_weights = [float(source.weight) for source in sources]
         self.ends = np.cumsum([len(piece.table) for piece in self.pieces]).tolist()
         self.task_ids = np.concatenate([piece.task_ids for piece in self.pieces])  # (rows,) int16
+        self.modalities = np.concatenate([piece.modalities for piece in self.pieces])  # (rows,) int8, see `Piece`
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -84,34 +97,32 @@ class PairDataset(torch.utils.data.Dataset):
         """Returns one pair with decoded media.
 
         Returns:
-            `id`, `task`, `a`, `b`, `images` (list of RGB PIL images), `image_placeholder`, `audio`
-            (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `score` (or `None`), `group`
-            (or `None`), `negatives` (list of texts), `source` (index of the recipe's entry), `a_key`, `b_key`
-            (`content_key` of each side).
+            `id`, `task`, `a`, `b` (texts), `images_a`, `images_b` (lists of RGB PIL images), `audio_a`, `audio_b`
+            (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `a_key`, `b_key`
+            (`content_key` of each side), `negatives` (list of `{"text", "images", "audio", "key"}`),
+            `image_placeholder`, `score` (or `None`), `group` (or `None`), `source` (index of the recipe's entry).
 
         Raises:
             RowError: an image or audio file cannot be decoded.
         """
         number, row, place = self._read(index)
-        images = [_read_file(image, "images", place) for image in row.images]
-        audio = _read_file(row.audio, "audio", place) if isinstance(row.audio, str) else row.audio
+        a, b = (_decoded(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
         return {
             "id": row.id,
             "task": row.task,
             "a": row.a,
             "b": row.b,
-            "images": [
-                _decode(load_image, content, "images", source, place)
-                for content, source in zip(images, row.images, strict=True)
-            ],
+            "images_a": a["images"],
+            "images_b": b["images"],
+            "audio_a": a["audio"],
+            "audio_b": b["audio"],
+            "a_key": a["key"],
+            "b_key": b["key"],
+            "negatives": [_decoded(each, "negatives", "negatives", place) for each in row.negatives],
             "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
-            "audio": None if audio is None else _decode(_load_audio, audio, "audio", row.audio, place),
             "score": row.score,
             "group": row.group,
-            "negatives": row.negatives,
             "source": self.piece_sources[number],
-            "a_key": content_key(row.a, [*images, *_audio_bytes(audio)]),
-            "b_key": content_key(row.b),
         }
 
     def task_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
@@ -120,8 +131,16 @@ class PairDataset(torch.utils.data.Dataset):
         counts = {name: int(np.count_nonzero(task_ids == number)) for number, name in enumerate(self.tasks)}
         return {name: count for name, count in counts.items() if count}
 
+    def modality_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
+        """Counts the rows [first, last) by the modalities of both sides, such as `image + text – text`."""
+        values, counts = np.unique(self.modalities[first:last], return_counts=True)
+        return {
+            f"{modality_name(value % 8)} – {modality_name(value // 8)}": count
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+        }
+
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Yields the texts of both sides of every row, without decoding media."""
+        """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
         for index in range(len(self)):
             _, row, _ = self._read(index)
             yield row.a, row.b
@@ -185,7 +204,7 @@ def load_pairs(
         pieces.append([])
         for table, reader in read_source(source, tasks):
             checker = RowChecker(reader, dict(tasks), min_audio_samples, check_media)
-            pieces[-1].append(Piece(table, reader, _check_rows(table, checker)))
+            pieces[-1].append(Piece(table, reader, *_check_rows(table, checker)))
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
     return PairDataset(sources, pieces, tasks)
@@ -231,18 +250,44 @@ def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
             )
 
 
-def _check_rows(table: datasets.Dataset, checker: RowChecker) -> np.ndarray:
-    """Checks every row; returns the task ids, (rows,) int16."""
+def _check_rows(table: datasets.Dataset, checker: RowChecker) -> tuple[np.ndarray, np.ndarray]:
+    """Checks every row; returns the task ids, (rows,) int16, and the modalities, (rows,) int8, see `Piece`."""
     checked = table.map(
         checker,
         batched=True,
         batch_size=256,
         with_indices=True,
         remove_columns=table.column_names,
-        features=datasets.Features({"task": datasets.Value("int16")}),
+        features=datasets.Features({"task": datasets.Value("int16"), "modalities": datasets.Value("int8")}),
         desc=f"Checking {checker.reader.file}",
     )
-    return checked.with_format("arrow")[:]["task"].to_numpy()  # the numpy format would widen it to int64
+    columns = checked.with_format("arrow")[:]  # the numpy format would widen them to int64
+    return columns["task"].to_numpy(), columns["modalities"].to_numpy()
+
+
+def modality_name(bits: int) -> str:
+    """Returns the modalities of a side as one name, from its three bits, see `Piece`: image before text, as shown."""
+    return " + ".join(name for name in ("image", "audio", "text") if bits >> MODALITIES.index(name) & 1)
+
+
+def _modality_bits(content: Content) -> int:
+    return sum(1 << MODALITIES.index(name) for name in content.modalities)
+
+
+def _decoded(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:
+    """Returns `text`, `images` and `audio` of a side with decoded media, and its `key`."""
+    images = [_read_file(image, images_column, place) for image in content.images]
+    is_path = isinstance(content.audio, str)
+    audio = _read_file(content.audio, audio_column, place) if is_path else content.audio
+    return {
+        "text": content.text,
+        "images": [
+            _decode(load_image, image, images_column, source, place)
+            for image, source in zip(images, content.images, strict=True)
+        ],
+        "audio": None if audio is None else _decode(_load_audio, audio, audio_column, content.audio, place),
+        "key": content_key(content.text, [*images, *_audio_bytes(audio)]),
+    }
 
 
 def _read_file(source: str | bytes, column: str, place: Place) -> bytes:

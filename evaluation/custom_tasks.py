@@ -5,15 +5,15 @@ An entry of a suite names a kind, a name and a source of pairs with the keys of 
     {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   a task each: side a finds side b
     {task: retrieval, name: Captions, path: dev.jsonl, pair_task: image_caption, both_directions: true}
     {task: sts, name: ViSTS, path: vists.csv, columns: {a: sentence1, b: sentence2, score: similarity}}
-    {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images: image, audio: audio}}
+    {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images_a: image, audio_a: audio}}
     {task: pages, name: Forms, path: forms.jsonl, query: b}                    the text of side a or b finds its page
 """
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import soundfile
@@ -21,7 +21,8 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.sts import AbsTaskSTS
-from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.abstasks.task_metadata import TaskCategory, TaskMetadata
+from mteb.types import PromptType
 
 from ..data.readers import SourceConfig
 from ..data.schema import Row, Task
@@ -34,6 +35,16 @@ MAX_RANKED = 1000  # as in mteb
 MIN_SCORE = 0.5  # a pair scored lower is not relevant; its side b stays a candidate
 MEDIA = {"image": datasets.Image(), "audio": datasets.Audio()}
 LANGUAGES = ("mul-Latn",)  # mteb's code for several languages
+
+
+class CustomMetadata(TaskMetadata):
+    """Metadata of a task whose sides may be of any modality; mteb has a category for some combinations only."""
+
+    sides: dict[str, list[str]] = {}  # "query", "document" -> modalities
+
+    def get_modalities(self, prompt_type: PromptType | None = None) -> list[str]:
+        """Returns the modalities of queries or documents, or those of both."""
+        return self.sides.get(prompt_type.value, self.modalities) if prompt_type else self.modalities
 
 
 class CustomRetrieval(AbsTaskRetrieval):
@@ -118,16 +129,18 @@ def answer_tasks(
 ) -> list[AbsTask]:
     """Builds one task per task of the pairs: side a finds side b, with prompts as in training; also the reverse.
 
-    Sides a of different modalities, such as images with and without a question, make separate tasks.
+    Sides of different modalities, such as images with and without a question, make separate tasks.
     """
-    kinds: dict[str, dict[tuple[str, ...], list[Row]]] = {}
+    kinds: dict[str, dict[tuple[tuple[str, ...], tuple[str, ...]], list[Row]]] = {}
     for row in rows:
-        kinds.setdefault(row.task, {}).setdefault(_side_a(row, placeholder).modalities, []).append(row)
+        modalities = tuple(_side(row, side, placeholder).modalities for side in ("a", "b"))
+        kinds.setdefault(row.task, {}).setdefault(modalities, []).append(row)
     tasks = []
     for task, groups in kinds.items():
-        for modalities, group in groups.items():
-            label = f"{name}-{task}" + (f"-{'+'.join(modalities)}" if len(groups) > 1 else "")
-            sides = [(_side_a(row, placeholder), Side(row.b)) for row in group]
+        for (asked, found), group in groups.items():
+            label = f"{name}-{task}" + (f"-{'+'.join(asked)}" if len({a for a, _ in groups}) > 1 else "")
+            label += f"-to-{'+'.join(found)}" if len({b for _, b in groups}) > 1 else ""
+            sides = [(_side(row, "a", placeholder), _side(row, "b", placeholder)) for row in group]
             relevant = [row.score is None or row.score >= MIN_SCORE for row in group]
             a, b = SidePrompt(task, "a"), SidePrompt(task, "b")
             tasks.append(retrieval_task(label, sides, relevant, {"query": a, "document": b}, languages))
@@ -140,18 +153,18 @@ def answer_tasks(
 def trimodal_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES
 ) -> list[AbsTask]:
-    """Builds six tasks, without prompts: text (side b), image and audio of a row find one another."""
+    """Builds six tasks, without prompts: text (of side b, or else a), image and audio of a row find one another."""
     shown = {
-        "text": [Side(row.b) for row in rows],
-        "image": [Side(images=tuple(row.images)) for row in rows],
-        "audio": [Side(audio=_audio_file(row.audio)) for row in rows],
+        "text": [Side(row.b if row.b.strip() else row.a) for row in rows],
+        "image": [Side(images=tuple(row.images_a or row.images_b)) for row in rows],
+        "audio": [Side(audio=_audio_file(row.audio_b if row.audio_a is None else row.audio_a)) for row in rows],
     }
     for modality, sides in shown.items():
         missing = [row.id for row, side in zip(rows, sides, strict=True) if side.modalities != (modality,)]
         if missing:
             raise ValueError(
                 f"{name}: {len(missing)} rows have no {modality}, the first being {missing[0]!r}; a trimodal row has "
-                "a text (column b), an image (column images) and audio (column audio)."
+                "a text (column b or a), an image (images_a or images_b) and audio (audio_a or audio_b)."
             )
     everything = [True] * len(rows)
     return [
@@ -163,24 +176,30 @@ def trimodal_tasks(
 def page_tasks(
     name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES, query: str = "a"
 ) -> list[AbsTask]:
-    """Builds one task: the text of side a (a question) or b (the page's text) finds the image of the page."""
+    """Builds one task: the text of side a (a question) or b (the page's text) finds the page, an image of either."""
     if query not in ("a", "b"):
         raise ValueError(f"{name}: query is {query!r}; it must be a or b.")
-    several = [row.id for row in rows if len(row.images) != 1]
+    several = [row.id for row in rows if len(row.images_a) + len(row.images_b) != 1]
     if several:
         raise ValueError(
             f"{name}: {len(several)} rows do not have one image, e.g. {several[0]!r}; select others with `only`."
         )
-    texts = [row.a.replace(placeholder, "").strip() if query == "a" else row.b for row in rows]
+    texts = [_side(row, query, placeholder).text.strip() for row in rows]
     if "" in texts:
-        raise ValueError(f"{name}: side a of {rows[texts.index('')].id!r} has no text; say `query: b`, or `only`.")
-    sides = [(Side(text), Side(images=tuple(row.images))) for text, row in zip(texts, rows, strict=True)]
+        row, other = rows[texts.index("")], "b" if query == "a" else "a"
+        raise ValueError(f"{name}: side {query} of {row.id!r} has no text; say `query: {other}`, or `only`.")
+    sides = [
+        (Side(text), Side(images=tuple(row.images_a or row.images_b))) for text, row in zip(texts, rows, strict=True)
+    ]
     return [retrieval_task(name, sides, [True] * len(rows), {}, languages, "DocumentUnderstanding")]
 
 
 def sts_tasks(name: str, rows: list[Row], placeholder: str, languages: Iterable[str] = LANGUAGES) -> list[AbsTask]:
     """Builds one task: Spearman's correlation of cosine and score, without prompts unless the suite names one."""
-    wrong = [row.id for row in rows if row.score is None or row.images or row.audio is not None]
+    text_pair = [("text",), ("text",)]
+    wrong = [
+        row.id for row in rows if row.score is None or [row.side(side).modalities for side in ("a", "b")] != text_pair
+    ]
     if wrong:
         raise ValueError(
             f"{name}: {len(wrong)} rows are not two texts and a score, e.g. {wrong[0]!r}; select others with `only`."
@@ -193,7 +212,8 @@ def sts_tasks(name: str, rows: list[Row], placeholder: str, languages: Iterable[
         }
     )
     revision = _revision(repr([(row.a, row.b, row.score) for row in rows]))
-    metadata = _metadata(name, "STS", "t2t", ["text"], "cosine_spearman", revision, languages)
+    texts = {"query": ["text"], "document": ["text"]}
+    metadata = _metadata(name, "STS", texts, "cosine_spearman", revision, languages)
     return [type("CustomSTS", (CustomSTS,), {"metadata": metadata, "pairs": pairs})()]
 
 
@@ -246,20 +266,18 @@ def retrieval_task(
         relevant_docs=qrels,
         top_ranked=None,
     )
-    category = f"{_letters(asked)}2{_letters(shown)}"
-    union = [modality for modality in MODALITIES if modality in (*asked, *shown)]
+    sides = {"query": list(asked), "document": list(shown)}
     revision = _revision(repr((list(queries), list(documents), matches)))
-    metadata = _metadata(
-        name, task_type or _task_type(asked, shown), category, union, "hit_rate_at_1", revision, languages
-    )
+    metadata = _metadata(name, task_type or _task_type(asked, shown), sides, "hit_rate_at_1", revision, languages)
     fields = {"metadata": metadata, "split": split, "relevant": matches, "prompt_names": prompt_names}
     return type("CustomRetrieval", (CustomRetrieval,), fields)()
 
 
-def _side_a(row: Row, placeholder: str) -> Side:
-    """Returns side a; placeholders stay in the text only with several images, where the encoder uses them."""
-    text = row.a if len(row.images) > 1 else row.a.replace(placeholder, "").strip()
-    return Side(text, tuple(row.images), _audio_file(row.audio))
+def _side(row: Row, name: str, placeholder: str) -> Side:
+    """Returns a side; placeholders stay in a text with several images, where the encoder uses them, or without any."""
+    content = row.side(name)
+    text = content.text.replace(placeholder, "").strip() if len(content.images) == 1 else content.text
+    return Side(text, tuple(content.images), _audio_file(content.audio))
 
 
 def _audio_file(audio: str | bytes | dict[str, Any] | None) -> str | bytes | None:
@@ -271,7 +289,7 @@ def _audio_file(audio: str | bytes | dict[str, Any] | None) -> str | bytes | Non
     return buffer.getvalue()
 
 
-def _letters(modalities: tuple[str, ...]) -> str:
+def _letters(modalities: Sequence[str]) -> str:
     """Returns the side's letters in mteb's categories: "it" is an image with a text."""
     return "".join(modality[0] for modality in ("image", "audio", "text") if modality in modalities)
 
@@ -279,7 +297,7 @@ def _letters(modalities: tuple[str, ...]) -> str:
 def _task_type(asked: tuple[str, ...], shown: tuple[str, ...]) -> str:
     if asked == shown == ("text",):
         return "Retrieval"
-    return "VisionCentricQA" if asked == ("text", "image") else "Any2AnyRetrieval"
+    return "VisionCentricQA" if (asked, shown) == (("text", "image"), ("text",)) else "Any2AnyRetrieval"
 
 
 def _table(letter: str, sides: list[Side], modalities: tuple[str, ...]) -> datasets.Dataset:
@@ -326,18 +344,19 @@ def _revision(content: str) -> str:
 def _metadata(
     name: str,
     task_type: str,
-    category: str,
-    modalities: list[str],
+    sides: dict[str, list[str]],
     main_score: str,
     revision: str,
     languages: Iterable[str],
 ) -> TaskMetadata:
-    return TaskMetadata(
+    category = "2".join(_letters(side) for side in sides.values())
+    return CustomMetadata(
         name=name,
         description="Local pairs, read with the keys of a training recipe.",
         type=task_type,
-        category=category,
-        modalities=modalities,
+        category=category if category in get_args(TaskCategory) else None,
+        modalities=[modality for modality in MODALITIES if any(modality in side for side in sides.values())],
+        sides=sides,
         dataset={"path": f"local/{name}", "revision": revision},
         eval_splits=["test"],
         eval_langs=list(languages),

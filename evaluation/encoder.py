@@ -24,7 +24,7 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from ..data.collator import interleave
+from ..data.collator import message_parts
 from ..media_vipolyqwen import load_audio, resample
 from .memory import CLEAR_REFS, peak_host, reset_peaks
 from .search import SidePrompt, prefix_sides
@@ -183,7 +183,7 @@ def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | lis
     images = shown.get("image")
     if not isinstance(images, list):
         return shown
-    return [{"role": "user", "content": interleave(shown.get("text", ""), images, PLACEHOLDER)}]
+    return [{"role": "user", "content": message_parts(shown.get("text", ""), images, shown.get("audio"), PLACEHOLDER)}]
 
 
 class MeasuredEncoder:

@@ -145,7 +145,7 @@ class Neighbours:
         distinct: dict[int, tuple[Side, str]] = {}
         for _, a, b in read_sides(pairs):
             distinct.setdefault(a.key(), (a, "" if a.kind == "text" else b.text))
-            distinct.setdefault(b.key(), (b, ""))
+            distinct.setdefault(b.key(), (b, "" if b.kind == "text" else a.text))
         self.sides: dict[str, list[tuple[Side, str]]] = {}  # with the text paired with an image or audio
         for side, partner in distinct.values():
             self.sides.setdefault(side.kind, []).append((side, partner))

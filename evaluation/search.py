@@ -10,9 +10,9 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from ..data.collator import interleave
+from ..data.collator import message_parts
 from ..data.names import rename_old_keys
-from ..data.schema import Row, declare_tasks
+from ..data.schema import Content, Row, declare_tasks, present_modalities
 from ..data.sources import PairDataset, content_key, load_pairs
 from ..media_vipolyqwen import load_audio, load_image
 from .metrics import pair_search
@@ -40,8 +40,7 @@ class Side:
     @property
     def modalities(self) -> tuple[str, ...]:
         """Returns the modalities that the side has, in the order `text`, `image`, `audio`."""
-        given = {"text": self.text.strip(), "image": self.images, "audio": self.audio is not None}
-        return tuple(name for name, value in given.items() if value)
+        return present_modalities(self.text, self.images, self.audio)
 
     @property
     def kind(self) -> str:
@@ -66,10 +65,9 @@ class Side:
         """Returns an input of sentence-transformers: a text, or a message of decoded parts in order."""
         if not self.images and self.audio is None:
             return self.text
-        parts = interleave(self.text, [load_image(image) for image in self.images], self.placeholder)
-        if self.audio is not None:
-            parts.append({"type": "audio", "audio": self.read_audio()})
-        return [{"role": "user", "content": parts}]
+        audio = None if self.audio is None else self.read_audio()
+        images = [load_image(image) for image in self.images]
+        return [{"role": "user", "content": message_parts(self.text, images, audio, self.placeholder)}]
 
 
 class SidePrompt(NamedTuple):
@@ -126,7 +124,12 @@ def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
 
 def sides_of(row: Row, placeholder: str) -> tuple[Side, Side]:
     """Returns sides a and b of a pair."""
-    return Side(row.a, tuple(row.images), row.audio, placeholder), Side(row.b)
+    return side_of(row.side("a"), placeholder), side_of(row.side("b"), placeholder)
+
+
+def side_of(content: Content, placeholder: str) -> Side:
+    """Returns the content of a row as a side."""
+    return Side(content.text, tuple(content.images), content.audio, placeholder)
 
 
 def read_sides(pairs: PairDataset) -> Iterator[tuple[Row, Side, Side]]:
@@ -145,16 +148,20 @@ def searches(pairs: PairDataset, min_score: float | None, text_asks: bool = Fals
     Args:
         pairs: the rows.
         min_score: a pair scored below is not relevant, but its sides stay candidates; None: all pairs are relevant.
-        text_asks: swaps the sides of a task whose side a has no text, such as audio and its transcript.
+        text_asks: swaps the sides of a task whose side a has no text but whose side b has, such as audio and its
+            transcript.
     """
     rows: dict[str, list[tuple[Row, Side, Side]]] = {}
     for row, a, b in read_sides(pairs):
         rows.setdefault(row.task, []).append((row, a, b))
     found = (
-        _search(task, group, min_score, swapped=text_asks and not any(a.text.strip() for _, a, _ in group))
-        for task, group in rows.items()
+        _search(task, group, min_score, swapped=text_asks and _only_b_has_text(group)) for task, group in rows.items()
     )
     return [search for search in found if search is not None]
+
+
+def _only_b_has_text(rows: list[tuple[Row, Side, Side]]) -> bool:
+    return any("text" in b.modalities for _, _, b in rows) and not any("text" in a.modalities for _, a, _ in rows)
 
 
 def _search(task: str, rows: list[tuple[Row, Side, Side]], min_score: float | None, swapped: bool) -> Search | None:

@@ -151,7 +151,10 @@ class LossArguments:
     loss_table: str = field(default="mixed", metadata={"help": "loss of each task: mixed, dle, nce or sum"})
     temperature: Any = field(
         default=0.07,
-        metadata={"help": "temperature of InfoNCE and Triplet: T, or {text-text: T, image-text: T, audio-text: T}"},
+        metadata={
+            "help": "temperature of InfoNCE and Triplet: T, or {text-text: T, image-text: T, audio-text: T}, and "
+            "optionally image-image, audio-image and audio-audio"
+        },
     )
     learnable_temperature: bool = field(
         default=False, metadata={"help": "train the temperature, from `temperature` on"}

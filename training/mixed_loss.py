@@ -27,7 +27,7 @@ LOWEST_TEMPERATURE = 0.01  # of a learnable temperature, as in CLIP: below, one 
 
 @dataclass
 class HardNegatives:
-    """Hard negatives: texts that rows of the batch name as wrong answers."""
+    """Hard negatives: what rows of the batch name as wrong answers."""
 
     vectors: Tensor  # (N, D) float, unit vectors
     owners: Tensor  # (N,) long, the row that names each
@@ -42,7 +42,9 @@ class MixedLoss(nn.Module):
 
     Args:
         tasks: task name -> its loss; the order gives the task ids.
-        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's pair.
+        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's pair. Pairs with text are
+            all given; one without text that is not given shares the T of its first modality with text (audio-image
+            and audio-audio that of audio-text, image-image that of image-text).
         learnable_temperature: train T from this value, by the gradient of NCE alone (Triplet would only raise it).
         weighting: λ per task over the same task names; None is λ = 1.
         mask_duplicates: exclude rows whose a or b has the same content as the positive's from the negatives.
@@ -78,13 +80,15 @@ class MixedLoss(nn.Module):
         self.mask_duplicates, self.mask_groups, self.nce_min_score = mask_duplicates, mask_groups, nce_min_score
         self.false_negative_margin, self.matryoshka_dims = false_negative_margin, _checked_dims(matryoshka_dims)
         self.temperature_by_pair = isinstance(temperature, Mapping)
-        log_temperatures = torch.tensor(_checked_temperatures(temperature)).log()  # (1,) or (pairs,)
+        temperatures = _checked_temperatures(temperature)
+        log_temperatures = torch.tensor(list(temperatures.values())).log()  # (1,) or (pairs given,)
         if learnable_temperature:
             self.log_temperatures = nn.Parameter(log_temperatures)
         else:
             self.register_buffer("log_temperatures", log_temperatures, persistent=False)
-        names = [f"temperature/{pair}" for pair in MODALITY_PAIRS] if self.temperature_by_pair else ["temperature"]
+        names = [f"temperature/{pair}" for pair in temperatures] if self.temperature_by_pair else ["temperature"]
         self.figures = LossFigures(self.tasks, names if learnable_temperature else ())
+        places = [_sharing(pair, list(temperatures)) if self.temperature_by_pair else 0 for pair in MODALITY_PAIRS]
         losses = tasks.values()
         constants = {  # derived from the settings, so not saved
             "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
@@ -92,6 +96,7 @@ class MixedLoss(nn.Module):
             "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
             "requires_score": [loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses],  # (T,)
             "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (5,)
+            "temperature_places": places,  # (pairs,) long, of each pair's T in `log_temperatures`
         }
         for name, values in constants.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -170,7 +175,7 @@ class MixedLoss(nn.Module):
             return temperatures.expand(rows)
         if modalities is None:
             raise ValueError("The temperature differs by pair of modalities; give the loss `modalities` of each row.")
-        return temperatures[modalities]
+        return temperatures[self.temperature_places[modalities]]
 
     def _prefixes(self, a: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Truncates both sides to each Matryoshka length, as unit vectors."""
@@ -284,18 +289,26 @@ def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
     return flat @ flat.T
 
 
-def _checked_temperatures(temperature: float | Mapping[str, float]) -> list[float]:
-    """Returns one temperature, or one for each pair of modalities; raises ValueError for invalid values."""
+def _checked_temperatures(temperature: float | Mapping[str, float]) -> dict[str, float]:
+    """Returns the temperatures by pair of modalities, or one; raises ValueError for invalid values."""
     if not isinstance(temperature, Mapping):
         temperature = {"temperature": temperature}
-    elif set(temperature) != set(MODALITY_PAIRS):
-        raise ValueError(f"temperature is {dict(temperature)}; give one for each of {', '.join(MODALITY_PAIRS)}.")
     else:
-        temperature = {pair: temperature[pair] for pair in MODALITY_PAIRS}
+        unknown = [pair for pair in temperature if pair not in MODALITY_PAIRS]
+        missing = [pair for pair in MODALITY_PAIRS if "text" in pair and pair not in temperature]
+        if unknown or missing:
+            fault = f"unknown {', '.join(map(str, unknown))}" if unknown else f"missing {', '.join(missing)}"
+            raise ValueError(f"temperature is {dict(temperature)}: {fault}; give one for {', '.join(MODALITY_PAIRS)}.")
+        temperature = {pair: temperature[pair] for pair in MODALITY_PAIRS if pair in temperature}
     for name, value in temperature.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}: temperature is {value!r}; it must be > 0 (the papers use 0.07 and 0.2).")
-    return [float(value) for value in temperature.values()]
+    return {name: float(value) for name, value in temperature.items()}
+
+
+def _sharing(pair: str, given: list[str]) -> int:
+    """Returns the place in `given` of the pair whose temperature `pair` has; see `MixedLoss`."""
+    return given.index(pair if pair in given else pair.split("-")[0] + "-text")
 
 
 def _checked_dims(dims: Sequence[int] | None) -> list[int] | None:

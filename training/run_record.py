@@ -52,7 +52,7 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
 
 
 def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
-    """Returns one entry a source: file name or Hub id, weight, and number of rows by task."""
+    """Returns one entry a source: file name or Hub id, weight, and number of rows by task and by modalities."""
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
         on_hub = _is_hub_id(source.path)
@@ -63,6 +63,7 @@ def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
                 "rows": rows,
                 "weight": source.weight,
                 "tasks": pairs.task_counts(start, start + rows),
+                "sides": pairs.modality_counts(start, start + rows),
             }
         )
         start += rows

@@ -86,6 +86,18 @@ def test_side_b_of_pairs(tmp_path: Path) -> None:
     assert texts(read({"path": str(path)}, side="b")) == [["answer"]]
 
 
+def test_either_side_of_pairs_may_be_media(tmp_path: Path, rng: np.random.Generator) -> None:
+    random_image(rng).save(tmp_path / "0.png")
+    audio = random_audio(rng)
+    row = {"images": "0.png", "b": "nghe", "audio_b": {**audio, "array": audio["array"].tolist()}}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    kinds = []
+    for side in ("a", "b"):
+        ((_, (row,)),) = read({"path": str(tmp_path / "pairs.jsonl")}, side=side)
+        kinds.append([part["type"] for part in row.message()[0]["content"]])
+    assert kinds == [["image"], ["text", "audio"]]
+
+
 def test_images_stand_at_their_placeholders_and_audio_last(tmp_path: Path, rng: np.random.Generator) -> None:
     random_image(rng).save(tmp_path / "0.png")
     record = {"text": "<image> or <image>?", "images": ["0.png", "0.png"], "audio": random_audio(rng)}

@@ -90,10 +90,10 @@ def test_a_row_comes_back_with_its_media_decoded(folder: Path) -> None:
     assert dataset.task_counts() == dict.fromkeys(TASKS, 1)
     text, ocr, sound = dataset[0], dataset[1], dataset[2]
     assert (text["id"], text["a"], text["b"], text["score"]) == ("p1", "Hai ngôi sao đỏ.", "Two red stars.", 0.9)
-    assert (text["images"], text["audio"], text["group"], text["source"]) == ([], None, None, 0)
-    assert (ocr["images"][0].mode, ocr["images"][0].size, ocr["score"]) == ("RGB", (60, 48), None)
-    assert (sound["audio"]["array"].dtype, sound["audio"]["array"].shape) == (np.float32, (4000,))
-    assert sound["audio"]["sampling_rate"] == 8000
+    assert (text["images_a"], text["audio_a"], text["group"], text["source"]) == ([], None, None, 0)
+    assert (ocr["images_a"][0].mode, ocr["images_a"][0].size, ocr["score"]) == ("RGB", (60, 48), None)
+    assert (sound["audio_a"]["array"].dtype, sound["audio_a"]["array"].shape) == (np.float32, (4000,))
+    assert sound["audio_a"]["sampling_rate"] == 8000
     assert len(list(dataset)) == len(dataset) == 6
 
 
@@ -112,14 +112,15 @@ def test_columns_and_values_of_any_name_are_mapped(folder: Path) -> None:
 
 
 def test_negatives_are_a_text_or_a_list_of_texts_in_every_format(folder: Path) -> None:
-    assert load(folder, [{**TEXT_PAIR, "negatives": "x"}, TEXT_PAIR])[0]["negatives"] == ["x"]
+    assert load(folder, [{**TEXT_PAIR, "negatives": "x"}, TEXT_PAIR])[0]["negatives"][0]["text"] == "x"
     rows = [{**TEXT_PAIR, "wrong": ["x", "y"]}, {**TEXT_PAIR, "wrong": None}]
     datasets.Dataset.from_list(rows).to_parquet(folder / "a.parquet")
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("a.parquet", "a.jsonl"):
         source = {"path": str(folder / name), "columns": {"negatives": "wrong"}}
         dataset = load_pairs([source], TASKS, 400)
-        assert [dataset[number]["negatives"] for number in range(2)] == [["x", "y"], []]
+        texts = [[negative["text"] for negative in dataset[number]["negatives"]] for number in range(2)]
+        assert texts == [["x", "y"], []]
 
 
 def test_one_column_may_serve_twice_and_null_leaves_one_out(folder: Path) -> None:
@@ -174,13 +175,13 @@ def test_media_inside_a_table_are_decoded_here(folder: Path) -> None:
     files = load(folder, [OCR, SOUND])
     for i in range(4):
         assert embedded[i]["a_key"] == files[i % 2]["a_key"]
-    assert np.array_equal(embedded[1]["audio"]["array"], files[1]["audio"]["array"])
-    assert embedded[2]["images"] == files[0]["images"]
+    assert np.array_equal(embedded[1]["audio_a"]["array"], files[1]["audio_a"]["array"])
+    assert embedded[2]["images_a"] == files[0]["images_a"]
 
 
 def test_samples_may_stand_in_the_row(folder: Path) -> None:
     samples = [0.0, 0.5] * 400
-    audio = load(folder, [{**SOUND, "audio": {"array": samples, "sampling_rate": 16_000}}])[0]["audio"]
+    audio = load(folder, [{**SOUND, "audio": {"array": samples, "sampling_rate": 16_000}}])[0]["audio_a"]
     assert audio["array"].tolist() == samples
     assert audio["sampling_rate"] == 16_000
 
@@ -203,7 +204,7 @@ def test_media_paths_are_relative_to_the_media_root(folder: Path) -> None:
     path = write_rows(folder / "rows", [OCR])
     with pytest.raises(RowError, match="rows/sign.png.*no such file; correct the path or `media_root`"):
         load_pairs([{"path": path}], TASKS, 400)
-    assert load_pairs([{"path": path, "media_root": str(folder)}], TASKS, 400)[0]["images"]
+    assert load_pairs([{"path": path, "media_root": str(folder)}], TASKS, 400)[0]["images_a"]
 
 
 def test_markers_are_text_where_a_row_has_no_image(folder: Path) -> None:
@@ -249,16 +250,16 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
         ({"score": float("nan")}, r"column 'score' is nan: a score is in \[0, 1\]"),
         ({"score": None}, r"column 'score' is None: text_pair needs a score in \[0, 1\]; fill it in or drop"),
         ({"score": "high"}, r"column 'score' is 'high': a number in \[0, 1\] is expected"),
-        ({"a": " ", "b": ""}, "column 'a' is ' ': the text is empty on both sides; fill it in or drop the row"),
-        ({"b": ""}, "column 'b' is '': side b has no text"),
+        ({"a": " ", "b": ""}, "column 'a' is ' ': side a and side b are both empty; fill them in or drop the row"),
+        ({"b": ""}, "column 'b' is '': side b has no text, image or audio"),
         ({"a": None}, "column 'a' is '': side a has no text, image or audio"),
         ({"a": 5}, "column 'a' is 5: a text is expected, not int; quote it"),
         ({"b": "\ud800"}, "column 'b' is .*: a lone surrogate at position 0; encode the file as UTF-8"),
         ({"negatives": ["x", " "]}, r"column 'negatives' is \['x', ' '\]: a negative is empty or equals side b"),
         ({"negatives": ["Two red stars."]}, "column 'negatives' .* equals side b; drop it"),
         ({"negatives": [7]}, "column 'negatives' is 7: a text is expected, not int; quote it"),
-        ({"task": "ocr"}, r"column 'images' is \[\]: ocr needs an image; name one"),
-        ({"task": "audio"}, "column 'audio' is None: audio needs audio; name a file"),
+        ({"task": "ocr"}, r"column 'images_a' is \[\]: ocr needs an image on side a; name one"),
+        ({"task": "audio"}, "column 'audio_a' is None: audio needs audio on side a; name a file"),
         ({"a": "<image>", "images": ["sign.png"] * 2}, "column 'a' .*1 placeholders <image> for 2 images; write one"),
         ({"images": "gone.png"}, "column 'images' is '.*gone.png': no such file; correct the path"),
         ({"images": "bad.png"}, "column 'images' is '.*bad.png': it cannot be read: .*Repair or drop it"),
@@ -304,7 +305,7 @@ def test_a_bad_row_of_a_table_is_named_with_the_users_column(folder: Path) -> No
     [
         ({"columns": {"a": "question"}}, r"the column 'question' is missing; the file has \['a', 'b', .*columns: {a:"),
         ({"task_column": "kind"}, "the column 'kind' is missing; .*`task_column: NAME`"),
-        ({"task": "ocr"}, "the column 'images' is missing"),
+        ({"task": "ocr"}, "the column 'images_a' is missing"),
         ({"task": "orc"}, "unknown task 'orc'; known: text_pair"),
         ({"map": {"text_pair": "sts"}}, "unknown task 'sts'; known: text_pair"),
         ({"map": "ocr"}, "`map` is 'ocr'; write {NAME: NAME"),
@@ -476,7 +477,7 @@ def test_an_image_of_several_rows_is_prepared_once(
 
     monkeypatch.setattr(type(collator.processor.image_processor), "preprocess", preprocess)
     batch = collator(rows)
-    assert [image.size for image in prepared] == [rows[0]["images"][0].size, (90, 30)]
+    assert [image.size for image in prepared] == [rows[0]["images_a"][0].size, (90, 30)]
     assert batch["image_indices"].tolist() == [0, 1, 0, 0]
     alone = [collator([row]) for row in rows]
     grids = [each["image_grid_thw"][each["image_indices"]] for each in alone]
@@ -499,7 +500,7 @@ def test_a_row_of_a_text_file_is_cleaned_once(folder: Path, monkeypatch: pytest.
     samples = {"array": [0.0, 0.5] * 400, "sampling_rate": 16_000}
     dataset = load(folder, [*MIXED, {**SOUND, "audio": samples}])
     assert [dataset[number]["id"] for number in range(7)] == cleaned == ["p1", "o1", "s1", "i1", "m1", "v1", "s1"]
-    assert dataset[6]["audio"]["array"].dtype == np.float32
+    assert dataset[6]["audio_a"]["array"].dtype == np.float32
 
 
 def test_images_stand_at_their_places_or_first() -> None:

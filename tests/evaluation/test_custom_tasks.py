@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -118,6 +119,44 @@ def test_the_text_of_a_page_finds_its_image(world: Path) -> None:
     assert task.split["corpus"][1]["image"].tobytes() == Image.open(world / "1.png").tobytes()
     with pytest.raises(ValueError, match="query is 'c'; it must be a or b"):
         custom_tasks({"task": "pages", "name": "Signs", "query": "c", **source}, TASKS)
+
+
+def test_either_side_may_be_of_any_modality(world: Path, tmp_path: Path) -> None:
+    image, audio = ([str(world / f"{number}.{ending}") for number in range(3)] for ending in ("png", "wav"))
+    rows = [{"task": "instr", "images_a": image[n], "audio_b": audio[n]} for n in range(3)]
+    rows += [{"task": "instr", "images_a": image[n], "images_b": image[n - 1], "b": "sau"} for n in range(3)]
+    rows += [{"task": "ocr", "a": "?", "images_a": image[0], "audio_b": audio[1]}]
+    made = {task.metadata.name: task for task in custom_tasks(entry(tmp_path, rows, both_directions=True), TASKS)}
+    names = ["Mine-instr-to-audio", "Mine-instr-to-text+image", "Mine-ocr"]
+    assert list(made) == [name + suffix for name in names for suffix in ("", "-reverse")]
+    assert [task.metadata.category for task in made.values()] == ["i2a", "a2i", "i2it", "it2i", "it2a", None]
+    found = made["Mine-instr-to-audio"]
+    assert found.metadata.type == "Any2AnyRetrieval" and found.metadata.modalities == ["image", "audio"]
+    assert found.split["corpus"].cast_column("audio", datasets.Audio(decode=False))[1]["audio"]["path"] == audio[1]
+    encoder = load_encoder(str(world / "base"), {"audio": None}, "cpu", None, False)
+    for name in ("Mine-instr-to-text+image", "Mine-ocr-reverse"):  # mteb has no category for the latter
+        result = mteb.evaluate(encoder, made[name], cache=None, co2_tracker=False).task_results[0]
+        assert result.scores["test"][0]["candidates"] == len(made[name].split["corpus"])
+
+
+def test_the_six_directions_take_each_modality_from_either_side(world: Path, tmp_path: Path) -> None:
+    media = [(str(world / f"{number}.png"), str(world / f"{number}.wav")) for number in range(2)]
+    usual = [{"task": "audio", "b": f"{n}", "images": image, "audio": audio} for n, (image, audio) in enumerate(media)]
+    other = [
+        {"task": "audio", "a": f"{n}", "images_b": image, "audio_a": audio} for n, (image, audio) in enumerate(media)
+    ]
+    found = [custom_tasks(entry(tmp_path, rows) | {"task": "trimodal"}, TASKS) for rows in (usual, other)]
+    assert [task.metadata.revision for task in found[0]] == [task.metadata.revision for task in found[1]]
+    assert len(found[0]) == 6
+
+
+def test_a_page_may_be_side_b(world: Path, tmp_path: Path) -> None:
+    rows = [{"task": "instr", "a": f"số {number}", "images_b": str(world / f"{number}.png")} for number in range(2)]
+    (task,) = custom_tasks(entry(tmp_path, rows) | {"task": "pages", "pair_task": "instr"}, TASKS)
+    assert task.split["queries"]["text"][:] == ["số 0", "số 1"]
+    assert task.split["corpus"][1]["image"].tobytes() == Image.open(world / "1.png").tobytes()
+    with pytest.raises(ValueError, match="side b of 'rows.jsonl:1' has no text; say `query: a`, or `only`"):
+        custom_tasks(entry(tmp_path, rows) | {"task": "pages", "pair_task": "instr", "query": "b"}, TASKS)
 
 
 @pytest.mark.parametrize(

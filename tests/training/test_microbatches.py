@@ -189,7 +189,7 @@ def test_a_batch_holds_each_different_image_once(corpus: Path) -> None:
     assert len(batch["image_grid_thw"]) == 4
     assert batch["image_indices"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert first_images(batch).tolist()[:10] == [-1, -1, 0, 0, 0, -1, -1, -1, 1, 1]
-    shown = trainer.processing_class(images=[pairs[number]["images"] for number in (2, 8)], return_tensors="pt")
+    shown = trainer.processing_class(images=[pairs[number]["images_a"] for number in (2, 8)], return_tensors="pt")
     torch.testing.assert_close(batch["pixel_values"][: len(shown["pixel_values"])], shown["pixel_values"])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vipolyqwen.data.schema import MODALITY_PAIRS
 from vipolyqwen.training.losses import LOSS_TABLES, TaskLoss
 from vipolyqwen.training.mixed_loss import HardNegatives, MixedLoss
 from vipolyqwen.training.weighting import build_weighting
@@ -106,6 +107,18 @@ def test_each_row_has_the_temperature_of_its_own_pair_of_modalities() -> None:
     expected = [nce([3, 0, 4], [3, 4, 0]), nce([10, 8, 0], [10, 0, 0]), nce([1.5, 0, 0], [1.5, 2, 0])]
     assert values(NCE, inputs, temperature=temperature) == near(expected)
     assert values(TRIPLET, inputs, temperature=temperature) == near([1.2, 0, 0])
+
+
+def test_a_pair_without_text_shares_a_temperature_unless_it_has_one() -> None:
+    three = {"text-text": 0.2, "image-text": 0.1, "audio-text": 0.4}
+    shared = {"image-image": 0.1, "audio-image": 0.4, "audio-audio": 0.4}
+    inputs = {"modalities": torch.tensor([MODALITY_PAIRS.index(pair) for pair in shared])}
+    wanted = values(NCE, inputs, temperature={**three, **shared})
+    assert values(NCE, inputs, temperature=three) == near(wanted)
+    assert values(NCE, inputs, temperature={**three, "audio-image": 0.3}) != near(wanted)
+    learned = MixedLoss({"ocr": NCE}, three, learnable_temperature=True)
+    assert learned.log_temperatures.shape == (3,)  # as in checkpoints of before
+    assert learned.figures.names[-3:] == [f"temperature/{pair}" for pair in three]
 
 
 def test_temperatures_by_pair_need_the_modalities() -> None:
@@ -211,7 +224,8 @@ def test_row_order_does_not_matter_under_all_options() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": {"text-text": 0.1}}, "give one for each of text-text, image-text, audio-text"),
+        ({"temperature": {"text-text": 0.1}}, "missing image-text, audio-text; give one for text-text, "),
+        ({"temperature": {"text-text": 0.1, "image": 0.1}}, "unknown image; give one for text-text, image-text, "),
         ({"temperature": {"text-text": 0.1, "image-text": 0, "audio-text": 1}}, "image-text: temperature is 0"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
         ({"false_negative_margin": -0.1}, "false_negative_margin is -0.1"),

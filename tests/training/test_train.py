@@ -85,6 +85,8 @@ def test_a_run_records_the_facts_of_its_model_card_and_no_path(world: Path, trai
     tasks = ("text_pair", "instr", "ocr", "vqa_single", "vqa_multi", "audio")
     pairs = {"name": "pairs.jsonl", "on_hub": False, "rows": 24, "weight": 1.0, "tasks": dict.fromkeys(tasks, 4)}
     captions = {"name": "captions.jsonl", "on_hub": False, "rows": 8, "weight": 1.0, "tasks": {"caption": 8}}
+    pairs["sides"] = {"text – text": 8, "image + text – text": 12, "audio – text": 4}
+    captions["sides"] = {"image – text": 8}
     assert (record["train_data"], record["eval_data"]) == ([pairs, captions], [pairs])
     settings = record["settings"]
     assert settings["bf16"] is False and "vision_learning_rate" not in settings
