@@ -1,24 +1,19 @@
 """Wraps any model as an encoder of mteb: chooses prompts, decodes audio, measures speed and memory."""
 
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
-import mteb
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from mteb.abstasks import AbsTask
 from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
-from mteb.models.get_model_meta import MODEL_REGISTRY
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
@@ -41,60 +36,6 @@ PAIR_TASKS = (AbsTaskSTS, AbsTaskPairClassification)
 PLACEHOLDER = "<image>"  # marks the place of each of several images in a text
 ENCODE = {None: SentenceTransformer.encode, PromptType.query: SentenceTransformer.encode_query}
 ENCODE[PromptType.document] = SentenceTransformer.encode_document
-
-
-def load_encoder(
-    name: str, table: Prompts, device: str | None, dtype: str | None, trust_remote_code: bool
-) -> "MeasuredEncoder":
-    """Loads a folder or a model of the Hub.
-
-    A model registered in mteb is loaded by mteb, with the prompts registered there; others by sentence-transformers.
-
-    Args:
-        name: folder or Hub id.
-        table: the prompts of a suite.
-        device: such as "cuda"; None: the library's choice.
-        dtype: such as "bfloat16"; None, and for models registered in mteb: the library's choice.
-        trust_remote_code: whether code from the Hub may run; code in a folder always may.
-
-    Raises:
-        ValueError: the model returns no vectors, or the commit of a Hub model is unknown.
-    """
-    folder = Path(name)
-    if name in MODEL_REGISTRY and not folder.is_dir():
-        encoder = mteb.get_model(name, device=device)
-        if not isinstance(encoder, EncoderProtocol):
-            kind = type(encoder).__name__
-            raise ValueError(f"{name}: mteb loads it as {kind}, which returns no vectors; name an embedding model.")
-        return MeasuredEncoder(encoder)
-    model = SentenceTransformer(
-        name,
-        device=device,
-        trust_remote_code=trust_remote_code or folder.is_dir(),
-        model_kwargs={"dtype": dtype} if dtype else None,
-    )
-    label, revision = (
-        (f"local/{folder.resolve().name}", _content(folder)) if folder.is_dir() else (name, _commit(name))
-    )
-    return MeasuredEncoder(SentenceEncoder(model, label, revision, table))
-
-
-def _content(folder: Path) -> str:
-    """Returns a hash of the weights and settings in a folder, so that cached results never belong to other weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.rglob("*.json"))):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, hashlib.blake2b).digest())
-    return digest.hexdigest()
-
-
-def _commit(name: str) -> str:
-    """Returns the commit of a model that was loaded from the Hub."""
-    for file in ("modules.json", "config.json"):
-        cached = try_to_load_from_cache(name, file)
-        if isinstance(cached, str):  # neither unknown nor known to be absent
-            return Path(cached).parent.name
-    raise ValueError(f"{name}: the commit of the cached files is unknown; download the model and pass its folder.")
 
 
 def prompt_keys(metadata: TaskMetadata, prompt_type: PromptType | None) -> list[str]:
@@ -159,11 +100,7 @@ class SentenceEncoder(AbsEncoder):
         **kwargs: Any,
     ) -> np.ndarray:
         """Returns (rows, dimension) float32 vectors of the rows of the loader's data set."""
-        table = inputs.dataset
-        if "audio" in table.features:
-            table = table.cast_column("audio", datasets.Audio(decode=False))
-        columns = [name for name in MODALITIES if name in table.features and name in self.mteb_model_meta.modalities]
-        loader = DataLoader(table, inputs.batch_size, num_workers=inputs.num_workers, collate_fn=list)
+        loader, columns = read_rows(inputs, self.mteb_model_meta.modalities)
         options = {"prompt": self.prompt(task_metadata, prompt_type), **kwargs}
         encode = ENCODE[prompt_type]
         if columns == ["text"]:  # in one call, which sorts them by length
@@ -171,6 +108,49 @@ class SentenceEncoder(AbsEncoder):
         options["show_progress_bar"] = False
         parts = [encode(self.model, [as_input(row, columns) for row in batch], **options) for batch in loader]
         return np.concatenate([_as_array(part) for part in parts])
+
+
+class BackboneEncoder(AbsEncoder):
+    """Encodes with a bare backbone, without prompts, in the order and form in which `prepare` lays out its inputs.
+
+    Args:
+        model: maps the tensors of a batch to (rows, dimension) vectors.
+        prepare: maps inputs, as `as_input` returns them, to the tensors of a batch.
+        name: for mteb's results.
+        revision: commit, or hash of a folder.
+        modalities: that the backbone supports.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prepare: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+        name: str,
+        revision: str,
+        modalities: list[str],
+    ) -> None:
+        self.model, self.prepare = model.eval(), prepare
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision, "modalities": modalities})
+
+    @torch.inference_mode()
+    def encode(self, inputs: DataLoader, **kwargs: Any) -> np.ndarray:
+        """Returns (rows, dimension) float32 vectors of the rows of the loader's data set."""
+        loader, columns = read_rows(inputs, self.mteb_model_meta.modalities)
+        device = next(self.model.parameters()).device
+        parts = []
+        for batch in loader:
+            tensors = self.prepare([as_input(row, columns) for row in batch])
+            parts.append(_as_array(self.model(**{name: tensor.to(device) for name, tensor in tensors.items()})))
+        return np.concatenate(parts)
+
+
+def read_rows(inputs: DataLoader, modalities: list[str]) -> tuple[DataLoader, list[str]]:
+    """Returns a loader of lists of rows, audio not decoded, and the columns that are among the modalities."""
+    table = inputs.dataset
+    if "audio" in table.features:
+        table = table.cast_column("audio", datasets.Audio(decode=False))
+    columns = [name for name in MODALITIES if name in table.features and name in modalities]
+    return DataLoader(table, inputs.batch_size, num_workers=inputs.num_workers, collate_fn=list), columns
 
 
 def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
@@ -240,6 +220,8 @@ class MeasuredEncoder:
 
     def prompts(self, task: AbsTask) -> dict[str, str]:
         """Returns the prompt of each side of a task for display: "" for none; empty for a model registered in mteb."""
+        if isinstance(self.encoder, BackboneEncoder):
+            return {"all": ""}
         if not isinstance(self.encoder, SentenceEncoder):
             return {}
         if task.metadata.simplified_task_type != "retrieval" and not self._differs_by_side(task):

@@ -6,7 +6,8 @@ import datasets
 from mteb.abstasks import AbsTask
 
 from .dry_run import check_task, show_check
-from .encoder import MeasuredEncoder, Prompts, load_encoder
+from .encoder import MeasuredEncoder, Prompts
+from .loading import load_encoder
 from .scorecard import Row, write_scorecard
 from .suite import Suite, SuiteError, read_suite
 from .task_run import describe, run_task, suite_tasks

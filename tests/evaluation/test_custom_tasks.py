@@ -26,9 +26,9 @@ from vipolyqwen.evaluation.encoder import (  # noqa: E402
     MeasuredEncoder,
     SentenceEncoder,
     as_input,
-    load_encoder,
     prompt_keys,
 )
+from vipolyqwen.evaluation.loading import load_encoder  # noqa: E402
 from vipolyqwen.evaluation.search import SidePrompt  # noqa: E402
 
 TASKS = declare_tasks()

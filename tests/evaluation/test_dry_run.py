@@ -9,7 +9,7 @@ pytest.importorskip("mteb")
 
 from vipolyqwen.evaluate_vipolyqwen import main  # noqa: E402
 from vipolyqwen.evaluation.dry_run import check_task, reach_loader  # noqa: E402
-from vipolyqwen.evaluation.encoder import load_encoder  # noqa: E402
+from vipolyqwen.evaluation.loading import load_encoder  # noqa: E402
 from vipolyqwen.evaluation.suite import read_suite  # noqa: E402
 
 
