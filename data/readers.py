@@ -65,6 +65,7 @@ class SourceConfig:
         split: split of a Hub dataset or a folder.
         name: configuration of a Hub dataset.
         image_placeholder: marks the position of an image in the text of a side.
+        score_range: lowest and highest score of the column; scores are mapped from it to [0, 1].
     """
 
     path: str
@@ -77,6 +78,7 @@ class SourceConfig:
     split: str = "train"
     name: str | None = None
     image_placeholder: str = "<image>"
+    score_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.task is not None and (self.task_column is not None or self.map):
@@ -92,6 +94,10 @@ class SourceConfig:
         is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not is_number or not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: the weight is {self.weight!r}; it must be above 0 (or drop the source).")
+        if not _is_range(self.score_range):
+            raise ValueError(
+                f"{self.path}: score_range is {self.score_range!r}; write [LOWEST, HIGHEST], such as [0, 5]."
+            )
         if not self.image_placeholder:
             raise ValueError(f"{self.path}: image_placeholder is empty; write a marker such as '<image>'.")
 
@@ -107,6 +113,16 @@ class SourceConfig:
         if isinstance(given.get("map"), Mapping):
             given["map"] = {str(key): value for key, value in given["map"].items()}  # YAML reads 1 as a number
         return cls(**given)
+
+    def scale(self, score: float, place: Place) -> float:
+        """Maps a score from `score_range` to [0, 1]; in the default range unchanged, `check_row` checks it."""
+        low, high = self.score_range
+        if (low, high) == (0, 1):
+            return score
+        if not low <= score <= high:
+            limit = f"it must be in score_range, [{low:g}, {high:g}]; correct the row or the range."
+            raise place.error("score", score, limit)
+        return (score - low) / (high - low)
 
     def column_names(self, existing: Iterable[str] = ()) -> dict[str, str]:
         """Maps each column of the schema to the user's, in a file (or record) with the `existing` columns."""
@@ -167,6 +183,8 @@ class RowReader:
             row = clean_row(values, place, self.root)
         task = self.source.task or row.task
         row.task = canonical_task(self.source.map.get(task, task))
+        if row.score is not None:
+            row.score = self.source.scale(row.score, place)
         return row, place
 
 
@@ -196,6 +214,14 @@ def read_source(source: SourceConfig, tasks: Mapping[str, Task]) -> Iterator[tup
 
 def _no_rows(file: str) -> ValueError:
     return ValueError(f"{file} has no rows; add rows or drop the source.")
+
+
+def _is_range(value: Any) -> bool:
+    """Returns whether a value is two finite numbers in ascending order."""
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return (
+        is_pair and all(isinstance(end, (int, float)) and math.isfinite(end) for end in value) and value[0] < value[1]
+    )
 
 
 def _check_keys(given: Iterable[str], known: list[str], where: str) -> None:

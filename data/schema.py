@@ -458,7 +458,8 @@ def _check_score(row: Row, task: Task, place: Place) -> None:
         raise place.error(
             "score",
             row.score,
-            "a score is in [0, 1]; rescale it, or leave the column out with `columns: {score: null}`.",
+            "a score is in [0, 1]; rescale it with `score_range: [LOWEST, HIGHEST]`, or leave the column out with "
+            "`columns: {score: null}`.",
         )
 
 

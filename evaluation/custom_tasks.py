@@ -5,6 +5,7 @@ An entry of a suite names a kind, a name and a source of pairs with the keys of 
     {task: retrieval, name: Signs, path: dev.jsonl, only: [ocr, vqa_single]}   a task each: side a finds side b
     {task: retrieval, name: Captions, path: dev.jsonl, pair_task: image_caption, both_directions: true}
     {task: sts, name: ViSTS, path: vists.csv, columns: {a: sentence1, b: sentence2, score: similarity}}
+    {task: sts, name: ViSTS-STSB, path: anti-ai/ViSTS, subset: STS-B, split: test, score_range: [0, 5], columns: …}
     {task: trimodal, name: Scenes, path: scenes.jsonl, columns: {b: text, images_a: image, audio_a: audio}}
     {task: pages, name: Forms, path: forms.jsonl, query: b}                    the text of side a or b finds its page
 """
@@ -100,8 +101,8 @@ def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[Ab
 
     Args:
         entry: `task` (of `KINDS`), `name`, `languages` (default: several), `only` (tasks of the rows; default: all),
-            `both_directions` (retrieval), `query` (pages: a or b), `pair_task` (a source's `task` in a recipe), and
-            the other keys of a training recipe's source.
+            `both_directions` (retrieval), `query` (pages: a or b), `pair_task` and `subset` (a source's `task` and
+            `name` in a recipe), and the other keys of a training recipe's source.
         tasks: the tasks of pairs in the order of their task ids.
 
     Raises:
@@ -111,6 +112,8 @@ def custom_tasks(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[Ab
     entry = dict(entry)
     kind, name = entry.pop("task"), entry.pop("name")
     settings = {key: entry.pop(key) for key in SETTINGS if key in entry}
+    if "subset" in entry:
+        entry["name"] = entry.pop("subset")
     if "pair_task" in entry:
         entry["task"] = entry.pop("pair_task")
     elif kind in DEFAULT_TASKS and not {"task_column", "only"} & set(entry):
@@ -225,7 +228,7 @@ KINDS: dict[str, Callable[..., list[AbsTask]]] = {
 }
 DEFAULT_TASKS = {"sts": "text_pair", "trimodal": "audio", "pages": "ocr"}  # of rows without a task
 SETTINGS = ("languages", "both_directions", "query")
-ENTRY_KEYS = ("task", "pair_task", "name", "only", *SETTINGS, *SourceConfig.__dataclass_fields__)
+ENTRY_KEYS = ("task", "pair_task", "name", "subset", "only", *SETTINGS, *SourceConfig.__dataclass_fields__)
 
 
 def retrieval_task(

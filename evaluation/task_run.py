@@ -8,7 +8,7 @@ from typing import Any
 
 import mteb
 import numpy as np
-from mteb.abstasks import AbsTask
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.results import TaskResult
 
 from .chance import task_chance
@@ -33,7 +33,8 @@ def suite_tasks(suite: Suite) -> list[AbsTask | Row]:
         except FileNotFoundError as error:
             made.append(row | {"status": "skipped", "reason": str(error)})
         except ValueError as error:
-            made.append(row | {"status": "failed", "reason": str(error)})
+            status = "skipped" if isinstance(error.__cause__, ConnectionError) else "failed"  # the Hub, unreachable
+            made.append(row | {"status": status, "reason": str(error)})
     return made
 
 
@@ -107,7 +108,8 @@ def _measure(
         encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
         show_progress_bar=False,
     )
-    measures = encoder.measures() | {"candidates": list(encoder.documents.values())}
+    measures = encoder.measures()
+    measures["candidates"] = list(encoder.documents.values()) if isinstance(task, AbsTaskRetrieval) else []
     measures["chances"] = task_chance(task, dict.fromkeys((*SHOWN_SCORES, "mean_rank", task.metadata.main_score)))
     if ranked:
         measures["mean_rank"] = mean_rank(encoder, task)

@@ -238,6 +238,19 @@ def test_equal_content_has_equal_keys(folder: Path) -> None:
 # Bad input
 
 
+@pytest.mark.parametrize("name", ["scored.jsonl", "scored.parquet"])
+def test_scores_of_another_range_are_mapped_to_0_to_1(folder: Path, name: str) -> None:
+    rows = [{**TEXT_PAIR, "id": str(score), "score": score} for score in (1.0, 2.5, 5.0)]
+    path = write_rows(folder, rows, "scored.jsonl")
+    if name.endswith("parquet"):
+        path = str(folder / name)
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    pairs = load_pairs([{"path": path, "score_range": [1, 5]}], declare_tasks(None), 400)
+    assert [pairs[row]["score"] for row in range(3)] == [0.0, 0.375, 1.0]
+    with pytest.raises(RowError, match=r"column 'score' is 1.0: it must be in score_range, \[2, 5\]; correct"):
+        load_pairs([{"path": path, "score_range": [2, 5]}], declare_tasks(None), 400)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -317,6 +330,8 @@ def test_a_bad_row_of_a_table_is_named_with_the_users_column(folder: Path) -> No
         ({"split": "dev"}, "`split: dev` is for folders and Hub datasets"),
         ({"name": "vi"}, "`name: vi` is for Hub datasets; drop it"),
         ({"image_placeholder": ""}, "image_placeholder is empty"),
+        ({"score_range": [5, 0]}, r"score_range is \[5, 0\]; write \[LOWEST, HIGHEST\]"),
+        ({"score_range": 5}, "score_range is 5; write"),
     ],
 )
 def test_a_wrong_setting_of_a_source_is_named_with_its_file(folder: Path, config: dict, message: str) -> None:

@@ -1,13 +1,16 @@
 """Suites: what ships resolves in the installed mteb; what is wrong in a file is named, with what may be meant."""
 
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 
 mteb = pytest.importorskip("mteb")
 
 from vipolyqwen.evaluation.custom_tasks import KINDS  # noqa: E402
 from vipolyqwen.evaluation.suite import SUITES, SuiteError, read_suite  # noqa: E402
+from vipolyqwen.evaluation.task_run import suite_tasks  # noqa: E402
 
 
 def names(suite: str) -> list[str]:
@@ -50,10 +53,50 @@ def test_the_papers_plan_has_both_directions_of_each_pair_of_modalities() -> Non
     read = read_suite("papers")
     tasks = [mteb.get_task(name) for name in names("papers")]
     categories = [task.metadata.category for task in tasks if task.metadata.type == "Any2AnyRetrieval"]
-    assert sorted(categories) == ["a2t", "a2t", "i2t", "i2t", "t2a", "t2a", "t2i", "t2i"]
+    assert sorted(categories) == ["a2a", "a2t", "a2t", "i2t", "i2t", "t2a", "t2a", "t2i", "t2i"]
     assert sum(task.metadata.type == "STS" for task in tasks) == 3
     assert {entry["task"] for entry in read.entries} & set(KINDS) == {"sts", "trimodal"}
-    assert len(read.baselines) == 6
+    assert sum(task.metadata.modalities == ["audio"] for task in tasks) == 4  # for HuBERT
+    assert read.baselines == [
+        "openai/clip-vit-large-patch14",
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "facebook/hubert-base-ls960",
+        "sentence-transformers/clip-ViT-B-32-multilingual-v1",
+        "laion/clap-htsat-fused",
+    ]
+
+
+def test_vists_comes_from_the_hub_by_name_with_its_scores_of_0_to_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        rows = {"sentence1": ["một", "hai"], "sentence2": ["số một", "ba"], "score": [4.5, 1.0], "id": [name, "x"]}
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read = read_suite("papers")
+    entries = [entry for entry in read.entries if entry.get("path") == "anti-ai/ViSTS"]
+    tasks = [task for entry in entries for task in read.tasks(entry)]
+    subsets = ["STS-B", "STS12", "STS13", "STS14", "STS15", "STS16", "STS-Sickr"]
+    assert asked == [("anti-ai/ViSTS", subset, "test") for subset in subsets]
+    assert [task.metadata.name for task in tasks] == [
+        *("ViSTS-STSB", "ViSTS-STS12", "ViSTS-STS13", "ViSTS-STS14", "ViSTS-STS15", "ViSTS-STS16", "ViSTS-SICKR")
+    ]
+    assert [task.metadata.languages for task in tasks] == [["vie"]] * 7
+    assert tasks[0].pairs["score"][:] == pytest.approx([0.9, 0.2])
+    assert tasks[0].pairs["sentence2"][:] == ["số một", "ba"]
+
+
+def test_vists_is_skipped_by_name_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach 'anti-ai/ViSTS' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = [row for row in suite_tasks(read_suite("papers")) if isinstance(row, dict)]
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert [row["task"] for row in rows if "Couldn't reach" in row["reason"]][0] == "ViSTS-STSB"
+    assert [row["task"] for row in rows if "no such file" in row["reason"]] == ["ViSTS", "Trimodal"]
 
 
 @pytest.mark.parametrize(
