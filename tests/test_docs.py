@@ -1,6 +1,7 @@
 """Every page keeps its word: commands parse, recipes are read, Python examples run, links and files resolve."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -15,12 +16,14 @@ import pytest
 import soundfile
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from helpers import random_image, save_tiny_model
+from helpers import TEXTS, random_image, save_tiny_model
 
 from vipolyqwen.data.readers import SourceConfig
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.evaluation.suite import read_suite
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
+from vipolyqwen.serving.corpus_run import CorpusOptions, embed_corpus
+from vipolyqwen.serving.loading import load_model
 from vipolyqwen.training.arguments import ARGUMENT_CLASSES, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +34,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 QUOTED_PATH = re.compile(r"`((?:\w+/)*[\w.*-]+\.(?:py|yaml|txt|toml)|(?:\w+/)+)`")
 INLINE = re.compile(r"`([^`]+)`")
 COMMANDS = ("python ", "accelerate launch ", "make ", "pip install ")
+OPTIONAL = ("faiss", "qdrant_client", "lancedb")  # packages of examples that are skipped without them
 WRITTEN = ("outputs/", "base/", "adapter/", "_unfinished/", "pairs/", "model/")  # by a run, or by the reader
 
 
@@ -160,7 +164,7 @@ def test_a_command_that_does_not_run_is_found(
 def test_every_option_within_a_sentence_exists() -> None:
     known = {f"--{item.name}" for cls in ARGUMENT_CLASSES for item in fields(cls)}
     known |= {"--help", "--no-build-isolation"}  # of argparse, of pip
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("serving/*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r"add_argument\(\s*\"(--\w+)\"", path.read_text(encoding="utf-8")))
     named = [(page, option) for page, code in inline_code() for option in re.findall(r"(?<!\S)--[\w-]+", code)]
     assert {option for _, option in named} >= {"--check", "--resume_from_checkpoint", "--adapter"}
@@ -187,6 +191,10 @@ def demo_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     save_tiny_model(folder / "outputs/demo/model")
     write_fingerprint(folder / "outputs/demo/model")
+    lines = [json.dumps({"id": f"t{number}", "text": text}) for number, text in enumerate(TEXTS)]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    options = CorpusOptions(source={"path": str(folder / "rows.jsonl")}, out=folder / "vectors")
+    embed_corpus(load_model(str(folder / "outputs/demo/model")), options, report=lambda line: None)
     media = folder / "outputs/demo/corpus/media/eval/trimodal"
     media.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -200,6 +208,9 @@ def test_every_python_example_runs(block: Block, demo_outputs: Path, monkeypatch
     code = compile(block.text, block.page, "exec")
     if "ORG/NAME" in block.text:  # a repository on the Hub
         return
+    for package in OPTIONAL:
+        if f"import {package}\n" in block.text or f"from {package} import" in block.text:
+            pytest.importorskip(package)
     monkeypatch.chdir(demo_outputs)
     names: dict[str, Any] = {}
     exec(code, names)
