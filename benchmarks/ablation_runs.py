@@ -201,7 +201,8 @@ def left_out(what: str, tasks: Mapping[str, Task]) -> list[str]:
     if what == "nothing":
         return []
     images = what == "sounds and images"
-    return [name for name, task in tasks.items() if task.needs_audio or (images and task.needs_image)]
+    needs = ["audio_a", "audio_b", *(["images_a", "images_b"] if images else [])]
+    return [name for name, task in tasks.items() if set(needs) & set(task.needed())]
 
 
 class HeldOut:

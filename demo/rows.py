@@ -162,6 +162,16 @@ def audio(draft: Draft) -> Built:
     return draft.row("audio", "", describe(draft.scene, draft.language), media=media), media
 
 
+def image_audio(shown: Row, said: Row) -> Row:
+    """Returns the drawing of one row with the recording of another of the same scene: a pair without text."""
+    if shown["scene"] != said["scene"]:
+        raise ValueError(
+            f"{shown['id']} shows {shown['scene']!r}, but {said['id']} says {said['scene']!r}; pair others."
+        )
+    kept = {name: said[name] for name in ("language", "scene", "audio")}
+    return {"id": f"{shown['id']} {said['id']}", **kept, "image": shown["images"][0]}
+
+
 BUILDERS: dict[str, Callable[[Draft], Built]] = {
     "text_pair": same_scene_pair,
     "instr": instr,

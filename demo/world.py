@@ -2,10 +2,10 @@
 
     python -m vipolyqwen.demo.world OUTPUT_FOLDER [--seed 0]
 
-The folder gets train/TASK.jsonl (image_caption: drawings with a description), eval.jsonl (all tasks, scenes that no
-training row knows), trimodal.jsonl (those scenes as text, drawing and speech) and media/. `scenes` defines the
-scenes, `phrasebook` the questions about them, `rows` the rows of each task, `images` the drawings and signs, `speech`
-the recordings.
+The folder gets train/TASK.jsonl (image_caption: drawings with a description; image_audio: drawings with a recording of
+the same scene, without text), eval.jsonl (the six tasks, scenes that no training row knows), trimodal.jsonl (those
+scenes as text, drawing and speech) and media/. `scenes` defines the scenes, `phrasebook` the questions about them,
+`rows` the rows of each task, `images` the drawings and signs, `speech` the recordings.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from .images import draw_scene, write_sign
-from .rows import BUILDERS, Built, Draft, Medium, Row, Split, graded_pair
+from .rows import BUILDERS, Built, Draft, Medium, Row, Split, graded_pair, image_audio
 from .scenes import (
     LANGUAGE_CYCLE,
     VOCABULARY,
@@ -52,6 +52,7 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
     train, held_out = Split("train", train_scenes(seed)), Split("eval", held_out_scenes(seed))
     built = {f"train/{task}": training_rows(task, train, seed, variations) for task in BUILDERS}
     built["train/image_caption"] = [caption_row(row, seed) for row, _ in built["train/vqa_single"]]
+    built["train/image_audio"] = image_audio_rows(built["train/vqa_single"], built["train/audio"])
     built["eval"] = evaluation_rows(held_out, seed)
     built["trimodal"] = [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)]
     media = [medium for pairs in built.values() for _, files in pairs for medium in files]
@@ -114,6 +115,14 @@ def caption_row(row: Row, seed: int) -> Built:
     caption = describe(Scene.from_code(row["scene"]), row["language"], template)
     kept = {name: row[name] for name in ("id", "language", "scene")}
     return {**kept, "image": row["images"][0], "caption": caption}, ()
+
+
+def image_audio_rows(shown: list[Built], said: list[Built]) -> list[Built]:
+    """Pairs each drawing with a recording of its scene, each of either once; they need no further files."""
+    recordings: dict[str, list[Row]] = {}
+    for row, _ in said:
+        recordings.setdefault(row["scene"], []).append(row)
+    return [(image_audio(row, recordings[row["scene"]].pop()), ()) for row, _ in shown]
 
 
 def make_medium(folder: Path, seed: int, medium: Medium) -> None:

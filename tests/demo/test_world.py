@@ -226,13 +226,19 @@ def test_a_written_corpus_is_complete(tmp_path: Path, monkeypatch: pytest.Monkey
     demo_world.write_corpus(tmp_path, seed=3, variations=2)
     rows = {path.stem: _read(path) for path in sorted(tmp_path.glob("**/*.jsonl"))}
     assert {name: len(found) for name, found in rows.items()} == {
-        **dict.fromkeys((*BUILDERS, "image_caption"), 11 * 2),
+        **dict.fromkeys((*BUILDERS, "image_caption", "image_audio"), 11 * 2),
         "eval": 10 * 7,
         "trimodal": 10,
     }
     for row in [row for task in (*BUILDERS, "eval") for row in rows[task]]:
         _check_media(tmp_path, row["images"], row["audio"])
     assert all(set(row) == {"id", "language", "scene", "image", "caption"} for row in rows["image_caption"])
+    told = {file: row["scene"] for task in ("vqa_single", "audio") for row in rows[task]
+            for file in (*row["images"], row["audio"])}  # fmt: skip
+    for row in rows["image_audio"]:
+        assert told[row["image"]] == told[row["audio"]] == row["scene"]
+    for medium in ("image", "audio"):
+        assert len({row[medium] for row in rows["image_audio"]}) == 11 * 2
     for row in rows["trimodal"]:
         assert set(row) == {"id", "language", "scene", "text", "image", "audio"}
         _check_media(tmp_path, [row["image"]], row["audio"])
