@@ -12,7 +12,14 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from vipolyqwen.training.arguments import read_arguments
-from vipolyqwen.training.build import build_collator, build_loss, build_tasks, load_model, read_pairs
+from vipolyqwen.training.build import (
+    build_collator,
+    build_loss,
+    build_tasks,
+    connect_teacher,
+    load_model,
+    read_pairs,
+)
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
 from vipolyqwen.training.run_record import write_record
@@ -29,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         model, processor = load_model(model_args, args, tasks)
     train_pairs = read_pairs(data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks)
     eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media)
+    teacher_width = connect_teacher(mixed_loss, train_pairs, model, loss_args, args)
     trainer = ViPolyQwenTrainer(
         model=model,
         args=args,
@@ -36,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         mixed_loss=mixed_loss,
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
-        train_collator=build_collator(processor, tasks, data_args, args, training=True),
+        train_collator=build_collator(processor, tasks, data_args, args, training=True, teacher_width=teacher_width),
         eval_collator=build_collator(processor, tasks, data_args, args, training=False),
     )
     if args.should_save:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .schema import MODALITY_PAIRS, Task, modality_pair, present_modalities
@@ -33,6 +34,7 @@ class MixedBatchCollator:
         seed: seed of the prefix dropout.
         with_negatives: whether to include hard negatives; evaluation does not need them.
         extra_parts: message parts of one extra row after the pairs, so that every tower takes part in every batch.
+        teacher_width: dimensions of the teacher's vectors to add, for distillation; 0 for none.
     """
 
     processor: Any
@@ -41,6 +43,7 @@ class MixedBatchCollator:
     seed: int = 0
     with_negatives: bool = True
     extra_parts: Sequence[dict[str, Any]] = ()
+    teacher_width: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.prefix_dropout <= 1.0:
@@ -64,7 +67,8 @@ class MixedBatchCollator:
             (B,) float32 in [0, 1], NaN for a pair without score, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0
             for none, `modalities` (B,) long (positions in `MODALITY_PAIRS`), and the list `ids`. Hard
             negatives are N rows after the sides b, with `negative_owners` (N,) long, their pairs, and
-            `negative_keys` (N,) long; `extra_parts` add one row after those.
+            `negative_keys` (N,) long; `extra_parts` add one row after those. With `teacher_width` W,
+            `teacher_vectors` (M, W) float32 and `teacher_sides` (M,) long, their rows in [0, 2B).
         """
         prefixes = self._prefixes([row["id"] for row in rows], [row["task"] for row in rows])
         on_both = [self.tasks[row["task"]].prefix_sides == "both" for row in rows]
@@ -110,7 +114,15 @@ class MixedBatchCollator:
             "negative_owners": _long([row for row, _ in negatives]),
             "negative_keys": _long([each["key"] for _, each in negatives]),
             "ids": [row["id"] for row in rows],
+            **(self._teaching(rows) if self.teacher_width else {}),
         }
+
+    def _teaching(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns the teacher's vectors of the sides that have one, and these sides."""
+        vectors = [row[name] for name in ("teacher_a", "teacher_b") for row in rows]
+        taught = [side for side, vector in enumerate(vectors) if vector is not None]
+        stacked = np.array([vectors[side] for side in taught], np.float32).reshape(len(taught), self.teacher_width)
+        return {"teacher_vectors": torch.from_numpy(stacked), "teacher_sides": _long(taught)}
 
     def _prefixes(self, ids: list[str], tasks: list[str]) -> list[str | None]:
         """Returns the prefix of each pair; `None` if it is dropped."""

@@ -41,6 +41,8 @@ TEXT_FEATURES = datasets.Features(
         **{"images_a": IMAGES, "audio_a": AUDIO, "images_b": IMAGES, "audio_b": AUDIO},
         "negatives": datasets.List({"text": datasets.Value("string"), "images": IMAGES, "audio": AUDIO}),
         "score": datasets.Value("float64"),
+        "teacher_a": datasets.List(datasets.Value("float32")),
+        "teacher_b": datasets.List(datasets.Value("float32")),
         "line": datasets.Value("int64"),
         "named": datasets.List(datasets.Value("string")),  # the columns that have a former name, as the file has them
     }
@@ -58,8 +60,9 @@ class SourceConfig:
         task_column: the column that holds each row's (`task`, or `data_type`, if neither is given).
         map: value of that column -> task; names of tasks need no entry.
         columns: a, b, images_a, images_b, audio_a, audio_b, score, id, group, negatives, negative_images,
-            negative_audio -> the user's column (default: the same name, or `images` and `audio` for side a's; null:
-            none). Rows of one group are not negatives of each other; negatives are wrong answers.
+            negative_audio, teacher_a, teacher_b -> the user's column (default: the same name, or `images` and `audio`
+            for side a's; null: none). Rows of one group are not negatives of each other; negatives are wrong answers;
+            teacher_a and teacher_b are a teacher's vectors of the sides, for distillation.
         media_root: folder of relative media paths (default: the folder of the file that names them).
         weight: visits of each row in an epoch.
         split: split of a Hub dataset or a folder.
@@ -371,6 +374,7 @@ def _restore_row(record: Mapping[str, Any], place: Place, root: str) -> Row:
         record["score"],
         record["group"],
         negatives,
+        *(None if record[name] is None else np.array(record[name], np.float32) for name in ("teacher_a", "teacher_b")),
     )
 
 

@@ -16,7 +16,7 @@ from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_
 from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
 
 COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
-COLUMNS += ("negatives", "negative_images", "negative_audio")
+COLUMNS += ("negatives", "negative_images", "negative_audio", "teacher_a", "teacher_b")
 OLD_COLUMNS = {"images": "images_a", "audio": "audio_a"}
 MODALITIES = ("text", "image", "audio")
 # Of the two sides of a pair, whichever is a. A side of several modalities counts by audio, else by image.
@@ -217,12 +217,19 @@ class Row:
     score: float | None
     group: str | None
     negatives: list[Content]
+    teacher_a: np.ndarray | None = None  # (W,) float32, a teacher's vector of side a, for distillation
+    teacher_b: np.ndarray | None = None
 
     def side(self, name: str) -> Content:
         """Returns side `"a"` or `"b"`."""
         if name == "a":
             return Content(self.a, self.images_a, self.audio_a)
         return Content(self.b, self.images_b, self.audio_b)
+
+    def only_text(self, name: str) -> str | None:
+        """Returns the text of side `"a"` or `"b"` if it holds nothing else, otherwise `None`."""
+        side = self.side(name)
+        return side.text if side.modalities == ("text",) else None
 
 
 def present_modalities(text: str, images: Sequence[Any], audio: Any) -> tuple[str, ...]:
@@ -265,6 +272,8 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
         score=_clean_score(record.get("score"), place),
         group=None if group is None else str(group),
         negatives=_clean_negatives(record, place, root),
+        teacher_a=_clean_vector("teacher_a", record.get("teacher_a"), place),
+        teacher_b=_clean_vector("teacher_b", record.get("teacher_b"), place),
     )
 
 
@@ -439,6 +448,29 @@ def _clean_audio(column: str, value: Any, place: Place, root: str) -> str | byte
     except (ValueError, TypeError) as error:
         raise place.error(column, array, str(error)) from error
     return {"array": samples, "sampling_rate": rate}
+
+
+def _clean_vector(column: str, value: Any, place: Place) -> np.ndarray | None:
+    """Converts a teacher's vector, (W,) float32, finite and not 0."""
+    if value is None or value == "":
+        return None
+    is_list = isinstance(value, list) and all(
+        isinstance(number, (int, float)) and not isinstance(number, bool) for number in value
+    )
+    if not is_list or not value:
+        raise place.error(column, value, "a list of numbers is expected; correct it or leave the vector out.")
+    with np.errstate(over="ignore"):
+        vector = np.array(value, np.float32)
+    if not np.isfinite(vector).all():
+        position = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise place.error(
+            column,
+            value[position],
+            f"position {position} of the vector is not a finite float32; embed the row again or leave the vector out.",
+        )
+    if not vector.any():
+        raise place.error(column, value, "the vector is 0 and has no direction; embed the row again or leave it out.")
+    return vector
 
 
 def _clean_score(value: Any, place: Place) -> float | None:

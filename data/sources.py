@@ -26,6 +26,7 @@ from .schema import (
     check_row,
     show_media,
 )
+from .vector_cache import VectorCache
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.ends = np.cumsum([len(piece.table) for piece in self.pieces]).tolist()
         self.task_ids = np.concatenate([piece.task_ids for piece in self.pieces])  # (rows,) int16
         self.modalities = np.concatenate([piece.modalities for piece in self.pieces])  # (rows,) int8, see `Piece`
+        self.teacher: VectorCache | None = None  # vectors of the text-only sides of `taught_tasks`, for distillation
+        self.taught_tasks: Collection[str] = ()
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -100,6 +103,7 @@ class PairDataset(torch.utils.data.Dataset):
             `id`, `task`, `a`, `b` (texts), `images_a`, `images_b` (lists of RGB PIL images), `audio_a`, `audio_b`
             (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `a_key`, `b_key`
             (`content_key` of each side), `negatives` (list of `{"text", "images", "audio", "key"}`),
+            `teacher_a`, `teacher_b` ((W,) float32 or `None`),
             `image_placeholder`, `score` (or `None`), `group` (or `None`), `source` (index of the recipe's entry).
 
         Raises:
@@ -122,6 +126,8 @@ class PairDataset(torch.utils.data.Dataset):
             "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
             "score": row.score,
             "group": row.group,
+            "teacher_a": self._teacher_vector(row, "a", row.teacher_a),
+            "teacher_b": self._teacher_vector(row, "b", row.teacher_b),
             "source": self.piece_sources[number],
         }
 
@@ -159,6 +165,17 @@ class PairDataset(torch.utils.data.Dataset):
     def row(self, index: int) -> Row:
         """Returns row `index` without opening media."""
         return self._read(index)[1]
+
+    def place(self, index: int) -> Place:
+        """Returns the origin of row `index`, for error messages."""
+        return self._read(index)[2]
+
+    def _teacher_vector(self, row: Row, side: str, given: np.ndarray | None) -> np.ndarray | None:
+        """Returns the teacher's vector of a side, (W,) float32: that of its column, or the computed one."""
+        if given is not None or self.teacher is None or row.task not in self.taught_tasks:
+            return given
+        text = row.only_text(side)
+        return None if text is None else self.teacher.find(content_key(text))
 
     def _read(self, index: int) -> tuple[int, Row, Place]:
         """Returns the number of the piece of row `index`, the row and its origin."""

@@ -196,7 +196,7 @@ def build_trainer(
     from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
     from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
     from vipolyqwen.training.arguments import read_arguments
-    from vipolyqwen.training.build import build_loss
+    from vipolyqwen.training.build import build_loss, connect_teacher
     from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
     base = str(folder / "base")
@@ -207,8 +207,9 @@ def build_trainer(
     tasks = declare_tasks(None)
     source = {"path": str(folder / "pairs.jsonl"), "media_root": str(folder / "media")}
     pairs = load_pairs([source], tasks, processor.min_audio_samples, check_media=False)
-    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0)
     loss = build_loss(loss_args, {}, list(tasks))
+    width = connect_teacher(loss, pairs, model, loss_args, args)
+    collator = MixedBatchCollator(processor, tasks, prefix_dropout=0.0, teacher_width=width)
     trainer = ViPolyQwenTrainer(model, args, processor, loss, pairs, None, collator, collator)
     trainer.current_gradient_accumulation_steps = 1
     return trainer, pairs

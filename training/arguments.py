@@ -169,6 +169,27 @@ class LossArguments:
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Matryoshka dimensions to train, such as 1024 512 256"}
     )
+    distil: Any = field(
+        default=None,
+        metadata={"help": "weight of the distillation loss: one number for every task, or {TASK: weight}"},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "teacher of texts: a sentence-transformers model (name or path) or module:function; none: the "
+            "columns teacher_a, teacher_b only"
+        },
+    )
+    teacher_prompt: str | None = field(
+        default=None, metadata={"help": "prompt before every text of a sentence-transformers teacher"}
+    )
+    teacher_temperature: float = field(
+        default=0.05, metadata={"help": "temperature of the similarities that KL compares"}
+    )
+    distil_cosine: float = field(
+        default=1.0, metadata={"help": "weight of the cosine to the teacher, through a learned map"}
+    )
+    distil_kl: float = field(default=1.0, metadata={"help": "weight of KL of the in-batch similarities"})
     task_weighting: str = field(
         default="none",
         metadata={"help": "weighting between tasks: none, table, inverse_loss, uncertainty or gradnorm"},
@@ -240,6 +261,7 @@ JSON_ARGUMENTS = (
     "eval_data",
     "tasks",
     "temperature",
+    "distil",
     "task_weighting_options",
 )  # nested, so JSON as a flag
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments)

@@ -1,6 +1,8 @@
 """Builds the parts of a run from its arguments: model and processor on backbones, loss, pairs, collator."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers.utils import logging
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
 from ..data.collator import MixedBatchCollator
-from ..data.schema import Task, declare_tasks, with_prefix_sides
+from ..data.schema import Task, canonical_task, declare_tasks, with_prefix_sides
 from ..data.sources import PairDataset, load_pairs
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
@@ -30,9 +32,11 @@ from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import check_audio_prefix
 from .adapters import add_adapter, check_installed, continued, load_in_4bit, untrained_towers, write_base
 from .arguments import DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
-from .losses import LOSS_TABLES, TaskLoss
+from .distillation import Distillation
+from .losses import COMPONENTS, LOSS_TABLES, TaskLoss, check_weight
 from .mixed_loss import MixedLoss
 from .parts import freeze_towers
+from .teacher import teach_pairs
 from .weighting import build_weighting
 
 logger = logging.get_logger(__name__)
@@ -223,7 +227,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
         tasks: all tasks, in the order of their ids.
 
     Raises:
-        ValueError: an unknown loss table, or a declared task without `loss`.
+        ValueError: an unknown loss table, a declared task without `loss`, or settings of a teacher that do not fit.
     """
     if loss_args.loss_table not in LOSS_TABLES:
         raise ValueError(f"`loss_table` is {loss_args.loss_table!r}; it must be one of {', '.join(LOSS_TABLES)}.")
@@ -232,8 +236,9 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
         if "loss" not in fields:
             raise ValueError(f"tasks.{task} has no `loss`; declare its components, for example {{nce: 1.0}}.")
         losses[task] = TaskLoss.from_dict(fields["loss"])
+    losses = _with_distil({task: losses[task] for task in tasks}, loss_args.distil)
     return MixedLoss(
-        {task: losses[task] for task in tasks},
+        losses,
         temperature=loss_args.temperature,
         learnable_temperature=loss_args.learnable_temperature,
         weighting=build_weighting(loss_args.task_weighting, tasks, loss_args.task_weighting_options),
@@ -242,6 +247,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
         nce_min_score=loss_args.nce_min_score,
         false_negative_margin=loss_args.false_negative_margin,
         matryoshka_dims=loss_args.matryoshka_dims,
+        distillation=_build_distillation(loss_args, losses),
     )
 
 
@@ -257,6 +263,50 @@ def build_tasks(data_args: DataArguments) -> dict[str, Task]:
         if name not in tasks:
             raise ValueError(f"tasks_without_prefix: unknown task {name!r}; known: {', '.join(tasks)}.")
     return with_prefix_sides(tasks, dict.fromkeys(never, "none"))
+
+
+def _with_distil(losses: dict[str, TaskLoss], distil: float | Mapping[str, float] | None) -> dict[str, TaskLoss]:
+    """Sets the weight of distil: one number for every task, or task -> weight for some."""
+    weights = distil if isinstance(distil, Mapping) else {} if distil is None else dict.fromkeys(losses, distil)
+    weights = {canonical_task(name): weight for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if name not in losses:
+            raise ValueError(f"distil: unknown task {name!r}; known: {', '.join(losses)}.")
+        check_weight(weight, f"distil of {name}")
+    return losses | {name: replace(losses[name], distil=weight) for name, weight in weights.items()}
+
+
+def _build_distillation(loss_args: LossArguments, losses: Mapping[str, TaskLoss]) -> Distillation | None:
+    """Builds the loss against a teacher, if a task has a weight of it."""
+    if any(loss.distil for loss in losses.values()):
+        return Distillation(loss_args.teacher_temperature, loss_args.distil_cosine, loss_args.distil_kl)
+    for name in ("teacher", "teacher_prompt"):
+        if getattr(loss_args, name) is not None:
+            raise ValueError(
+                f"`{name}` is {getattr(loss_args, name)!r}, but `distil` gives no task a weight; set it, such as 1.0."
+            )
+    return None
+
+
+def connect_teacher(
+    mixed_loss: MixedLoss,
+    pairs: PairDataset | None,
+    model: ViPolyQwenModel,
+    loss_args: LossArguments,
+    args: ViPolyQwenTrainingArguments,
+) -> int:
+    """Gives the pairs their teacher and the loss its map; returns the width of the teacher's vectors, 0 without one.
+
+    Raises:
+        ValueError: a row has no teacher's vector, or one that does not fit; see `teach_pairs`.
+    """
+    if mixed_loss.distillation is None or pairs is None:
+        return 0
+    column = COMPONENTS.index("distil")
+    taught = [task for task, weights in zip(mixed_loss.tasks, mixed_loss.weights, strict=True) if weights[column] > 0]
+    width = teach_pairs(pairs, taught, loss_args.teacher, loss_args.teacher_prompt, args.device)
+    mixed_loss.distillation.connect(model.config.projection_dim, width)
+    return width
 
 
 def read_pairs(
@@ -278,12 +328,17 @@ def build_collator(
     data_args: DataArguments,
     args: ViPolyQwenTrainingArguments,
     training: bool,
+    teacher_width: int = 0,
 ) -> MixedBatchCollator:
-    """Builds the collator of both sides of pairs; only that for training drops prefixes and adds hard negatives."""
+    """Builds the collator of both sides of pairs.
+
+    Only that for training drops prefixes and adds hard negatives and a teacher's vectors, of `teacher_width`.
+    """
     return MixedBatchCollator(
         processor,
         tasks,
         prefix_dropout=data_args.prefix_dropout if training else 0.0,
         with_negatives=training,
+        teacher_width=teacher_width if training else 0,
         seed=args.seed,
     )

@@ -1,11 +1,12 @@
 """Joins the batches of all ranks into the one batch that the mixed loss sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .distillation import Teaching
 from .distributed import gather_rows, gather_sizes
 from .mixed_loss import HardNegatives
 
@@ -16,7 +17,7 @@ def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dic
     """Gathers what the mixed loss needs from all ranks, in three collectives and one more in the backward pass.
 
     Row counts are gathered once; then all embeddings, with gradient; then all integers. Scores travel among the
-    integers by their bits.
+    integers by their bits. Vectors of a teacher, where the collator adds them, take a fourth collective.
 
     Args:
         embeddings: (2 · pairs + N, D) float, sides a, sides b, then hard negatives of this rank.
@@ -27,13 +28,15 @@ def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dic
         The arguments of `MixedLoss.forward` that describe the joined batch, the same on every rank.
     """
     pairs, count = len(batch["data_type"]), len(batch["negative_owners"])
-    sizes = gather_sizes([pairs, count], embeddings.device)  # (ranks, 2)
-    a, b, vectors = gather_rows(embeddings.split([pairs, pairs, count]), [[p, p, n] for p, n in sizes])
-    first = sum(p for p, _ in sizes[:rank])  # of this rank's pairs in the joined batch
+    taught = batch.get("teacher_sides", batch["data_type"].new_empty(0))  # (M,)
+    sizes = gather_sizes([pairs, count, len(taught)], embeddings.device)  # (ranks, 3)
+    a, b, vectors = gather_rows(embeddings.split([pairs, pairs, count]), [[p, p, n] for p, n, _ in sizes])
+    first = sum(p for p, *_ in sizes[:rank])  # of this rank's pairs in the joined batch
     scores = batch["similarity_scores"].float()
     integers = [batch[name] for name in COLUMNS] + [scores.view(torch.int32).long()]
-    integers += [batch["negative_owners"] + first, batch["negative_keys"]]
-    *integers, owners, keys = gather_rows(integers, [[p] * (len(COLUMNS) + 1) + [n] * 2 for p, n in sizes])
+    integers += [batch["negative_owners"] + first, batch["negative_keys"], _joined_sides(taught, sizes, rank)]
+    counts = [[p] * (len(COLUMNS) + 1) + [n, n, m] for p, n, m in sizes]
+    *integers, owners, keys, sides = gather_rows(integers, counts)
     task_ids, a_keys, b_keys, groups, modalities, bits = integers
     return {
         "a": a,
@@ -45,4 +48,19 @@ def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dic
         "groups": groups,
         "modalities": modalities,
         "negatives": HardNegatives(vectors, owners, keys) if len(owners) else None,
+        "teaching": _join_teaching(batch, sides, sizes),
     }
+
+
+def _joined_sides(sides: Tensor, sizes: Sequence[Sequence[int]], rank: int) -> Tensor:
+    """Renumbers sides, i for a and pairs + i for b, from this rank's batch to the joined one."""
+    pairs, total = sizes[rank][0], sum(p for p, *_ in sizes)
+    return sides + sum(p for p, *_ in sizes[:rank]) + (sides >= pairs) * (total - pairs)
+
+
+def _join_teaching(batch: Mapping[str, Any], sides: Tensor, sizes: Sequence[Sequence[int]]) -> Teaching | None:
+    """Gathers the teacher's vectors; `None` if the collator adds none, as it then does on every rank."""
+    if "teacher_vectors" not in batch:
+        return None
+    (vectors,) = gather_rows([batch["teacher_vectors"]], [[m] for *_, m in sizes])
+    return Teaching(vectors, sides)

@@ -77,7 +77,7 @@ class LossFigures:
 
 def _means_by_task(output: MixedLossOutput) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Means of the loss and of each component over the rows of each task, (T,) each, and (T,) bool, tasks present."""
-    values = torch.stack([output.per_sample.detach(), *output.components.values()], dim=1)  # (B, 1 + 5)
+    values = torch.stack([output.per_sample.detach(), *output.components.values()], dim=1)  # (B, 1 + components)
     used = ~values.isnan()
     used[:, 0] = True  # a loss of NaN is a fault; a component of NaN is not used
     empty = values.new_zeros(len(output.parts), values.shape[1])

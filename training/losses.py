@@ -17,8 +17,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet")
-SCORE_COMPONENTS = ("mse", "rank")  # regress the score; the others pull a pair together
+COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet", "distil")
+SCORE_COMPONENTS = ("mse", "rank")  # regress the score
+POSITIVE_COMPONENTS = ("nce", "cosine", "triplet")  # pull a pair together; `distil` follows a teacher instead
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TaskLoss:
     rank: float = 0.0
     cosine: float = 0.0
     triplet: float = 0.0
+    distil: float = 0.0  # needs a teacher, see `Distillation`
     triplet_margin: float = 0.2  # in units of S/T
     rank_margin: float = 0.05  # in units of the score
     score_optional: bool = False  # whether mse and rank skip rows without a score; otherwise an error

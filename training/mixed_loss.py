@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.schema import MODALITY_PAIRS
+from .distillation import Distillation, Teaching
 from .loss_figures import LossFigures, MixedLossOutput
 from .losses import (
     COMPONENTS,
+    POSITIVE_COMPONENTS,
     SCORE_COMPONENTS,
     TaskLoss,
     check_weight,
@@ -49,11 +51,12 @@ class MixedLoss(nn.Module):
         weighting: λ per task over the same task names; None is λ = 1.
         mask_duplicates: exclude rows whose a or b has the same content as the positive's from the negatives.
         mask_groups: exclude rows of the same group from each other's negatives.
-        nce_min_score: a row scored below this is not a positive: all its components but mse and rank are 0, though it
-            stays a negative of other rows. None disables the threshold.
+        nce_min_score: a row scored below this is not a positive: its nce, cosine and triplet are 0, though it stays a
+            negative of other rows. None disables the threshold.
         false_negative_margin: exclude negatives more similar than the positive by more than this. None keeps all.
         matryoshka_dims: the loss is the mean of those of the vectors' first dims, each brought to unit length
             (Kusupati et al. 2022). None uses the full vector.
+        distillation: loss against a teacher, for tasks with a weight of distil.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class MixedLoss(nn.Module):
         false_negative_margin: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         learnable_temperature: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         if nce_min_score is not None and not 0 <= nce_min_score <= 1:
@@ -79,6 +83,7 @@ class MixedLoss(nn.Module):
             raise ValueError(f"The weighting is for tasks {self.weighting.tasks}, the loss for {self.tasks}.")
         self.mask_duplicates, self.mask_groups, self.nce_min_score = mask_duplicates, mask_groups, nce_min_score
         self.false_negative_margin, self.matryoshka_dims = false_negative_margin, _checked_dims(matryoshka_dims)
+        self.distillation = distillation
         self.temperature_by_pair = isinstance(temperature, Mapping)
         temperatures = _checked_temperatures(temperature)
         log_temperatures = torch.tensor(list(temperatures.values())).log()  # (1,) or (pairs given,)
@@ -91,11 +96,13 @@ class MixedLoss(nn.Module):
         places = [_sharing(pair, list(temperatures)) if self.temperature_by_pair else 0 for pair in MODALITY_PAIRS]
         losses = tasks.values()
         constants = {  # derived from the settings, so not saved
-            "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 5)
+            "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 6)
             "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
             "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
             "requires_score": [loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses],  # (T,)
-            "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (5,)
+            "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (6,)
+            "by_positive": [name in POSITIVE_COMPONENTS for name in COMPONENTS],  # (6,)
+            "by_teacher": [name == "distil" for name in COMPONENTS],  # (6,)
             "temperature_places": places,  # (pairs,) long, of each pair's T in `log_temperatures`
         }
         for name, values in constants.items():
@@ -114,6 +121,7 @@ class MixedLoss(nn.Module):
         groups: Tensor | None = None,
         modalities: Tensor | None = None,
         negatives: HardNegatives | None = None,
+        teaching: Teaching | None = None,
         with_gradients: bool = False,
     ) -> MixedLossOutput:
         """Computes the loss of one batch.
@@ -129,22 +137,24 @@ class MixedLoss(nn.Module):
             groups: (B,) int64, equal for rows of one group, 0 for a row without a group.
             modalities: (B,) long, positions in `MODALITY_PAIRS`; needed for temperatures by pair.
             negatives: hard negatives, candidates of every row.
+            teaching: teacher's vectors; at least one for each row of a task with a weight of distil.
             with_gradients: whether to measure the tasks' gradients; always on for a weighting that needs them.
         """
-        self._check_batch(a, b, task_ids, scores)
+        taught = self._taught(len(a), teaching, a.device)
+        self._check_batch(a, b, task_ids, scores, taught)
         dtype = torch.promote_types(a.dtype, torch.float32)
         scores = scores.to(dtype)
         with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bfloat16
             temperatures = self._temperatures(len(a), modalities).to(dtype)
             mask = self._mask(a_keys, b_keys, groups, negatives)
             candidates = b if negatives is None else torch.cat([b, negatives.vectors])
-            values = torch.stack(  # (dims, B, 5)
+            values = torch.stack(  # (dims, B, 6)
                 [
-                    self._values(one.to(dtype) @ other.to(dtype).T, task_ids, scores, temperatures, mask)
+                    self._values(one.to(dtype), other.to(dtype), task_ids, scores, temperatures, mask, teaching)
                     for one, other in self._prefixes(a, candidates)
                 ]
             ).mean(dim=0)
-            weights = self.weights.to(dtype)[task_ids]  # (B, 5)
+            weights = self.weights.to(dtype)[task_ids]  # (B, 6)
             per_sample = (weights * values).sum(dim=1)
             counts = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, torch.ones_like(per_sample))
             parts = per_sample.new_zeros(len(self.tasks)).index_add(0, task_ids, per_sample) / len(a)
@@ -153,7 +163,7 @@ class MixedLoss(nn.Module):
             wanted = with_gradients or self.weighting.needs_gradient_norms
             embeddings = [x for x in (a, b, *([] if negatives is None else [negatives.vectors])) if x.requires_grad]
             gram = gradient_gram(parts, embeddings) if wanted and embeddings else None
-        uses = (weights > 0) & ~(self.by_score & scores.isnan()[:, None])  # (B, 5)
+        uses = (weights > 0) & ~(self.by_score & scores.isnan()[:, None]) & (taught[:, None] | ~self.by_teacher)
         shown = dict(zip(COMPONENTS, values.detach().where(uses, torch.nan).unbind(dim=1), strict=True))
         self._observe(parts.detach(), counts, gram)
         return MixedLossOutput(loss, per_sample, shown, parts, task_weights.detach(), task_ids, gram)
@@ -189,10 +199,25 @@ class MixedLoss(nn.Module):
         cut = nn.functional.normalize
         return [(cut(a[:, :dim], dim=1), cut(candidates[:, :dim], dim=1)) for dim in self.matryoshka_dims]
 
+    def _taught(self, rows: int, teaching: Teaching | None, device: torch.device) -> Tensor:
+        """Returns which rows have a teacher's vector of a side, (B,) bool."""
+        taught = torch.zeros(rows, dtype=torch.bool, device=device)
+        if self.distillation is not None and teaching is not None and len(teaching.sides):
+            taught[teaching.sides % rows] = True
+        return taught
+
     def _values(
-        self, similarities: Tensor, task_ids: Tensor, scores: Tensor, temperatures: Tensor, mask: Tensor | None
+        self,
+        a: Tensor,
+        candidates: Tensor,
+        task_ids: Tensor,
+        scores: Tensor,
+        temperatures: Tensor,
+        mask: Tensor | None,
+        teaching: Teaching | None,
     ) -> Tensor:
-        """Computes every component of every row, (B, 5) float, unweighted and finite, used or not."""
+        """Computes every component of every row, (B, 6) float, unweighted and finite, used or not."""
+        similarities = a @ candidates.T
         cosines = similarities.diagonal()
         ranked = self.weights[task_ids, COMPONENTS.index("rank")] > 0
         rank_margins = self.rank_margins.to(scores)[task_ids]
@@ -204,12 +229,15 @@ class MixedLoss(nn.Module):
             "rank": pairwise_rank(cosines, scores.where(ranked, torch.nan), rank_margins),
             "cosine": cosine_distance(cosines),
             "triplet": hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask),
+            "distil": torch.zeros_like(cosines),
         }
+        if self.distillation is not None and teaching is not None:
+            values["distil"] = self.distillation(a, candidates[: len(a)], teaching)
         stacked = torch.stack([values[name] for name in COMPONENTS], dim=1)
         if self.nce_min_score is None:
             return stacked
         no_positive = scores < self.nce_min_score  # (B,); False for NaN
-        return stacked.masked_fill(no_positive[:, None] & ~self.by_score, 0.0)
+        return stacked.masked_fill(no_positive[:, None] & self.by_positive, 0.0)
 
     def _with_false_negatives(self, similarities: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Adds candidates more similar than positive + margin to the masks for rows (B, C) and for columns (B, B)."""
@@ -244,23 +272,28 @@ class MixedLoss(nn.Module):
             masks.append(same)
         return torch.stack(masks).any(dim=0) if masks else None
 
-    def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor) -> None:
-        """Raises ValueError for shapes that do not fit, unknown task ids and missing scores."""
+    def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor, taught: Tensor) -> None:
+        """Raises ValueError for shapes that do not fit, unknown task ids, and rows without score or teacher."""
         rows = a.shape[:1]
         if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
             shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
             raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
         unknown = (task_ids < 0) | (task_ids >= len(self.tasks))
-        missing = self.requires_score[task_ids.clamp(0, len(self.tasks) - 1)] & scores.isnan()
-        if not (unknown | missing).any():  # one transfer to the host
+        known_ids = task_ids.clamp(0, len(self.tasks) - 1)
+        missing = self.requires_score[known_ids] & scores.isnan()
+        untaught = (self.weights[known_ids, COMPONENTS.index("distil")] > 0) & ~taught
+        if not (unknown | missing | untaught).any():  # one transfer to the host
             return
         if unknown.any():
             raise ValueError(f"task_ids {task_ids.tolist()} must lie in [0, {len(self.tasks)}): {self.tasks}.")
-        names = sorted({self.tasks[task] for task in task_ids[missing].tolist()})
-        positions = missing.nonzero().flatten().tolist()
+        needs, faulty = (
+            ("a score (mse or rank > 0)", missing) if missing.any() else ("a teacher (distil > 0)", untaught)
+        )
+        names = sorted({self.tasks[task] for task in task_ids[faulty].tolist()})
+        positions = faulty.nonzero().flatten().tolist()
         raise ValueError(
-            f"Tasks {names} need a score (mse or rank > 0), but rows {positions} of the batch have none; "
-            "give these rows a score, or set mse and rank of the task to 0."
+            f"Tasks {names} need {needs}, but rows {positions} of the batch have none; "
+            "give it to these rows, or set these weights of the task to 0."
         )
 
     def measure(self, output: MixedLossOutput) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from .arguments import Arguments, ModelArguments
 
 SETTINGS = ("loss_table", "temperature", "learnable_temperature", "mask_duplicates", "mask_groups", "nce_min_score")
 SETTINGS += ("false_negative_margin", "matryoshka_dims", "task_weighting", "task_weighting_options")
+SETTINGS += ("distil", "teacher", "teacher_prompt", "teacher_temperature", "distil_cosine", "distil_kl")
 SETTINGS += ("prefix_sides", "prefix_dropout", "tasks_without_prefix", "tasks")
 SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 SETTINGS += ("learning_rate", "vision_learning_rate", "audio_learning_rate", "head_learning_rate")
@@ -38,6 +39,10 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
     model_args, data_args, loss_args, args = arguments
     values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
     names = SETTINGS if model_args.lora_rank is None else (*SETTINGS, *ADAPTER_SETTINGS)
+    if loss_args.distil is None:  # the other settings of the teacher have no effect
+        names = [name for name in names if not name.startswith(("teacher", "distil"))]
+    elif loss_args.teacher is not None and os.path.exists(loss_args.teacher):
+        values["teacher"] = Path(loss_args.teacher).name
     settings = {name: values[name] for name in names if values[name] not in (None, {}, [], -1)}  # -1: no max_steps
     record = {
         **_origin(model_args),

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import EVERYTHING, KEY_BIAS, assert_same_gradients, build_trainer, gradients_of, train_run, training_step
+from helpers import EVERYTHING as EVERY_OPTION
+from helpers import KEY_BIAS, assert_same_gradients, build_trainer, gradients_of, train_run, training_step
 from safetensors.torch import load_file
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,11 +37,12 @@ ON_SIDE_B = [  # media on side b: found by text, by an image, by audio; among ha
     {"task": "audio", "audio": "2.wav", "audio_b": "3.wav"},
     {"task": "audio", "audio": "0.wav", "b": "nghe", "images_b": "3.png", "audio_b": "2.wav"},
 ]
+EVERYTHING = [*EVERY_OPTION, "--distil", "0.5", "--teacher_temperature", "0.3"]
 
 
 @pytest.fixture(scope="module")
 def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of `world` with up to two wrong answers, texts beside audio, and windows; its base fuses by attention."""
+    """Pairs of `world`: wrong answers, a teacher, texts beside audio, and windows; its base fuses by attention."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [
@@ -51,6 +53,10 @@ def corpus(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert {row["a"] for row in rows if row["task"] == "audio"} == {"", "nghe"}
     rows += [{"id": f"b{n}", **row} for n, row in enumerate(ON_SIDE_B)]
+    for number, row in enumerate(rows):
+        row |= {
+            f"teacher_{side}": [math.sin(number), 0.5, math.cos(3 * number)] for side in ("a", "b", "ab")[number % 3]
+        }
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     model = ViPolyQwenModel.from_pretrained(world / "base", audio_fusion="attention")
     torch.manual_seed(0)

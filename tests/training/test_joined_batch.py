@@ -1,5 +1,7 @@
 """The batches of two ranks joined for the loss: few collectives, the loss and gradients of one rank."""
 
+import itertools
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from torch import Tensor, multiprocessing
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vipolyqwen.training.distillation import Distillation
 from vipolyqwen.training.joined_batch import join_batches
 from vipolyqwen.training.losses import LOSS_TABLES
 from vipolyqwen.training.mixed_loss import MixedLoss
 
-PAIRS, DIM = 9, 8
+PAIRS, DIM, TEACHER_DIM = 9, 8, 5
+DISTILLED = {task: replace(loss, distil=0.7) for task, loss in LOSS_TABLES["dle"].items()}
 SPLITS = [(4, 5), (1, 8), (9, 0)]  # pairs of each rank
 
 
@@ -29,8 +33,11 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def batch_of(first: int, last: int, with_negatives: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Embeddings and collated columns of pairs [first, last); pair n has n % 3 hard negatives."""
+def batch_of(first: int, last: int, with_negatives: bool, with_teacher: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """Embeddings and collated columns of pairs [first, last); pair n has n % 3 hard negatives.
+
+    A teacher knows sides a of pairs 0 to 6 and sides b of pairs 5 to 8.
+    """
     generator = torch.Generator().manual_seed(0)
     owners = torch.tensor([pair for pair in range(PAIRS) for _ in range(pair % 3)] if with_negatives else []).long()
     mine = (owners >= first) & (owners < last)
@@ -44,34 +51,48 @@ def batch_of(first: int, last: int, with_negatives: bool) -> tuple[Tensor, dict[
     columns |= {"groups": torch.arange(PAIRS) // 3, "modalities": torch.arange(PAIRS) % 3}
     batch = {name: column[first:last] for name, column in columns.items()}
     batch |= {"negative_owners": owners[mine] - first, "negative_keys": keys[owners[mine]] + 1}
+    if with_teacher:
+        taught = [(0, pair) for pair in range(7)] + [(1, pair) for pair in range(5, PAIRS)]
+        mine = [number for number, (_, pair) in enumerate(taught) if first <= pair < last]
+        places = [taught[number][0] * (last - first) + taught[number][1] - first for number in mine]
+        batch["teacher_vectors"] = torch.randn(len(taught), TEACHER_DIM, generator=generator)[mine]
+        batch["teacher_sides"] = torch.tensor(places).long()
     return torch.cat([*sides, negatives]).requires_grad_(), batch
 
 
-def loss_of(embeddings: Tensor, batch: dict[str, Any], rank: int = 0) -> Tensor:
+def loss_of(embeddings: Tensor, batch: dict[str, Any], rank: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the weights of the map to the teacher."""
     temperatures = {"text-text": 0.07, "image-text": 0.1, "audio-text": 0.2}
-    return MixedLoss(LOSS_TABLES["dle"], temperatures)(**join_batches(embeddings, batch, rank)).loss
+    if "teacher_vectors" not in batch:
+        return MixedLoss(LOSS_TABLES["dle"], temperatures)(**join_batches(embeddings, batch, rank)).loss, None
+    distillation = Distillation(temperature=0.2).connect(DIM, TEACHER_DIM)
+    loss = MixedLoss(DISTILLED, temperatures, distillation=distillation)
+    return loss(**join_batches(embeddings, batch, rank)).loss, distillation.map.weight
 
 
 def compare_with_one_rank(rank: int, rendezvous: str) -> None:
     """Runs on each of two ranks."""
     torch.set_num_threads(1)
-    alone = {with_negatives: batch_of(0, PAIRS, with_negatives) for with_negatives in (False, True)}
-    wanted = {with_negatives: loss_of(*batch) for with_negatives, batch in alone.items()}
-    for loss in wanted.values():
+    alone = {case: batch_of(0, PAIRS, *case) for case in itertools.product((False, True), repeat=2)}
+    wanted = {case: loss_of(*batch) for case, batch in alone.items()}
+    for loss, _ in wanted.values():
         loss.backward()
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for split in SPLITS:
         first, last = (0, split[0]) if rank == 0 else (split[0], PAIRS)
-        for with_negatives in (False, True):
-            embeddings, batch = batch_of(first, last, with_negatives)
+        for with_negatives, with_teacher in alone:
+            case = (with_negatives, with_teacher)
+            embeddings, batch = batch_of(first, last, *case)
             with CountCollectives() as forward:
-                loss = loss_of(embeddings, batch, rank)
+                loss, learned = loss_of(embeddings, batch, rank)
             with CountCollectives() as backward:
                 loss.backward()
-            assert (forward.count, backward.count) == (3, 1)
-            torch.testing.assert_close(loss, wanted[with_negatives])
-            a, b, negatives = alone[with_negatives][0].grad.split([PAIRS, PAIRS, 9 * with_negatives])
-            owners = alone[with_negatives][1]["negative_owners"]
+            assert (forward.count, backward.count) == (3 + with_teacher, 1)
+            torch.testing.assert_close(loss, wanted[case][0])
+            if with_teacher:
+                torch.testing.assert_close(learned.grad, wanted[case][1].grad)  # the loss is the same on every rank
+            a, b, negatives = alone[case][0].grad.split([PAIRS, PAIRS, 9 * with_negatives])
+            owners = alone[case][1]["negative_owners"]
             expected = torch.cat([a[first:last], b[first:last], negatives[(owners >= first) & (owners < last)]])
             torch.testing.assert_close(embeddings.grad / 2, expected)  # DDP and FSDP divide by the number of ranks
     dist.barrier()

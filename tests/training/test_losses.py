@@ -270,6 +270,7 @@ def test_components_are_unweighted_and_nan_where_not_used() -> None:
         "rank": near([NAN, 0, NAN]),
         "cosine": near([NAN, NAN, 0.4]),
         "triplet": near([1.3, NAN, NAN]),
+        "distil": near([NAN, NAN, NAN]),
     }
 
 
