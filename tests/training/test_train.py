@@ -114,6 +114,29 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_pairs_without_text_are_trained_and_evaluated(world: Path, tmp_path: Path) -> None:
+    rows = [{"images_a": str(world / f"{n}.png"), "audio_b": str(world / f"{n}.wav")} for n in range(4)]
+    rows[0]["negatives"] = ["im lặng", {"audio": rows[1]["audio_b"]}]
+    (tmp_path / "spoken.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    spoken = {"path": str(tmp_path / "spoken.jsonl"), "task": "image_audio"}
+    needs = {"needs_image": True, "needs_audio_b": True}
+    tasks = {"image_audio": {"prefix": "<image_audio>", "loss": {"nce": 1.0}, **needs}}
+    data = {"train_data": [spoken, {"path": str(world / "pairs.jsonl")}], "eval_data": [spoken], "tasks": tasks}
+    temperature = {"text-text": 0.07, "image-text": 0.1, "audio-text": 0.2}
+    flags = [part for name, value in data.items() for part in (f"--{name}", json.dumps(value))]
+    flags += ["--temperature", json.dumps(temperature), "--learnable_temperature", "true", "--max_steps", "2"]
+    log = train_run(world, tmp_path / "run", *flags, "--task_weighting", "none", "--per_device_train_batch_size", "28")
+    assert all(entry["loss/image_audio"] > 0 for entry in log if "loss" in entry)
+    [found] = [entry for entry in log if "eval_image_audio_recall@1" in entry]
+    assert (found["eval_image_audio_candidates"], found["eval_image_audio_chance"]) == (4, 0.25)
+    assert found["eval_recall@1"] == found["eval_image_audio_recall@1"]
+    assert {name for name in log[0] if name.startswith("temperature/")} == {
+        f"temperature/{pair}" for pair in temperature
+    }
+    record = json.loads((tmp_path / "run" / "training.json").read_text(encoding="utf-8"))
+    assert record["train_data"][0]["sides"] == {"image – audio": 4}
+
+
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
     flags = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
