@@ -160,7 +160,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Returns the keys that a batch may have."""
+        """Returns the keys that a batch may have, besides `image_indices` and `audio_windows`."""
         return [
             "input_ids",
             "attention_mask",
@@ -168,7 +168,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
             "image_grid_thw",
             "audio_features",
             "audio_attention_mask",
-            "audio_windows",
             "has_audio",
         ]
 
