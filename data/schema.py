@@ -337,7 +337,9 @@ def _check_placeholders(column: str, content: Content, place: Place, image_place
         )
 
 
-def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = True) -> None:
+def check_media(
+    row: Row, place: Place, min_audio_samples: int, headers: bool = True, max_audio_seconds: float = math.inf
+) -> None:
     """Checks that media files exist and, by their headers, that they are readable and within the size limits.
 
     Args:
@@ -345,6 +347,7 @@ def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = 
         place: origin of the row.
         min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
         headers: whether to open the files; otherwise they only have to exist.
+        max_audio_seconds: longest audio that the processor accepts.
 
     Raises:
         RowError: the first fault found.
@@ -358,7 +361,7 @@ def check_media(row: Row, place: Place, min_audio_samples: int, headers: bool = 
             for image in content.images:
                 _check_image_header(images, image, place)
         if content.audio is not None and (headers or isinstance(content.audio, dict)):
-            _check_audio_length(audio, content.audio, place, max(1, min_audio_samples))
+            _check_audio_length(audio, content.audio, place, max(1, min_audio_samples), max_audio_seconds)
 
 
 def media_contents(row: Row) -> Iterator[tuple[str, str, Content]]:
@@ -510,7 +513,10 @@ def _check_image_header(column: str, source: str | bytes, place: Place) -> None:
         )
 
 
-def _check_audio_length(column: str, audio: str | bytes | dict[str, Any], place: Place, shortest: int) -> None:
+def _check_audio_length(
+    column: str, audio: str | bytes | dict[str, Any], place: Place, shortest: int, longest: float
+) -> None:
+    """Checks a length between `shortest` samples at 16 kHz and `longest` seconds."""
     frames, rate = _audio_header(column, audio, place)
     samples = math.ceil(frames * ENCODER_RATE / rate)
     if samples < shortest:
@@ -519,6 +525,13 @@ def _check_audio_length(column: str, audio: str | bytes | dict[str, Any], place:
             show_media(audio),
             f"the audio has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder needs "
             f"at least {shortest}. Pad it with silence or drop the row.",
+        )
+    if frames > longest * rate:
+        raise place.error(
+            column,
+            show_media(audio),
+            f"the audio has {frames / rate:.1f} s; the limit is {longest:g} s. Split it, raise `max_audio_windows` or "
+            "drop the row.",
         )
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import hashlib
+import math
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class RowChecker:
     tasks: dict[str, Task]
     min_audio_samples: int
     check_media: bool
+    max_audio_seconds: float = math.inf
     code: str = CODE
 
     def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
@@ -50,7 +52,7 @@ class RowChecker:
         for index, record in zip(indices, table.to_pylist(), strict=True):
             row, place = self.reader.read(record, index)
             check_row(row, self.tasks, place, self.reader.source.image_placeholder)
-            check_media(row, place, self.min_audio_samples, self.check_media)
+            check_media(row, place, self.min_audio_samples, self.check_media, self.max_audio_seconds)
             checked.append(task_ids.index(row.task))
             modalities.append(_modality_bits(row.side("a")) + 8 * _modality_bits(row.side("b")))
         return {"task": checked, "modalities": modalities}
@@ -195,6 +197,7 @@ def load_pairs(
     min_audio_samples: int,
     check_media: bool = True,
     without_tasks: Collection[str] = (),
+    max_audio_seconds: float = math.inf,
 ) -> PairDataset:
     """Loads a recipe's `train_data` or `eval_data` and checks every row.
 
@@ -207,6 +210,7 @@ def load_pairs(
         min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
         check_media: whether to read the header of every image and audio file.
         without_tasks: tasks whose rows are checked, then left out.
+        max_audio_seconds: longest audio that the processor accepts, with `check_media`.
 
     Raises:
         RowError: a row is unusable.
@@ -220,7 +224,7 @@ def load_pairs(
         _check_tasks(source, tasks)
         pieces.append([])
         for table, reader in read_source(source, tasks):
-            checker = RowChecker(reader, dict(tasks), min_audio_samples, check_media)
+            checker = RowChecker(reader, dict(tasks), min_audio_samples, check_media, max_audio_seconds)
             pieces[-1].append(Piece(table, reader, *_check_rows(table, checker)))
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)

@@ -319,7 +319,8 @@ def read_pairs(
     """Reads and checks the rows of all sources, except those of `without_tasks`; `None` without sources."""
     if sources is None:
         return None
-    return load_pairs(sources, tasks, processor.min_audio_samples, check_media, without_tasks or ())
+    longest = processor.max_audio_seconds * processor.max_audio_windows
+    return load_pairs(sources, tasks, processor.min_audio_samples, check_media, without_tasks or (), longest)
 
 
 def build_collator(

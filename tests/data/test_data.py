@@ -302,6 +302,16 @@ def test_a_bad_row_is_named_with_file_row_column_value_and_remedy(folder: Path, 
         load(folder, [TEXT_PAIR, {**TEXT_PAIR, "id": "bad", **row}, TEXT_PAIR])
 
 
+def test_longer_audio_than_the_processor_accepts_is_a_bad_row_before_training(folder: Path) -> None:
+    soundfile.write(folder / "call.wav", np.zeros(8001), 8000)
+    sources = [{"path": write_rows(folder, [{**TEXT_PAIR, "audio": "call.wav"}])}]
+    assert len(load_pairs(sources, TASKS, 400, max_audio_seconds=1.001)) == 1
+    with pytest.raises(
+        RowError, match=r"row 1.*'audio_a' is .*call.wav': the audio has 1\.0 s; the limit is 1 s\. Split"
+    ):
+        load_pairs(sources, TASKS, 400, max_audio_seconds=1.0)
+
+
 def test_a_bad_row_of_a_table_is_named_with_the_users_column(folder: Path) -> None:
     table = datasets.Dataset.from_list([{"x": "a", "y": "b", "sim": score} for score in (0.1, 4.0)])
     table.to_parquet(folder / "a.parquet")
