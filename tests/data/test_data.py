@@ -307,7 +307,7 @@ def test_longer_audio_than_the_processor_accepts_is_a_bad_row_before_training(fo
     sources = [{"path": write_rows(folder, [{**TEXT_PAIR, "audio": "call.wav"}])}]
     assert len(load_pairs(sources, TASKS, 400, max_audio_seconds=1.001)) == 1
     with pytest.raises(
-        RowError, match=r"row 1.*'audio_a' is .*call.wav': the audio has 1\.0 s; the limit is 1 s\. Split"
+        RowError, match=r"row 1.*'audio' is .*call.wav': the audio has 1\.0 s; the limit is 1 s\. Split"
     ):
         load_pairs(sources, TASKS, 400, max_audio_seconds=1.0)
 
