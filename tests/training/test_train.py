@@ -218,27 +218,10 @@ def test_declared_tasks_may_have_their_old_name_but_not_both(tmp_path: Path) -> 
         read_arguments(["--vlm", "x", "--data_types", "{}", "--tasks", "{}", *rest])
 
 
-@pytest.mark.parametrize("name", ["stw", "bimodal", "trimodal", "demo"])
-def test_the_recipes_are_valid_and_have_the_settings_of_the_papers(name: str) -> None:
-    model_args, data_args, loss_args, args = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
-    tasks = declare_tasks(data_args.tasks)
-    build_loss(loss_args, data_args.tasks, list(tasks))
-    expected = {
-        "stw": ("mlp", "dle", "table", 2e-5, 480, 3),
-        "bimodal": ("linear", "mixed", "none", 1e-4, 768, 2),
-        "trimodal": ("linear", "mixed", "none", 1e-5, 768, 2),
-    }
-    if name in expected:
-        batch = 4 * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        assert expected[name] == (
-            model_args.projection,
-            loss_args.loss_table,
-            loss_args.task_weighting,
-            args.learning_rate,
-            batch,
-            args.num_train_epochs,
-        )
-        assert args.weight_decay == 0.001 and args.max_grad_norm == 1.0 and args.bf16
+@pytest.mark.parametrize("name", ["stw", "bimodal", "trimodal", "demo", "real_pairs"])
+def test_a_recipe_is_valid(name: str) -> None:  # tests/training/test_recipes.py holds the published values
+    _, data_args, loss_args, _ = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
+    build_loss(loss_args, data_args.tasks, list(build_tasks(data_args)))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
