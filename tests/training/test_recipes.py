@@ -20,6 +20,9 @@ COMMON = {  # STW paper §5.2, bimodal and trimodal papers §4.3, with their set
     "vlm": "Qwen/Qwen2-VL-2B-Instruct",
     "audio": None,
     "pooling": None,  # the configuration's default, attention
+    "audio_pooling": None,  # as `pooling`
+    "audio_projection": None,
+    "audio_fusion": None,
     "max_length": 8192,
     "attn_implementation": "auto",  # FlashAttention-2 where it is installed
     "freeze": [],
