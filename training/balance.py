@@ -6,6 +6,7 @@ losses, shares, gradients. `write_page` renders the log as HTML.
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ CHECKPOINTS = {  # step -> expectation (STW paper §5.3)
     10_000: "training is stable",
 }
 BALANCED = 3.0  # largest over smallest gradient share
+SOLVED = 0.5  # largest loss of a solved task, as a fraction of that at the start
 SHARP = 0.9  # largest loss of a sharp improvement, as a fraction of that at the previous checkpoint
 WINDOW = 100  # values in a volatility
 
@@ -132,6 +134,11 @@ def scaled(step: int, max_steps: int) -> int:
     return max(1, round(step * min(1.0, max_steps / SHORTEST_FULL_RUN)))
 
 
+def paper_steps(max_steps: int) -> list[int]:
+    """Returns the steps of the paper's checkpoints, scaled to a run of `max_steps`."""
+    return [scaled(step, max_steps) for step in CHECKPOINTS]
+
+
 def phase(step: int, max_steps: int) -> str:
     """Returns the phase of a step (STW paper §3.4.2)."""
     return PHASES[sum(step >= scaled(bound, max_steps) for bound in PHASE_BOUNDS)]
@@ -161,7 +168,7 @@ def paper_checkpoints(history: list[Log], max_steps: int) -> list[Checkpoint]:
     """
     entries = [entry for entry in history if "loss" in entry]
     reached = entries[-1]["step"] if entries else 0
-    steps = [scaled(step, max_steps) for step in CHECKPOINTS]
+    steps = paper_steps(max_steps)
     judges = (_trend, _improvement, _balance, _stability)
     found = []
     for number, (step, expected) in enumerate(zip(steps, CHECKPOINTS.values(), strict=True)):
@@ -193,8 +200,12 @@ def _improvement(entries: list[Log], step: int, before: int) -> tuple[str, bool 
 
 
 def _balance(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
-    ratio = share_ratio(_quarter(entries, step))
-    return f"largest over smallest gradient share {ratio:.1f}", None if math.isnan(ratio) else ratio < BALANCED
+    last = _quarter(entries, step)
+    solved = solved_tasks(last, start_losses([entry for entry in entries if entry["step"] <= step]))
+    ratio = share_ratio(last, without=solved)
+    return f"largest over smallest gradient share of unsolved tasks {ratio:.1f}", None if math.isnan(
+        ratio
+    ) else ratio < BALANCED
 
 
 def _stability(entries: list[Log], step: int, before: int) -> tuple[str, bool | None]:
@@ -209,23 +220,76 @@ def task_means(entries: list[Log], name: str) -> dict[str, float]:
     return {key.removeprefix(f"{name}/"): _mean(entries, key) for key in keys}
 
 
-def share_ratio(entries: list[Log]) -> float:
-    """Returns the largest over the smallest mean gradient share of the tasks; NaN if none was measured."""
-    shares = task_means(entries, "gradient_share").values()
+def start_losses(entries: list[Log]) -> dict[str, float]:
+    """Returns {task: mean loss over the first tenth of the log}."""
+    return task_means(entries[: max(1, len(entries) // 10)], "loss")
+
+
+def solved_tasks(entries: list[Log], start: dict[str, float]) -> set[str]:
+    """Returns the tasks whose mean loss over the entries is below half of that at the start.
+
+    Args:
+        entries: log entries.
+        start: task -> loss at the start of the run.
+    """
+    return {task for task, loss in task_means(entries, "loss").items() if loss < SOLVED * start.get(task, 0.0)}
+
+
+def share_ratio(entries: list[Log], name: str = "gradient_share", without: Container[str] = ()) -> float:
+    """Returns the largest over the smallest mean share of the tasks; NaN if none was measured.
+
+    Args:
+        entries: log entries.
+        name: `gradient_share` (by task) or `gradient_share_per_row`.
+        without: tasks whose small share does not count.
+    """
+    shares = task_means(entries, name)
     if not shares:
         return math.nan
-    return max(shares) / min(shares) if min(shares) > 0 else math.inf
+    least = min((share for task, share in shares.items() if task not in without), default=max(shares.values()))
+    return max(shares.values()) / least if least > 0 else math.inf
 
 
-def verdict(entries: list[Log]) -> str:
-    """Says in one sentence whether a task is starved of gradient."""
+def verdict(entries: list[Log], start: dict[str, float]) -> str:
+    """Says in one or two sentences which task is starved of gradient, and which ones are solved.
+
+    A share is small if it is below a third of the largest. With a small share a task is starved while its loss is
+    above half of that at the start, and solved below.
+
+    Args:
+        entries: log entries to judge.
+        start: task -> loss at the start of the run.
+    """
     shares = task_means(entries, "gradient_share")
-    ratio = share_ratio(entries)
-    if math.isnan(ratio):
+    if not shares:
         return "No gradients were measured (monitor_steps: 0)."
-    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-    shown = f"{most} has {shares[most]:.1%} of the gradient, {least} {shares[least]:.1%}: {ratio:.1f} times less"
-    return f"Balanced: {shown}." if ratio < BALANCED else f"{least} is starved: {shown}."
+    solved, losses = solved_tasks(entries, start), task_means(entries, "loss")
+    small = sorted((task for task in shares if _is_small(shares, task)), key=shares.__getitem__)
+    starved = [task for task in small if task not in solved]
+    least, most = (starved or sorted(shares, key=shares.__getitem__))[0], max(shares, key=shares.__getitem__)
+    by_row = _ratio_by_row(entries, most, least)
+    shown = f"{most} has {shares[most]:.1%} of the gradient, {least} {shares[least]:.1%}: "
+    shown += f"{_times(shares[most], shares[least])} less by task" + (f", {by_row} by row" if by_row else "")
+    done = [f"{task} (loss {start[task]:.3g} → {losses[task]:.3g})" for task in small if task in solved]
+    ended = f" Small share, but solved: {', '.join(done)}." if done else ""
+    if not starved:
+        return f"Balanced: {shown}.{ended}"
+    stands = f" Its loss stands at {losses[least] / start[least]:.0%} of the start." if start.get(least) else ""
+    return f"{least} is starved: {shown}.{stands}{ended}"
+
+
+def _is_small(shares: dict[str, float], task: str) -> bool:
+    return max(shares.values()) >= BALANCED * shares[task]
+
+
+def _ratio_by_row(entries: list[Log], most: str, least: str) -> str:
+    """Returns how many times larger one task's gradient share per row is than another's; "" if not measured."""
+    shares = task_means(entries, "gradient_share_per_row")
+    return _times(shares[most], shares[least]) if {most, least} <= set(shares) else ""
+
+
+def _times(larger: float, smaller: float) -> str:
+    return f"{larger / smaller:.1f}×" if smaller else "∞×"
 
 
 def write_page(history: list[Log], max_steps: int, path: Path) -> None:
@@ -239,14 +303,16 @@ def write_page(history: list[Log], max_steps: int, path: Path) -> None:
     entries = [entry for entry in history if "loss" in entry]
     last = entries[-max(1, len(entries) // 4) :]
     tasks = sorted(task_means(entries, "loss"))
-    columns = {name: task_means(last, name) for name in ("loss", "weight", "share", "gradient_share")}
-    first = task_means(entries[: max(1, len(entries) // 10)], "loss")
+    names = ("rows", "loss", "weight", "share", "share_per_row", "gradient_share", "gradient_share_per_row")
+    columns = {name: task_means(last, name) for name in names}
+    first = start_losses(entries)
     rows = [
         {"task": task, "first": first.get(task), **{name: values.get(task) for name, values in columns.items()}}
         for task in tasks
     ]
     charts = {
-        "Gradient share": _series(entries, "gradient_share"),
+        "Gradient share by task": _series(entries, "gradient_share"),
+        "Gradient share by row": _series(entries, "gradient_share_per_row"),
         "Share of the weighted loss": _series(entries, "share"),
         "Loss": _series(entries, "loss"),
         "Weight λ": _series(entries, "weight"),
@@ -255,7 +321,7 @@ def write_page(history: list[Log], max_steps: int, path: Path) -> None:
     }
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("balance.html.jinja").render(
-        verdict=verdict(last),
+        verdict=verdict(last, first),
         rows=rows,
         cosines=_cosine_table(last, tasks),
         tasks=tasks,

@@ -1,5 +1,6 @@
 """Callbacks: throughput, skipped updates, the progress bar."""
 
+import math
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from .balance import task_means
+from .balance import share_ratio, solved_tasks, start_losses, task_means
 from .loss_optimizer import LossOptimizer
 
 
@@ -84,7 +85,7 @@ class CompactProgressCallback(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.3f}, {logs['pairs_per_second']:.0f} pairs/s, "
-                f"{logs['tokens_per_second']:.0f} tokens/s{balance(logs)}"
+                f"{logs['tokens_per_second']:.0f} tokens/s{balance(logs, start_losses(_training(state)))}"
             )
         elif any(name.startswith("eval_") for name in logs):
             shown = {name: value for name, value in logs.items() if name.endswith(("recall@1", "spearman"))}
@@ -92,10 +93,25 @@ class CompactProgressCallback(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {line}")
 
 
-def balance(logs: dict[str, float]) -> str:
-    """Formats the ratio of largest to smallest gradient share and the task with the smallest; "" if not measured."""
-    shares = task_means([logs], "gradient_share")
+def balance(logs: dict[str, float], start: dict[str, float]) -> str:
+    """Formats the ratios of gradient shares, and the task with the smallest share that is not solved.
+
+    Args:
+        logs: one log entry.
+        start: task -> loss at the start of the run.
+
+    Returns:
+        Such as ", balance 19.8× by task, 3.2× by row (ocr)"; "" if no gradients were measured.
+    """
+    shares, solved = task_means([logs], "gradient_share"), solved_tasks([logs], start)
     if len(shares) < 2 or not min(shares.values()):
         return ""
-    least = min(shares, key=shares.__getitem__)
-    return f", balance {max(shares.values()) / shares[least]:.1f}× ({least})"
+    least = min((task for task in shares if task not in solved), key=shares.__getitem__, default="all solved")
+    by_task = share_ratio([logs], without=solved)
+    by_row = share_ratio([logs], "gradient_share_per_row", without=solved)
+    shown = f"{by_task:.1f}× by task" + ("" if math.isnan(by_row) else f", {by_row:.1f}× by row")
+    return f", balance {shown} ({least})"
+
+
+def _training(state: TrainerState) -> list[dict[str, float]]:
+    return [entry for entry in state.log_history if "loss" in entry]

@@ -7,6 +7,7 @@ and SHA-256 of all others.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,14 +123,27 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def delete_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
-    """Deletes the oldest checkpoints beyond `limit`, but none of `keep`; `None` or 0 for no limit."""
+def delete_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path], steps: Iterable[int] = ()) -> None:
+    """Deletes the checkpoints of the lowest steps beyond a limit.
+
+    Args:
+        output_dir: folder of the run.
+        limit: number of checkpoints to keep, besides those of `steps`; `None` or 0: all.
+        keep: checkpoints to keep in any case; they count towards the limit.
+        steps: of each, the first checkpoint written at or after it is kept and does not count.
+    """
     if limit is None or limit <= 0:
         return
-    checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
+    by_step = {_step(Path(path)): Path(path) for path in sort_checkpoints(str(output_dir))}
+    strategic = {min((step for step in by_step if step >= wanted), default=-1) for wanted in steps}
+    checkpoints = [by_step[step] for step in sorted(by_step) if step not in strategic]
     surplus = len(checkpoints) - limit
     for folder in [folder for folder in checkpoints if folder not in keep][: max(surplus, 0)]:
         delete_checkpoint(folder)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def delete_unfinished(output_dir: Path) -> None:

@@ -25,10 +25,12 @@ class MixedLossOutput:
 class LossFigures:
     """Measures F figures of every batch and averages them over the batches since the last log.
 
-    `loss/TASK` and `loss/TASK/COMPONENT` (unweighted means over the task's rows), `weight/TASK` (λ), `share/TASK` (its
-    share of the weighted loss); where gradients were measured `gradient_norm/TASK` (of λ_t p_t with respect to the
-    embeddings), `gradient_share/TASK` (its share of the sum of these norms) and `gradient_cosine/TASK/TASK`; then the
-    learnable temperatures. A figure that a batch does not have is NaN: its task is absent, or nothing was measured.
+    `loss/TASK` and `loss/TASK/COMPONENT` (unweighted means over the task's rows), `weight/TASK` (λ), `rows/TASK`,
+    `share/TASK` (its share of the weighted loss); where gradients were measured `gradient_norm/TASK` (of λ_t p_t with
+    respect to the embeddings), `gradient_share/TASK` (its share of the sum of these norms) and
+    `gradient_cosine/TASK/TASK`; then the learnable temperatures. `share_per_row/TASK` and
+    `gradient_share_per_row/TASK` are shares of the same loss and norm divided by the task's rows, so that the mixture
+    does not count. A figure that a batch does not have is NaN: its task is absent, or nothing was measured.
 
     Args:
         tasks: names of the T tasks, in the order of the task ids.
@@ -36,8 +38,8 @@ class LossFigures:
     """
 
     def __init__(self, tasks: Sequence[str], temperatures: Sequence[str] = ()) -> None:
-        kinds = ("loss/{}", *(f"loss/{{}}/{name}" for name in COMPONENTS), "weight/{}", "share/{}")
-        kinds += ("gradient_norm/{}", "gradient_share/{}")
+        kinds = ("loss/{}", *(f"loss/{{}}/{name}" for name in COMPONENTS), "weight/{}", "rows/{}", "share/{}")
+        kinds += ("share_per_row/{}", "gradient_norm/{}", "gradient_share/{}", "gradient_share_per_row/{}")
         self.names = [kind.format(task) for kind in kinds for task in tasks]
         self.names += [f"gradient_cosine/{s}/{t}" for place, s in enumerate(tasks) for t in tasks[place + 1 :]]
         self.names += temperatures
@@ -52,16 +54,21 @@ class LossFigures:
         Returns:
             The loss, a scalar, but NaN unless it and all figures are finite; and the figures, (F,) float.
         """
-        means, present = _means_by_task(output)
+        means, rows = _means_by_task(output)
+        present, at_least_one = rows > 0, rows.clamp(min=1)
         measured = torch.full_like(present, output.gradient_gram is not None)
         weighted = output.task_weights * output.parts.detach()
         norms, cosines = _gradients(output)
+        norms = output.task_weights * norms
         blocks = [  # (values, whether the batch has them)
             *means,
             (output.task_weights, present),
+            (rows, present),
             (_shares(weighted), present),
-            (output.task_weights * norms, present & measured),
-            (_shares(output.task_weights * norms), present & measured),
+            (_shares(weighted / at_least_one), present),
+            (norms, present & measured),
+            (_shares(norms), present & measured),
+            (_shares(norms / at_least_one), present & measured),
             cosines,
             (temperatures.to(weighted), torch.ones_like(temperatures, dtype=torch.bool)),
         ]
@@ -76,7 +83,7 @@ class LossFigures:
 
 
 def _means_by_task(output: MixedLossOutput) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Means of the loss and of each component over the rows of each task, (T,) each, and (T,) bool, tasks present."""
+    """Means of the loss and of each component over the rows of each task, (T,) each, and (T,) their numbers."""
     values = torch.stack([output.per_sample.detach(), *output.components.values()], dim=1)  # (B, 1 + components)
     used = ~values.isnan()
     used[:, 0] = True  # a loss of NaN is a fault; a component of NaN is not used
@@ -84,7 +91,7 @@ def _means_by_task(output: MixedLossOutput) -> tuple[list[tuple[Tensor, Tensor]]
     sums = empty.index_add(0, output.task_ids, values.where(used, 0.0))
     counts = empty.index_add(0, output.task_ids, used.to(values))
     means = sums / counts.clamp(min=1)
-    return list(zip(means.unbind(dim=1), (counts > 0).unbind(dim=1), strict=True)), counts[:, 0] > 0
+    return list(zip(means.unbind(dim=1), (counts > 0).unbind(dim=1), strict=True)), counts[:, 0]
 
 
 def _gradients(output: MixedLossOutput) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_
 from transformers.utils import logging
 
 from ..data.sampler import MixtureBatches
+from .balance import paper_steps
 from .checkpoints import (
     UNFINISHED,
     check_checkpoint,
@@ -189,7 +190,8 @@ class ResumingTrainer(Trainer):
             publish_checkpoint(written, final)
             best = self.state.best_model_checkpoint
             keep = {final} if best is None else {final, Path(best)}
-            delete_old_checkpoints(output_dir, self.args.save_total_limit, keep)
+            steps = paper_steps(self.state.max_steps)
+            delete_old_checkpoints(output_dir, self.args.save_total_limit, keep, steps)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))

@@ -19,6 +19,7 @@ from vipolyqwen.training.balance import (
     phase,
     scaled,
     share_ratio,
+    solved_tasks,
     verdict,
     volatility,
     write_page,
@@ -86,15 +87,46 @@ def test_checkpoints_of_the_paper_are_seen_not_seen_or_not_measured() -> None:
 def test_a_starved_task_is_named_with_its_share() -> None:
     starved = history(LOSSES, shares=(0.95, 0.05))
     assert share_ratio(starved) == pytest.approx(19)
-    assert verdict(starved) == "instr is starved: ocr has 95.0% of the gradient, instr 5.0%: 19.0 times less."
-    assert verdict(history(LOSSES, shares=(0.6, 0.4))).startswith("Balanced: ocr has 60.0%")
+    shown = "instr is starved: ocr has 95.0% of the gradient, instr 5.0%: 19.0× less by task."
+    assert verdict(starved, {}) == shown
+    assert verdict(history(LOSSES, shares=(0.6, 0.4)), {}).startswith("Balanced: ocr has 60.0%")
     assert share_ratio(history(LOSSES, shares=(1.0, 0.0))) == math.inf
-    assert verdict([{"step": 1, "loss": 1.0}]) == "No gradients were measured (monitor_steps: 0)."
+    assert verdict([{"step": 1, "loss": 1.0}], {}) == "No gradients were measured (monitor_steps: 0)."
+
+
+def test_a_small_share_with_a_small_loss_is_solved_and_with_a_high_loss_starved() -> None:
+    shares = {"ocr": 0.90, "instr": 0.06, "audio": 0.04}
+    by_row = {"ocr": 0.5, "instr": 0.3, "audio": 0.2}
+    losses = {"ocr": 2.0, "instr": 1.8, "audio": 0.138}
+    start = {"ocr": 3.0, "instr": 2.0, "audio": 2.5}
+    entry = {"step": 1, "loss": 1.0} | {f"loss/{task}": loss for task, loss in losses.items()}
+    entry |= {f"gradient_share/{task}": share for task, share in shares.items()}
+    entry |= {f"gradient_share_per_row/{task}": share for task, share in by_row.items()}
+    assert solved_tasks([entry], start) == {"audio"}
+    assert verdict([entry], start) == (
+        "instr is starved: ocr has 90.0% of the gradient, instr 6.0%: 15.0× less by task, 1.7× by row. Its loss "
+        "stands at 90% of the start. Small share, but solved: audio (loss 2.5 → 0.138)."
+    )
+    ended = verdict([entry | {"loss/instr": 0.9}], start)
+    assert ended.startswith("Balanced: ") and "solved: audio (loss 2.5 → 0.138), instr (loss 2 → 0.9)." in ended
+    assert share_ratio([entry], without={"audio"}) == pytest.approx(15)
+    assert balance(entry, start) == ", balance 15.0× by task, 1.7× by row (instr)"
+    assert balance(entry, {}) == ", balance 22.5× by task, 2.5× by row (audio)"
+
+
+def test_a_solved_task_does_not_unbalance_the_checkpoint_of_balance() -> None:
+    entries = history([4, 4, 4, 4, 4, 4, 1, 1], shares=(0.1, 0.9))  # of ocr, whose gradient has become small
+    (balanced,) = (found for found in paper_checkpoints(entries, 50_000) if found.step == 5000)
+    assert balanced.seen is False  # its loss is still the initial one
+    solved = [{**entry, "step": entry["step"] // 4} for entry in entries]  # so that the loss has fallen by step 5000
+    (balanced,) = (found for found in paper_checkpoints(solved, 50_000) if found.step == 5000)
+    assert balanced.seen is True and "of unsolved tasks 1.0" in balanced.figure
 
 
 def test_the_progress_bar_shows_the_task_with_the_smallest_gradient_share() -> None:
-    assert balance({"gradient_share/ocr": 0.8, "gradient_share/instr": 0.2}) == ", balance 4.0× (instr)"
-    assert balance({"loss": 1.0}) == ""
+    logs = {"gradient_share/ocr": 0.8, "gradient_share/instr": 0.2}
+    assert balance(logs, {}) == ", balance 4.0× by task (instr)"
+    assert balance({"loss": 1.0}, {}) == ""
 
 
 def test_the_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
@@ -120,9 +152,14 @@ def test_a_run_logs_shares_gradients_cosines_volatility_drift_and_phase(monitore
     entries = [entry for entry in monitored[1] if "loss" in entry]
     measured = [any(name.startswith("gradient_norm/") for name in entry) for entry in entries]
     assert measured == [True, False, True, False]
-    for name in ("share", "gradient_share"):
+    for name in ("share", "share_per_row", "gradient_share", "gradient_share_per_row"):
         assert sum(value for key, value in entries[0].items() if key.startswith(f"{name}/")) == pytest.approx(1.0)
     assert all(entries[0][f"gradient_norm/{task}"] > 0 for task in TASKS)
+    assert sum(entries[0][f"rows/{task}"] for task in TASKS) == 32
+    per_row = {task: entries[0][f"gradient_norm/{task}"] / entries[0][f"rows/{task}"] for task in TASKS}
+    for task in TASKS:
+        share = per_row[task] / sum(per_row.values())
+        assert entries[0][f"gradient_share_per_row/{task}"] == pytest.approx(share, rel=1e-4)
     assert -1 <= entries[0]["gradient_cosine/text_pair/instr"] <= 1
     drifts = [entry["drift/pooling"] for entry in entries]
     assert 0 < drifts[0] < drifts[-1]

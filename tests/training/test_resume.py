@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler, permute
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.training.arguments import ModelArguments
+from vipolyqwen.training.balance import paper_steps
 from vipolyqwen.training.checkpoints import (
     MANIFEST,
     UNFINISHED,
@@ -188,6 +189,36 @@ def test_the_newest_and_the_best_checkpoint_are_never_deleted(tmp_path: Path) ->
     assert sorted(tmp_path.glob("checkpoint-*")) == [folders[0], folders[3]]
     delete_old_checkpoints(tmp_path, 1, {folders[0], folders[3]})
     assert sorted(tmp_path.glob("checkpoint-*")) == [folders[0], folders[3]]
+
+
+def test_checkpoints_are_deleted_by_step_whatever_their_times(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path / f"checkpoint-{step}") for step in (900, 1000, 1100)]
+    os.utime(folders[0], (4e9, 4e9))  # copied later than the others
+    delete_old_checkpoints(tmp_path, 2, {folders[2]})
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1000", "checkpoint-1100"]
+
+
+@pytest.mark.parametrize(
+    ("every", "length", "kept"),
+    [
+        (500, 20_000, [1000, 2000, 5000, 10_000, 19_500, 20_000]),  # of a full run
+        (500, 6250, [500, 1000, 2500, 5000, 6000]),  # steps scaled by half; 5500 and 6000 are the last two
+        (300, 5000, [600, 900, 2100, 4200, 4500, 4800]),  # scaled by 0.4: 400, 800, 2000, 4000, at or after
+    ],
+)
+def test_the_papers_checkpoints_survive_the_limit(tmp_path: Path, every: int, length: int, kept: list[int]) -> None:
+    for step in range(every, length + 1, every):
+        written = write_checkpoint(tmp_path / f"checkpoint-{step}")
+        delete_old_checkpoints(tmp_path, 2, {written}, paper_steps(length))
+    found = sorted(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
+    assert found == sorted({*kept, *range(every, length + 1, every)[-2:]})
+
+
+def test_a_run_keeps_the_papers_checkpoints_beside_the_newest(world: Path, tmp_path: Path) -> None:
+    flags = ["--save_steps", "1", "--max_steps", "12", "--save_total_limit", "1", "--eval_strategy", "no"]
+    train_run(world, tmp_path, *flags, "--load_best_model_at_end", "false", "--per_device_train_batch_size", "4")
+    found = {int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*")}
+    assert found == {*paper_steps(12), 12} == {1, 2, 5, 10, 12}
 
 
 # Runs

@@ -227,15 +227,17 @@ def test_shares_norms_and_cosines_of_a_case_done_by_hand() -> None:
     gram = gradient_gram(torch.stack([3 * x[0, 0], y.sum()]), (x, y))
     assert gram.tolist() == [[9.0, 0.0], [0.0, 2.0]]
     loss = MixedLoss({"ocr": TaskLoss(nce=1.0), "mine": TaskLoss(nce=1.0)})
-    unit = torch.eye(2, requires_grad=True)
-    output = loss(unit, unit, torch.tensor([0, 1]), torch.full((2,), NAN))
+    unit = torch.eye(3, requires_grad=True)
+    output = loss(unit, unit, torch.tensor([0, 1, 1]), torch.full((3,), NAN))
     output = replace(output, gradient_gram=gram, task_weights=torch.tensor([1.0, 2.0]))
-    both = 3 + 2 * math.sqrt(2)
+    both, by_row = 3 + 2 * math.sqrt(2), 3 + math.sqrt(2)
     assert {name: value for name, value in loss.summarise(output).items() if name.startswith("gradient_")} == {
         "gradient_norm/ocr": 3.0,
         "gradient_norm/mine": pytest.approx(2 * math.sqrt(2)),
         "gradient_share/ocr": pytest.approx(3 / both),
         "gradient_share/mine": pytest.approx(2 * math.sqrt(2) / both),
+        "gradient_share_per_row/ocr": pytest.approx(3 / by_row),
+        "gradient_share_per_row/mine": pytest.approx(math.sqrt(2) / by_row),
         "gradient_cosine/ocr/mine": 0.0,
     }
 
