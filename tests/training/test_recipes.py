@@ -13,6 +13,7 @@ from helpers import assert_same_gradients, build_trainer, gradients_of, train_ru
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.training.arguments import read_arguments, read_recipe
 from vipolyqwen.training.build import build_loss, build_tasks
+from vipolyqwen.training.losses import COMPONENTS
 
 ROOT = Path(__file__).parents[2]
 GPUS = 4
@@ -117,10 +118,9 @@ def test_a_recipe_has_the_published_loss_of_every_task(name: str) -> None:
     loss = build_loss(loss_args, data_args.tasks, list(declare_tasks(data_args.tasks)))
     dle = {"text_pair": {"nce": 1.0, "mse": 20.0, "rank": 7.0, "rank_margin": 0.05}}
     expected = LOSSES | (dle if name == "stw" else {})
-    components = ("nce", "mse", "rank", "cosine", "triplet")
     for row, task in enumerate(loss.tasks):
-        found = dict(zip(components, loss.weights[row].tolist(), strict=True))
-        assert found == {key: expected[task].get(key, 0.0) for key in components}, task
+        found = dict(zip(COMPONENTS, loss.weights[row].tolist(), strict=True))
+        assert found == {key: expected[task].get(key, 0.0) for key in COMPONENTS}, task
         for margin, values in (("triplet_margin", loss.triplet_margins), ("rank_margin", loss.rank_margins)):
             assert margin not in expected[task] or values[row].item() == pytest.approx(expected[task][margin]), task
 
