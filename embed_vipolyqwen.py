@@ -7,7 +7,7 @@ INPUT is a JSONL, JSON, CSV, Parquet or Arrow file, a folder or glob of these, a
 id of a Hub dataset, or a YAML file with the keys of one source of a recipe. A row is an input: its text, images and
 audio. DIR/vectors/*.parquet holds ids and vectors, DIR/manifest.json the model's fingerprint, DIR/errors.parquet the
 rows that cannot be embedded. Each rank of a launch takes its share of the units; so does each machine with --rank and
---ranks.
+--ranks, or a Ray cluster with --ray_workers.
 """
 
 import argparse
@@ -44,10 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         rank=options.rank,
         ranks=options.ranks,
     )
-    model = load_model(
-        options.model, options.device, options.dtype, options.revision, trust_remote_code=options.trust_remote_code
-    )
-    print(describe(embed_corpus(model, corpus), corpus))
+    names = ("device", "dtype", "revision", "trust_remote_code")
+    model = {"source": options.model, **{name: getattr(options, name) for name in names}}
+    if options.ray_workers is None:
+        summary = embed_corpus(load_model(**model), corpus)
+    else:
+        from vipolyqwen.serving.ray_run import embed_with_ray
+
+        summary = embed_with_ray(model, corpus, options.ray_workers, options.ray_gpus)
+    print(describe(summary, corpus))
     return 0
 
 
@@ -115,6 +120,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     environment = os.environ
     run.add_argument("--rank", type=int, default=int(environment.get("RANK", 0)), help="default: of the launch, or 0")
     run.add_argument("--ranks", type=int, default=int(environment.get("WORLD_SIZE", 1)), help="default: as launched")
+    ray = parser.add_argument_group("Ray")
+    ray.add_argument("--ray_workers", type=int, help="actors on a Ray cluster, in place of ranks")
+    ray.add_argument("--ray_gpus", type=float, default=0.0, help="GPUs of each actor; default: 0")
     options = parser.parse_args(argv)
     if options.device is None and "LOCAL_RANK" in environment:
         options.device = device_of_rank(int(environment["LOCAL_RANK"]))
@@ -131,5 +139,5 @@ def device_of_rank(local_rank: int) -> str | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
