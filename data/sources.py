@@ -25,9 +25,12 @@ from .schema import (
     canonical_task,
     check_media,
     check_row,
+    media_contents,
     show_media,
 )
 from .vector_cache import VectorCache
+
+AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class RowChecker:
             check_row(row, self.tasks, place, self.reader.source.image_placeholder)
             check_media(row, place, self.min_audio_samples, self.check_media, self.max_audio_seconds)
             checked.append(task_ids.index(row.task))
-            modalities.append(_modality_bits(row.side("a")) + 8 * _modality_bits(row.side("b")))
+            modalities.append(_modality_bits(row))
         return {"task": checked, "modalities": modalities}
 
 
@@ -65,7 +68,7 @@ class Piece:
     table: datasets.Dataset  # in arrow format, which does not decode media
     reader: RowReader
     task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
-    modalities: np.ndarray  # (rows,) int8: bits 0 to 2 for `MODALITIES` of side a, bits 3 to 5 for those of side b
+    modalities: np.ndarray  # (rows,) int8: bits 0 to 2 `MODALITIES` of side a, 3 to 5 of b, 6 audio in a negative
     records: np.ndarray | None = None  # (rows,) int64, numbers in the file if rows were left out
 
     def only(self, kept: np.ndarray) -> "Piece":
@@ -141,11 +144,25 @@ class PairDataset(torch.utils.data.Dataset):
 
     def modality_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
         """Counts the rows [first, last) by the modalities of both sides, such as `image + text – text`."""
-        values, counts = np.unique(self.modalities[first:last], return_counts=True)
+        values, counts = np.unique(self.modalities[first:last] & 63, return_counts=True)
         return {
-            f"{modality_name(value % 8)} – {modality_name(value // 8)}": count
+            f"{modality_name(value & 7)} – {modality_name(value >> 3)}": count
             for value, count in zip(values.tolist(), counts.tolist(), strict=True)
         }
+
+    def refuse_audio(self) -> None:
+        """Raises RowError for the first row with audio: a model without a speech encoder cannot embed it."""
+        found = np.flatnonzero(self.modalities & AUDIO_BITS)
+        if len(found):
+            _, row, place = self._read(int(found[0]))
+            column, content = next(
+                (column, content) for _, column, content in media_contents(row) if content.audio is not None
+            )
+            raise place.error(
+                column,
+                show_media(content.audio),
+                "the model has no speech encoder. Leave the rows with audio out, or build a model with `audio`.",
+            )
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
@@ -291,8 +308,10 @@ def modality_name(bits: int) -> str:
     return " + ".join(name for name in ("image", "audio", "text") if bits >> MODALITIES.index(name) & 1)
 
 
-def _modality_bits(content: Content) -> int:
-    return sum(1 << MODALITIES.index(name) for name in content.modalities)
+def _modality_bits(row: Row) -> int:
+    """Returns the modalities of a row, see `Piece`."""
+    sides = [sum(1 << MODALITIES.index(name) for name in row.side(side).modalities) for side in ("a", "b")]
+    return sides[0] + 8 * sides[1] + 64 * any(negative.audio is not None for negative in row.negatives)
 
 
 def _decoded(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:

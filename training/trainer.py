@@ -84,6 +84,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
         )
         self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
         self._check_launch()
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None and model.config.audio_config is None:
+                dataset.refuse_audio()
         self._speed_up(model)
         for name, parameter in model.named_parameters():
             if name.endswith("masked_spec_embed"):  # never used: DDP would wait for its gradient

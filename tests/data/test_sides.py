@@ -187,6 +187,24 @@ def test_media_of_side_b_that_break_behind_the_header_are_named_when_they_are_de
         pairs[1]
 
 
+@pytest.mark.parametrize(
+    ("audio", "named"),
+    [
+        ({"audio": "word.wav"}, "column 'audio' is '.*word.wav'"),
+        ({"audio_b": "word.wav"}, "column 'audio_b' is '.*word.wav'"),
+        ({"negative_audio": "word.wav"}, "column 'negatives' is '.*word.wav'"),
+    ],
+)
+def test_the_first_audio_is_named_for_a_model_that_cannot_hear(folder: Path, audio: dict, named: str) -> None:
+    row = {"task": "instr", "a": "x", "b": "y"}
+    silent = load(folder, [row, {**row, "images_b": "0.png", "negative_images": "1.png"}])
+    silent.refuse_audio()
+    assert silent.modality_counts() == {"text – text": 1, "text – image + text": 1}
+    pairs = load(folder, [row, {**row, **audio}, {**row, **audio, "id": "later"}])
+    with pytest.raises(RowError, match=f"row 2, {named}: the model has no speech encoder. Leave .* out, or build"):
+        pairs.refuse_audio()
+
+
 # Keys
 
 
