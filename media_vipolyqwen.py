@@ -1,269 +1,213 @@
-"""Loads images and audio from files, bytes, arrays, decoders and, if allowed, URLs, and checks them."""
+"""Opens the sources of images and audio within limits, and tells a text from a path."""
 
+import base64
+import binascii
 import io
-import math
 import os
 import re
-import struct
-from typing import Any
-from urllib.request import Request, urlopen
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers.image_utils import get_image_size
-from transformers.image_utils import load_image as load_image_string
-from transformers.utils import is_scipy_available, is_soundfile_available
 
-if is_soundfile_available():
-    import soundfile
-if is_scipy_available():
-    from scipy.signal import resample_poly
+from .download_vipolyqwen import download, is_url, show_url
 
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's image processor
-MAX_IMAGE_PIXELS = 2**28  # width × height; refuses decompression bombs before decoding
-MAX_DOWNLOAD_BYTES = 2**28
-DOWNLOAD_SECONDS = 30  # timeout of a connection and of each read
+MAX_PATH = 4096  # characters; a longer string is no path
+MIN_BASE64 = 64  # characters; a shorter string that is no file is a wrong path
 
-MEDIA_FILE = re.compile(
-    r".+\.(png|jpe?g|gif|bmp|tiff?|webp|heic|avif|wav|mp3|ogg|oga|opus|flac|aac|m4a|aiff?|wma|mp4|avi|mov|wmv|flv|mkv|webm)",
-    re.IGNORECASE,
-)
+MEDIA_ENDINGS = (
+    "png jpg jpeg jpe jfif gif bmp dib tif tiff webp heic heif avif jp2 j2k jpx jxl ico psd tga dng cr2 cr3 nef arw "
+    "svg pdf djvu docx pptx xlsx wav wave mp3 ogg oga opus flac aac m4a m4b aif aiff wma amr caf mp4 m4v avi mov wmv "
+    "flv mkv webm mpg mpeg 3gp"
+).split()
+MEDIA_PATH = re.compile(rf".+\.({'|'.join(MEDIA_ENDINGS)})", re.IGNORECASE)
+DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]+)*,", re.IGNORECASE)
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 # Endings by which sentence-transformers opens a bare string as an image or as audio.
 SENTENCE_TRANSFORMERS_OPENS = tuple(".jpg .jpeg .png .gif .bmp .tiff .webp .mp3 .wav .ogg .flac .aac".split())
+PLAIN_TEXT = 'processing_kwargs={"chat_template": {"plain_text": True}}'
 
 
-def load_image(source: Any, allow_urls: bool = False, rescale: bool = True) -> Any:
-    """Opens an image and checks its size and, for an array, the range of its pixels.
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that hold before an input costs time or memory; `limits={name: value}` of the processor sets them.
+
+    Attributes:
+        text_characters: characters of a text.
+        combining_marks: combining marks in a row (accents stacked on one letter); Unicode normalisation takes the
+            square of their number in time.
+        file_bytes: bytes of a file, of bytes in memory and of decoded base64.
+        image_pixels: width × height of an image; the default is Pillow's bound.
+        input_parts: texts, images and clips of one input.
+        audio_seconds: length of a recording; the processor's is `max_audio_seconds` × `max_audio_windows`.
+        audio_samples: samples of a channel at the rate of the recording (an hour at 48 kHz).
+        audio_channels: channels of a recording.
+        min_sampling_rate: lowest sampling rate in Hz.
+        max_sampling_rate: highest sampling rate in Hz.
+        download_bytes: bytes of a download.
+        download_seconds: seconds of a download, redirects included.
+    """
+
+    text_characters: int = 1_000_000
+    combining_marks: int = 100
+    file_bytes: int = 2**30
+    image_pixels: int = 178_956_970
+    input_parts: int = 1024
+    audio_seconds: float = 3600.0
+    audio_samples: int = 3600 * 48_000
+    audio_channels: int = 32
+    min_sampling_rate: int = 1_000
+    max_sampling_rate: int = 384_000
+    download_bytes: int = 2**28
+    download_seconds: float = 60.0
+
+    @classmethod
+    def of(cls, values: Mapping[str, float] | None) -> "Limits":
+        """Returns the limits of `values`, the defaults elsewhere.
+
+        Raises:
+            ValueError: a name is unknown, or a value is no positive number.
+        """
+        known = [field.name for field in fields(cls) if field.name != "audio_seconds"]
+        for name, value in (values or {}).items():
+            if name not in known:
+                raise ValueError(f"`limits` has {name!r}; it may have {', '.join(known)}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`limits` has {name}={value!r}; a limit is a number above 0.")
+        return cls(**(values or {}))
+
+
+LIMITS = Limits()
+
+
+def show_source(source: Any) -> str:
+    """Returns a short name of a source for errors: its path, address, size or shape."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return f"<array of shape {tuple(source.shape)}>"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, str) and DATA_URL.match(source):
+        return f"<data URL of {len(source)} characters>"
+    if isinstance(source, os.PathLike):
+        return repr(os.fspath(source))
+    return repr(show_url(source))[:200] if is_url(source) else repr(source)[:200]
+
+
+def unwrap(source: Any) -> Any:
+    """Returns the content of `{"bytes", "path"}`, as data sets of the Hub store media: the bytes if it has any."""
+    if not isinstance(source, Mapping):
+        return source
+    found = [source[key] for key in ("bytes", "path") if source.get(key) is not None]
+    if not found:
+        raise ValueError("it has neither `bytes` nor `path` (nor, of audio, `array`); give one of them")
+    return found[0]
+
+
+def open_source(source: Any, allow_urls: bool | str = False, limits: Limits = LIMITS) -> BinaryIO:
+    """Opens a path, the bytes of a file, base64, a data URL or, if allowed, a URL.
 
     Args:
-        source: a path, the bytes of a file, base64, a PIL image, or an array or tensor of 0 … 255, (height, width,
-            channels) or (channels, height, width); a URL with `allow_urls`.
-        allow_urls: fetch `http(s)://` sources.
-        rescale: whether the image processor divides by 255; if not, an array may be of 0 … 1.
-
-    Returns:
-        An RGB PIL image, turned as its EXIF orientation says; an array or a tensor as it was given.
+        source: one of these.
+        allow_urls: see `download`.
+        limits: bounds of its size.
 
     Raises:
-        ValueError: the image cannot be read, exceeds `MAX_IMAGE_PIXELS` or `MAX_ASPECT_RATIO`, has pixels outside
-            the range, or is a URL without `allow_urls`.
+        ValueError: it is of another kind (a folder, a pipe, a device), too large or not allowed.
+        OSError: it cannot be opened.
     """
-    is_array = isinstance(source, (np.ndarray, torch.Tensor))
-    name = f"<array of shape {tuple(source.shape)}>" if is_array else repr(source)[:120]
-    name = f"<{len(source)} bytes>" if isinstance(source, (bytes, bytearray)) else name
     if is_url(source):
-        source = download(source, allow_urls)
+        source = download(source, allow_urls, limits.download_bytes, limits.download_seconds)
+    elif isinstance(source, str):
+        source = _decode_base64(source, limits) or source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if len(source) > limits.file_bytes:
+            raise ValueError(_too_large(len(source), limits))
+        return io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"a {type(source).__name__} is neither a path nor the bytes of a file; pass one of them")
+    return _open_file(source, limits)
+
+
+def _open_file(path: str | os.PathLike, limits: Limits) -> BinaryIO:
+    """Opens a regular file; O_NONBLOCK keeps a named pipe from blocking until it is refused."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # each missing on some systems
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("it is a folder, a pipe or a device; pass a regular file")
+    if status.st_size > limits.file_bytes:
+        os.close(descriptor)
+        raise ValueError(_too_large(status.st_size, limits))
+    return os.fdopen(descriptor, "rb")
+
+
+def _too_large(size: int, limits: Limits) -> str:
+    return f"it has {size} bytes; the limit `file_bytes` is {limits.file_bytes}: pass a smaller file or raise it"
+
+
+def _decode_base64(text: str, limits: Limits) -> bytes | None:
+    """Returns the bytes of base64 or of a data URL; `None` if `text` is neither."""
+    header = DATA_URL.match(text)
+    if header is None and (len(text) < MIN_BASE64 or is_file(text)):
+        return None
+    if len(text) > 2 * limits.file_bytes:
+        raise ValueError(_too_large(len(text), limits))
+    if header is None and not BASE64.fullmatch(text):
+        return None
+    if header is not None and ";base64," not in header.group().lower():
+        raise ValueError("the data URL is not base64; encode it so")
     try:
-        if isinstance(source, (bytes, bytearray)):
-            source = Image.open(io.BytesIO(source))
-        elif isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
-            source = Image.open(source)
-        width, height = source.size if isinstance(source, Image.Image) else (1, 1)
-        if is_array:
-            height, width = get_image_size(np.asarray(source))
-            _check_range(np.asarray(source), rescale)
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width}×{height} is more than {MAX_IMAGE_PIXELS} pixels; scale it down first")
-        if min(width, height) == 0 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-            raise ValueError(
-                f"it is {width}×{height}; an image needs pixels and an aspect ratio up to {MAX_ASPECT_RATIO}: crop it"
-            )
-        return source if is_array else load_image_string(_eight_bits(source))
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {name} cannot be read: {error}.") from error
+        return base64.b64decode("".join(text[header.end() if header else 0 :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"its base64 cannot be decoded: {error}") from error
 
 
-def _check_range(pixels: np.ndarray, rescale: bool) -> None:
-    """Refuses pixels that the image processor would misread: non-finite, outside 0 … 255 or already rescaled."""
-    if not np.isfinite(pixels).all():
-        raise ValueError("it has NaN or infinite pixels; repair or drop it")
-    low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
-    if rescale and (low < 0 or high > 255):
-        raise ValueError(
-            f"its pixels are {low:g} … {high:g}; they must be 0 … 255: scale them, or undo a normalisation"
-        )
-    if rescale and pixels.dtype.kind in "fb" and 0 < high <= 1:
-        raise ValueError(f"its pixels are {low:g} … {high:g} and would be divided by 255 again; multiply them by 255")
-
-
-def _eight_bits(image: Any) -> Any:
-    """Scales an image of 16-bit pixels to 8 bits, because conversion to RGB would clip all values above 255."""
-    if not isinstance(image, Image.Image) or image.mode[0] not in "IF":
-        return image
-    pixels = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((pixels >> 8).astype(np.uint8))
-    _check_range(pixels.astype(np.float64), rescale=True)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def is_url(source: Any) -> bool:
-    """Returns whether `source` is an `http(s)://` URL."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
-
-
-def download(url: str, allow_urls: bool) -> bytes:
-    """Returns the bytes at `url`.
-
-    Raises:
-        ValueError: URLs are not allowed, it cannot be fetched, or it has more than `MAX_DOWNLOAD_BYTES`.
-    """
-    if not allow_urls:
-        raise ValueError(
-            f"{url!r} is a URL; download it and pass the path or the bytes, or load the processor with "
-            "`allow_urls=True`. (Then the author of an input decides which addresses this machine opens.)"
-        )
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "vipolyqwen"}), timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except OSError as error:  # urllib's errors are OSErrors
-        raise ValueError(f"{url!r} cannot be fetched: {error}.") from error
-    if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{url!r} has more than {MAX_DOWNLOAD_BYTES} bytes; download it and pass a smaller file.")
-    return data
+def is_file(path: str) -> bool:
+    """Returns whether a string names something in the file system that is no folder."""
+    if len(path) > MAX_PATH or "\0" in path:
+        return False
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 def check_is_text(text: str) -> None:
-    """Refuses a text that is the path of an image, audio or video file, which was hardly meant as a text.
+    """Refuses a text that is a path or an address of a media file, which was hardly meant as a text.
 
-    sentence-transformers opens a bare string that names an existing file with an ending it knows. It would silently
-    embed the characters of any other path. (A path that it would open reaches this check only as an explicit `text`.)
+    A string with the ending of a media file is one if it exists as a file or contains a separator.
+    sentence-transformers opens a bare string that names an existing file with an ending it knows, and would embed the
+    characters of any other path. (A path that it would open reaches this check only as an explicit `text`.)
 
     Raises:
-        ValueError: `text` looks like such a path.
+        ValueError: `text` is such a path.
     """
-    exists = os.path.isfile(text)
-    if not MEDIA_FILE.fullmatch(text) or (len(text.split()) > 1 and not exists):
+    if DATA_URL.match(text[:200]) and ";base64," in text[:200]:
+        raise ValueError(f"The text {text[:40]!r}… is a data URL. Pass {{'image': …}} or {{'audio': …}} of it.")
+    if len(text) > MAX_PATH or "\n" in text or not MEDIA_PATH.fullmatch(text):
+        return
+    exists = is_file(text)
+    if not exists and "/" not in text and "\\" not in text:
         return
     if (exists or is_url(text)) and text.lower().endswith(SENTENCE_TRANSFORMERS_OPENS):
         return
     reason = "sentence-transformers does not open that ending" if exists or is_url(text) else "no such file exists"
     raise ValueError(
-        f"{text!r} looks like the path of an image, audio or video file, but {reason}. Pass {{'image': path}} or "
-        "{'audio': path} of a file; to embed the characters of the path, pass `plain_text=True`."
+        f"{text!r} looks like the path of an image, audio, video or document file, but {reason}. Pass "
+        "{'image': path} or {'audio': path} of a file, and the pages of a document as images; to embed the characters "
+        f"of the path, pass `plain_text=True` (in sentence-transformers `{PLAIN_TEXT}`)."
     )
 
 
-def load_audio(source: Any, sampling_rate: int | None = None, allow_urls: bool = False) -> tuple[np.ndarray, int]:
-    """Loads audio and mixes its channels down to mono.
-
-    Args:
-        source: a path, the bytes of a file, `{"array", "sampling_rate"}`, `{"path"}` or `{"bytes"}`, a decoder with
-            `get_all_samples()`, or an array of samples, (samples,), (channels, samples) or (samples, channels), float
-            in [-1, 1] or integers over the range of their dtype; a URL with `allow_urls`.
-        sampling_rate: rate in Hz of an array that comes without one.
-        allow_urls: fetch `http(s)://` sources.
-
-    Returns:
-        (samples,) float32 in [-1, 1], and the sampling rate in Hz.
-
-    Raises:
-        ValueError: the audio cannot be read, is empty or truncated, lacks a sampling rate, has non-finite samples, or
-            is a URL without `allow_urls`.
-        ImportError: a file was passed and soundfile is not installed.
-    """
-    if isinstance(source, dict):
-        if source.get("array") is not None:
-            return load_audio(source["array"], source.get("sampling_rate", sampling_rate))
-        found = [source[key] for key in ("bytes", "path") if source.get(key) is not None]
-        if not found:
-            raise ValueError(f"The audio {source!r:.80} has neither `array` nor `bytes` nor `path`; give one of them.")
-        return load_audio(found[0], allow_urls=allow_urls)
-    if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
-        decoded = source.get_all_samples()
-        return load_audio(decoded.data, decoded.sample_rate)
-    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        return load_audio(*_decode_audio_file(download(source, allow_urls) if is_url(source) else source))
-    return _mono_samples(np.asarray(source), sampling_rate)
-
-
-def _mono_samples(samples: np.ndarray, sampling_rate: int | None) -> tuple[np.ndarray, int]:
-    if sampling_rate is None:
-        raise ValueError(
-            "The audio is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
-        )
-    if sampling_rate <= 0:
-        raise ValueError(f"The audio's sampling rate is {sampling_rate}; pass the rate in Hz that it was recorded at.")
-    if np.issubdtype(samples.dtype, np.integer):
-        limits = np.iinfo(samples.dtype)
-        middle = (limits.max + 1 + limits.min) / 2  # 128 for uint8, 0 for signed types
-        samples = (samples - middle) / (limits.max + 1 - middle)
-    samples = samples.astype(np.float32)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
-    if samples.ndim != 1:
-        raise ValueError(f"The audio has shape {samples.shape}; pass (samples,) or (channels, samples).")
-    if samples.size == 0:
-        raise ValueError("The audio is empty: 0 samples. Leave it out or pass a recording.")
-    if not np.isfinite(samples).all():
-        count = int((~np.isfinite(samples)).sum())
-        raise ValueError(f"The audio has {count} NaN or infinite samples of {samples.size}; repair or drop it.")
-    return samples, int(sampling_rate)
-
-
-def _decode_audio_file(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
-    if not is_soundfile_available():
-        raise ImportError("Reading audio files needs the soundfile package: pip install soundfile.")
-    is_bytes = isinstance(source, (bytes, bytearray))
-    name = f"<{len(source)} bytes>" if is_bytes else repr(os.fspath(source))
-    try:
-        with io.BytesIO(source) if is_bytes else open(source, "rb") as file:
-            check_wav_is_complete(file)
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (OSError, ValueError, soundfile.SoundFileError) as error:
-        raise ValueError(f"The audio {name} cannot be read: {error}.") from error
-    return samples.mean(axis=1), rate  # (samples, channels) -> (samples,)
-
-
-def check_wav_is_complete(file: Any) -> None:
-    """Refuses a truncated WAV file, because libsndfile would silently read the rest.
-
-    Args:
-        file: a binary file, open at its beginning; it is left there.
-
-    Raises:
-        ValueError: the file is shorter than its header declares.
-    """
-    header = file.read(8)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if header[:4] == b"RIFF" and len(header) == 8:
-        declared = struct.unpack("<I", header[4:])[0] + 8
-        if size < declared < 2**32 - 2**16:  # streaming writers declare about 2**32 bytes
-            raise ValueError(f"the file is truncated: {size} of {declared} bytes")
-
-
-def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Resamples with a polyphase filter.
-
-    Args:
-        samples: (samples,) float32.
-        rate: sampling rate of `samples` in Hz.
-        target: sampling rate to return, in Hz.
-
-    Returns:
-        (⌈samples · target / rate⌉,) float32.
-
-    Raises:
-        ImportError: the rates differ and scipy is not installed.
-    """
-    if rate == target:
-        return samples
-    if not is_scipy_available():
-        raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
-    common = math.gcd(rate, target)
-    return resample_poly(samples, target // common, rate // common).astype(np.float32)
-
-
 __all__ = [
+    "LIMITS",
     "MAX_ASPECT_RATIO",
-    "MAX_IMAGE_PIXELS",
+    "Limits",
     "check_is_text",
-    "check_wav_is_complete",
-    "download",
-    "is_url",
-    "load_audio",
-    "load_image",
-    "resample",
+    "is_file",
+    "open_source",
+    "show_source",
+    "unwrap",
 ]

@@ -2,17 +2,29 @@
 
 import hashlib
 import math
-import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .media_vipolyqwen import check_is_text, load_audio, load_image, resample
+from .conversations_vipolyqwen import (
+    EmbeddingInput,
+    as_batch,
+    clean_text,
+    in_defined_order,
+    join_clips,
+    nest_images,
+    read_conversations,
+    read_parts,
+)
+from .images_vipolyqwen import ImageScaler, load_image, loaded_size
+from .media_vipolyqwen import Limits, check_is_text
 from .tasks_vipolyqwen import AUTO_TASK, infer_task
+from .waveforms_vipolyqwen import load_audio, resample
 
 logger = logging.get_logger(__name__)
 
@@ -26,11 +38,15 @@ TASK_PREFIXES = {
 }
 PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
 NO_TENSORS: dict[str, Any] = {"return_tensors": None, "return_attention_mask": False}  # lists, not padded
+TEXT_SHARE = 0.25  # of an input's tokens that images leave to its text
+RETRIEVAL_SIDES = ("query", "document")  # sentence-transformers passes them as tasks; they select no prefix
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 # A readable form of a conversation: the system message is the task prefix, and audio has no token. The processor
-# builds ids from the parts of a conversation, not from this string, so that content cannot forge a token.
-CHAT_TEMPLATE = """{%- for message in messages -%}
+# builds ids from the parts of a conversation, not from this string, so that content cannot forge a token. It mentions
+# `task` (here the prefix), without which sentence-transformers would drop `encode(…, task=…)`.
+CHAT_TEMPLATE = """{%- if task -%}{{ task }}{%- endif -%}
+{%- for message in messages -%}
 {%- if message.content is string -%}{{ message.content }}
 {%- else -%}
 {%- for part in message.content -%}
@@ -46,31 +62,6 @@ class ViPolyQwenProcessorKwargs(ProcessingKwargs, total=False):
     """Stock keyword arguments; by default batches are padded and long texts truncated."""
 
     _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
-
-
-@dataclass
-class EmbeddingInput:
-    """One input: texts and images in their order, at most one audio clip, and the task prefix.
-
-    Attributes:
-        parts: a str is text, anything else a loaded image.
-        audio: (samples,) float32 in [-1, 1], mono, at the feature extractor's sampling rate.
-        prefix: the prefix token of the task; `None` gives the general embedding.
-    """
-
-    parts: list[str | Any] = field(default_factory=list)
-    audio: np.ndarray | None = None
-    prefix: str | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """Returns the text parts."""
-        return [part for part in self.parts if isinstance(part, str)]
-
-    @property
-    def images(self) -> list[Any]:
-        """Returns the image parts."""
-        return [part for part in self.parts if not isinstance(part, str)]
 
 
 class ViPolyQwenProcessor(ProcessorMixin):
@@ -89,7 +80,9 @@ class ViPolyQwenProcessor(ProcessorMixin):
         max_audio_windows: windows of an input at most; longer audio is refused (120 windows of 30 s: an hour).
         audio_prefix: what a task prefix does to audio alone: `none`, nothing; or `fuse`, prefix and end token are
             tokens of the input. Must be that of the model's configuration.
-        allow_urls: fetch images and audio given as `http(s)://` URLs; without it they are an error.
+        allow_urls: fetch images and audio given as `http(s)://` URLs; without it they are an error. `True` allows
+            public addresses, `"private"` all. It is never saved and never read from a saved processor.
+        limits: bounds of inputs that differ from the defaults of `Limits`, by name.
     """
 
     valid_processor_kwargs = ViPolyQwenProcessorKwargs
@@ -106,7 +99,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         max_audio_seconds: float = 30.0,
         max_audio_windows: int = 120,
         audio_prefix: str = "none",
-        allow_urls: bool = False,
+        allow_urls: bool | str = False,
+        limits: dict[str, float] | None = None,
     ) -> None:
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -118,7 +112,12 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if audio_prefix not in ("none", "fuse"):
             raise ValueError(f"`audio_prefix` is {audio_prefix!r}; it must be one of none, fuse.")
         self.audio_prefix = audio_prefix
+        if allow_urls not in (False, True, "private"):
+            raise ValueError(f"`allow_urls` is {allow_urls!r}; it must be False, True or 'private'.")
         self.allow_urls = allow_urls
+        Limits.of(limits)  # raises for a wrong one
+        self.limits = dict(limits or {})
+        self._text_tokenizer: Tokenizer | None = None
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
             self.add_task(task, prefix, (prefix_sides or {}).get(task, "a"))
@@ -151,12 +150,29 @@ class ViPolyQwenProcessor(ProcessorMixin):
             )
         if is_new:
             self.tokenizer.add_tokens([AddedToken(prefix, special=True, normalized=False)])
+            self._text_tokenizer = None
         self.task_prefixes[task] = prefix
         self.prefix_sides[task] = prefix_sides
 
     def has_prefix(self, task: str, side: str) -> bool:
         """Whether the prefix of a task stood on a side of its pairs in training, `a` or `b`."""
         return self.prefix_sides[task] == "both" or self.prefix_sides[task] == side
+
+    @property
+    def _limits(self) -> Limits:
+        return replace(Limits.of(self.limits), audio_seconds=self.max_audio_seconds * self.max_audio_windows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is saved: all settings but `allow_urls`, which is for the user of a model to decide."""
+        saved = super().to_dict()
+        saved.pop("allow_urls", None)
+        return saved
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the processor of a saved one; only the caller allows URLs."""
+        saved = {name: value for name, value in processor_dict.items() if name != "allow_urls"}
+        return super().from_args_and_dict(args, saved, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -213,22 +229,25 @@ class ViPolyQwenProcessor(ProcessorMixin):
             raise ValueError("The inputs hold nothing to embed: pass `text`, `images` or `audio`.")
         merged = self._merge(kwargs)
         texts = text if text is None or isinstance(text, (list, tuple)) else [text]
-        image_lists = _nest_images(images, None if texts is None else len(texts))
-        clips = audio if audio is None or (isinstance(audio, (list, tuple)) and not _is_samples(audio)) else [audio]
+        image_lists = nest_images(images, None if texts is None else len(texts))
+        clips = as_batch(audio)
         size = len(next(given for given in (texts, image_lists, clips) if given is not None))
         for name, given in (("text", texts), ("images", image_lists), ("audio", clips)):
             if given is not None and len(given) != size:
                 raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
-        inputs = [
-            EmbeddingInput(
-                [
-                    *(self._load_image(image, merged) for image in (image_lists[i] if image_lists else [])),
-                    *map(_clean_text, texts[i : i + 1] if texts else []),
-                ],
-                self._prepare_audio(clips[i] if clips else None, merged),
-            )
-            for i in range(size)
-        ]
+        if size == 0:
+            raise ValueError("The batch is empty; pass at least one input.")
+        limits = self._limits
+
+        def build(number: int) -> EmbeddingInput:
+            images = image_lists[number] if image_lists else []
+            if len(images) > limits.input_parts:
+                raise ValueError(f"{len(images)} images in an input; the limit `input_parts` is {limits.input_parts}.")
+            parts = [self._load_image(image, merged) for image in images]
+            parts += [clean_text(entry, limits) for entry in texts[number : number + 1]] if texts else []
+            return EmbeddingInput(parts, self._prepare_audio(clips[number] if clips else None, merged)).check()
+
+        inputs = [_named(build, number, size) for number in range(size)]
         return self._encode(self._set_tasks(inputs, task), merged)
 
     def apply_chat_template(
@@ -271,6 +290,11 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 pair in place of an input.
         """
         if not tokenize:
+            name = task if isinstance(task, str) else None
+            kwargs["task"] = self.task_prefixes.get(name) if name else None
+            batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+            ordered = [in_defined_order(entry) for entry in (conversation if batched else [conversation])]
+            conversation = ordered if batched else ordered[0]
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **kwargs)
         options = {**kwargs, **(processor_kwargs or {})}
         for name in ("add_generation_prompt", "continue_final_message", "load_audio_from_video", "tools", "documents"):
@@ -278,9 +302,12 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if return_tensors is not None:
             options["return_tensors"] = return_tensors
         merged = self._merge(options)
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if batched else [conversation]
-        inputs = [self._from_messages(messages, merged, plain_text) for messages in conversations]
+        conversations = read_conversations(conversation)
+
+        def build(number: int) -> EmbeddingInput:
+            return self._from_messages(conversations[number], merged, plain_text)
+
+        inputs = [_named(build, number, len(conversations)) for number in range(len(conversations))]
         encoded = self._encode(self._set_tasks(inputs, task), merged, share_images)
         return encoded if return_dict else encoded["input_ids"]
 
@@ -295,7 +322,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if len(tasks) != len(inputs):
             raise ValueError(f"`task` has {len(tasks)} entries for a batch of {len(inputs)}; give one entry an input.")
         for item, name in zip(inputs, tasks, strict=True):
-            if name is None:
+            if name is None or (name in RETRIEVAL_SIDES and name not in self.task_prefixes):
                 continue
             if name == AUTO_TASK:
                 name = infer_task(" ".join(item.texts), len(item.images), item.audio is not None)
@@ -306,35 +333,25 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return inputs
 
     def _from_messages(
-        self, messages: list[dict[str, Any]], merged: dict[str, dict], plain_text: bool
+        self, messages: Sequence[Mapping[str, Any]], merged: dict[str, dict], plain_text: bool
     ) -> EmbeddingInput:
         """Reads one conversation as one input."""
-        if {"query", "document"} <= {message["role"] for message in messages}:  # sentence-transformers' form of (a, b)
-            raise ValueError(
-                "A pair was passed as one input, but this model embeds each input separately. Pass its two sides as "
-                "two inputs; for a mix of modalities use a dict, such as {'image': [first, second], 'text': …}."
-            )
         result = EmbeddingInput()
         clips = []
-        for message in messages:
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                kind, source = _part_content(part)
-                if kind == "text" and message["role"] == "system":
-                    result.prefix, source = self._split_prefix(_clean_text(source))
-                    result.parts.extend([source] if source else [])
-                elif kind == "text":
-                    result.parts.append(_clean_text(source))
-                    if not plain_text:
-                        check_is_text(source)
-                elif kind == "image":
-                    result.parts.extend(self._load_image(image, merged) for image in _as_list(source))
-                else:
-                    clips.append(source)
-        if len(clips) > 1:
-            raise ValueError(f"{len(clips)} audio clips in one input; the limit is 1. Join them or embed each alone.")
-        result.audio = self._prepare_audio(clips[0] if clips else None, merged)
-        return result
+        for role, kind, source in read_parts(messages, self._limits):
+            if kind == "text" and role == "system":
+                result.prefix, source = self._split_prefix(clean_text(source, self._limits))
+                result.parts.extend([source] if source else [])
+            elif kind == "text":
+                result.parts.append(clean_text(source, self._limits))
+                if not plain_text:
+                    check_is_text(source)
+            elif kind == "image":
+                result.parts.append(self._load_image(source, merged))
+            else:
+                clips.append(source)
+        result.audio = self._prepare_audio(join_clips(clips), merged)
+        return result.check()
 
     def _split_prefix(self, system: str) -> tuple[str | None, str]:
         """Splits a system text into the task prefix with which it begins, if any, and its content."""
@@ -344,7 +361,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def _load_image(self, source: Any, merged: dict[str, dict]) -> Any:
         rescale = merged["images_kwargs"].get("do_rescale", self.image_processor.do_rescale)
-        return load_image(source, self.allow_urls, rescale)
+        return load_image(source, self.allow_urls, rescale, self._limits)
 
     def _prepare_audio(self, source: Any, merged: dict[str, dict]) -> np.ndarray | None:
         """Loads audio as (samples,) float32 at the encoder's rate and holds it to the limits of its length."""
@@ -352,7 +369,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
             return None
         rate = self.feature_extractor.sampling_rate
         given_rate = merged["audio_kwargs"].get("sampling_rate")
-        samples = resample(*load_audio(source, given_rate, self.allow_urls), rate)
+        samples = resample(*load_audio(source, given_rate, self.allow_urls, self._limits), rate)
         if len(samples) < self.min_audio_samples:
             raise ValueError(
                 f"The audio has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
@@ -372,19 +389,21 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """Turns loaded inputs into the tensors of a batch."""
         data = {}
         tensors = merged["text_kwargs"].get("return_tensors")
-        images = [image for item in inputs for image in item.images]
+        texts = self._tokenize([item.texts for item in inputs])
         image_tokens: list[int] = []
+        images = [image for item in inputs for image in item.images]
         if images:
+            scaler = ImageScaler(self.image_processor, merged["images_kwargs"])
+            bounds = self._pixel_bounds(inputs, texts, scaler, self._limit(merged["text_kwargs"]))
             slots = range(len(images))
             if share_images:
-                images, slots = _share(images)
+                images, bounds, slots = _share(images, bounds)
                 data["image_indices"] = slots
-            data.update(self.image_processor(images, **merged["images_kwargs"]))
-            merge = self.image_processor.merge_size**2
-            counts = [int(np.prod(grid)) // merge for grid in np.asarray(data["image_grid_thw"])]
+            data.update(scaler.prepare(images, bounds))
+            counts = [int(np.prod(grid)) // scaler.merge_size**2 for grid in np.asarray(data["image_grid_thw"])]
             image_tokens = [counts[slot] for slot in slots]
         if any(item.parts or item.audio is None or self._embeds_prefix(item) for item in inputs):
-            data.update(self._encode_tokens(inputs, image_tokens, merged["text_kwargs"]))
+            data.update(self._encode_tokens(inputs, texts, image_tokens, merged["text_kwargs"]))
         if any(item.audio is not None for item in inputs):
             data.update(self._encode_audio(inputs, {**merged["audio_kwargs"], "return_tensors": tensors}))
         return BatchFeature(data, tensor_type=tensors)
@@ -417,63 +436,102 @@ class ViPolyQwenProcessor(ProcessorMixin):
         *windows, last = (values[start : start + size] for start in range(0, len(values), size))
         return [*windows, np.pad(last, (0, max(0, self.min_audio_samples - len(last))))]
 
+    def _pixel_bounds(
+        self, inputs: list[EmbeddingInput], texts: list[list[list[int]]], scaler: ImageScaler, limit: float
+    ) -> list[int | None]:
+        """Returns the bound of pixels of each image that makes its input fit; `None`: no other than always.
+
+        The text of an input keeps at least the share `TEXT_SHARE` of the tokens, if it has as many.
+        """
+        bounds: list[int | None] = []
+        for item, of_texts in zip(inputs, texts, strict=True):
+            sizes = [loaded_size(image) for image in item.images]
+            kept = 0 if limit == math.inf else min(sum(map(len, of_texts)), int(limit * TEXT_SHARE))
+            room = limit - kept - (item.prefix is not None) - 1 - 2 * len(sizes)
+            bounds += [scaler.bound(sizes, room)] * len(sizes)
+        return bounds
+
+    def _limit(self, text_kwargs: dict[str, Any]) -> float:
+        """Returns the tokens that an input may have."""
+        if text_kwargs.get("truncation") in (None, False, "do_not_truncate"):
+            return math.inf
+        return text_kwargs.get("max_length") or self.tokenizer.model_max_length
+
     def _encode_tokens(
-        self, inputs: list[EmbeddingInput], image_tokens: list[int], text_kwargs: dict[str, Any]
+        self,
+        inputs: list[EmbeddingInput],
+        texts: list[list[list[int]]],
+        image_tokens: list[int],
+        text_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Builds the ids of prefix, texts, image slots and end token of each input, truncated and padded."""
-        ids = iter(self._tokenize([text for item in inputs for text in item.texts]))
         counts = iter(image_tokens)
-        truncation = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
-        limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
-        rows = []
-        for item in inputs:
+        limit = self._limit(text_kwargs)
+        rows, cut = [], []
+        for number, (item, of_texts) in enumerate(zip(inputs, texts, strict=True)):
             # audio alone skips the language model; an end token, or a prefix not to be fused, makes it no text
             alone = item.audio is not None and not any(item.texts) and not item.images
             alone = alone and not self._embeds_prefix(item)
+            ids = iter(of_texts)
             segments = [
                 (next(ids), True) if isinstance(part, str) else (self._image_slot(next(counts)), False)
                 for part in item.parts
             ]
-            rows.append([] if alone else self._join(segments, item.prefix, limit if truncation else math.inf))
+            row = [] if alone else self._join(segments, item.prefix, limit, _name(number, len(inputs), item))
+            rows.append(row)
+            excess = sum(len(segment) for segment, _ in segments) + 1 + (item.prefix is not None) - len(row)
+            if excess > 0 and not alone:
+                cut.append(f"{_name(number, len(inputs), item)}: {excess} of {excess + len(row)} tokens")
+        if cut:
+            logger.warning(
+                f"Texts beyond the {limit} tokens of an input (`max_length`) are cut at their end: {'; '.join(cut)}. "
+                "Split long texts into several inputs."
+            )
         names = ("padding", "pad_to_multiple_of", "padding_side")
         padding = {name: text_kwargs[name] for name in names if name in text_kwargs}
         if padding.get("padding") == "max_length":
-            padding["max_length"] = limit
+            padding["max_length"] = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
 
     def _embeds_prefix(self, item: EmbeddingInput) -> bool:
         """Returns whether the prefix of an input is embedded even if it has audio alone."""
         return self.audio_prefix == "fuse" and item.prefix is not None
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Tokenizes plain text; the characters of special tokens become ordinary tokens."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
+    def _tokenize(self, texts: list[list[str]]) -> list[list[list[int]]]:
+        """Tokenizes the texts of each input; the characters of special tokens become ordinary tokens.
+
+        A copy of the tokenizer does it: a call of the tokenizer itself, from another thread, changes whether it splits
+        special tokens, pads and truncates while this one runs.
+        """
+        tokenizer = self._text_tokenizer
+        if tokenizer is None:
+            tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+            tokenizer.encode_special_tokens = True
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            self._text_tokenizer = tokenizer
+        encodings = iter(tokenizer.encode_batch_fast([t for of in texts for t in of], add_special_tokens=False))
+        return [[next(encodings).ids for _ in of_input] for of_input in texts]
 
     def _image_slot(self, count: int) -> list[int]:
         start, end = self.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
         return [start, *[self.image_token_id] * count, end]
 
-    def _join(self, segments: list[tuple[list[int], bool]], prefix: str | None, limit: float) -> list[int]:
+    def _join(self, segments: list[tuple[list[int], bool]], prefix: str | None, limit: float, name: str) -> list[int]:
         """Joins the segments of one input; text, but never an image slot, is cut from the end to fit `limit`."""
         head = [] if prefix is None else [self.tokenizer.convert_tokens_to_ids(prefix)]
         fixed = len(head) + 1 + sum(len(ids) for ids, is_text in segments if not is_text)
         if fixed > limit:
             raise ValueError(
-                f"Images, prefix and end token take {fixed} tokens; the limit is {limit}. "
-                "Pass fewer images or a lower `max_pixels`, or raise `max_length`."
+                f"{name}: images, prefix and end token take {fixed} tokens; the limit is {limit}. "
+                "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
             )
         room = limit - fixed
+        if room < 1 and any(ids for ids, is_text in segments if is_text):
+            raise ValueError(
+                f"{name}: images, prefix and end token take {fixed} tokens and leave none of {limit} for the text. "
+                "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
+            )
         joined = head
         for ids, is_text in segments:
             if is_text:
@@ -495,71 +553,34 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return MultiModalData(**data)
 
 
-PART_KEYS = {"text": ["text"], "image": ["image", "url", "path", "base64"], "audio": ["audio", "url", "path"]}
-
-
-def _part_content(part: dict[str, Any]) -> tuple[str, Any]:
-    """Returns the type of a message part and its content."""
-    kind = part.get("type")
-    if kind not in PART_KEYS:
-        raise ValueError(f"A message part of type {kind!r}; this model takes text, image and audio parts.")
-    keys = [key for key in PART_KEYS[kind] if key in part]
-    if not keys:
-        raise ValueError(f"A {kind} part with {', '.join(part)} only; it needs one of {', '.join(PART_KEYS[kind])}.")
-    return kind, part[keys[0]]
-
-
-def _clean_text(text: Any) -> str:
-    """Normalises a text to NFC, so that equal characters give equal tokens."""
-    if not isinstance(text, str):
-        raise ValueError(f"A text is a {type(text).__name__}, {text!r:.80}; pass a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"The text has a lone surrogate, {text[error.start]!r}, at position {error.start}; decode it as UTF-8."
-        ) from error
-    return unicodedata.normalize("NFC", text)
-
-
-def _share(images: list[Any]) -> tuple[list[Any], list[int]]:
-    """Returns the different ones among loaded images, and which of them stands in each slot."""
+def _share(images: list[Any], bounds: list[int | None]) -> tuple[list[Any], list[int | None], list[int]]:
+    """Returns the different ones among loaded images, their bounds of pixels, and which of them is in each slot."""
     numbers: dict[tuple, int] = {}
     different, slots = [], []
-    for image in images:
+    for image, bound in zip(images, bounds, strict=True):
         pixels = np.asarray(image)
-        key = pixels.shape, pixels.dtype.str, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+        key = bound, pixels.shape, pixels.dtype.str, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
         if key not in numbers:
             numbers[key] = len(different)
-            different.append(image)
+            different.append((image, bound))
         slots.append(numbers[key])
-    return different, slots
+    return [image for image, _ in different], [bound for _, bound in different], slots
 
 
-def _is_samples(audio: list | tuple) -> bool:
-    return bool(audio) and isinstance(audio[0], (int, float))
+def _named(build: Callable[[int], Any], number: int, count: int) -> Any:
+    """Returns `build(number)`; its error names the input if the batch has several."""
+    try:
+        return build(number)
+    except ValueError as error:
+        if count == 1:
+            raise
+        raise ValueError(f"{_name(number, count)}: {error}") from error
 
 
-def _nest_images(images: Any, texts: int | None) -> list[list[Any]] | None:
-    """Arranges `images` as one list an input."""
-    if images is None:
-        return None
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    nested = any(isinstance(entry, (list, tuple)) for entry in images)
-    if texts == 1 and not nested:
-        return [[image for image in images if image is not None]]
-    if not nested and texts is not None and texts != len(images):
-        raise ValueError(
-            f"{len(images)} images for {texts} texts: pass a list of lists to say which images belong to which text."
-        )
-    return [_as_list(entry) for entry in images]
-
-
-def _as_list(entry: Any) -> list[Any]:
-    if entry is None:
-        return []
-    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
+def _name(number: int, count: int, item: EmbeddingInput | None = None) -> str:
+    """Returns how errors and warnings name an input of a batch."""
+    text = next((f" ({text[:40]!r}…)" for text in item.texts if text), "") if item else ""
+    return f"Input {number} of a batch of {count}{text}"
 
 
 ViPolyQwenProcessor.register_for_auto_class()

@@ -149,7 +149,7 @@ def _modality_pair(row: Mapping[str, Any]) -> str:
 
 def _conversation(prefix: str | None, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system = [] if prefix is None else [{"role": "system", "content": [_text(prefix)]}]
-    return [*system, {"role": "user", "content": parts}]
+    return [*system, {"role": "user", "content": parts, "keep_order": True}]
 
 
 def _side(row: Mapping[str, Any], side: str) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..media_vipolyqwen import load_audio, load_image
+from ..images_vipolyqwen import load_image
+from ..waveforms_vipolyqwen import load_audio
 from .collator import message_parts
 from .readers import FORMER_COLUMNS, TEXT_READERS, SourceConfig, find_files, load_from_hub, load_saved, parse_object
 from .schema import Place, RowError, clean_row
@@ -63,7 +64,7 @@ class CorpusRow:
             content = message_parts(self.text, images, audio, self.image_placeholder)
         except (ValueError, OSError) as error:
             raise RowError(f"{self.place.file}, row {self.place.row} (id {self.id!r}): {error}") from error
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": content, "keep_order": True}]
 
 
 @dataclass(frozen=True)

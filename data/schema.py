@@ -1,6 +1,5 @@
 """Defines tasks and rows of pairs, and checks rows."""
 
-import io
 import math
 import os
 import re
@@ -9,11 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image
 
-from ..media_vipolyqwen import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, check_wav_is_complete, load_audio
+from ..images_vipolyqwen import image_size
 from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
+from ..waveforms_vipolyqwen import audio_length, load_audio
 
 COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
 COLUMNS += ("negatives", "negative_images", "negative_audio", "teacher_a", "teacher_b")
@@ -500,17 +498,9 @@ def _check_score(row: Row, task: Task, place: Place) -> None:
 
 def _check_image_header(column: str, source: str | bytes, place: Place) -> None:
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise place.error(column, show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
-    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise place.error(
-            column,
-            show_media(source),
-            f"it is {width}×{height}; the limits are {MAX_IMAGE_PIXELS} pixels and an aspect ratio of "
-            f"{MAX_ASPECT_RATIO}. Scale or crop it.",
-        )
+        image_size(source)
+    except ValueError as error:
+        raise place.error(column, show_media(source), f"{error} Repair or drop it.") from error
 
 
 def _check_audio_length(
@@ -540,9 +530,6 @@ def _audio_header(column: str, source: str | bytes | dict[str, Any], place: Plac
     if isinstance(source, dict):
         return len(source["array"]), source["sampling_rate"]
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            check_wav_is_complete(file)
-            info = soundfile.info(file)
-    except (OSError, ValueError, soundfile.SoundFileError) as error:
-        raise place.error(column, show_media(source), f"it cannot be read: {error}. Repair or drop it.") from error
-    return info.frames, info.samplerate
+        return audio_length(source)
+    except ValueError as error:
+        raise place.error(column, show_media(source), f"{error} Repair or drop it.") from error

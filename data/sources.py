@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..media_vipolyqwen import load_audio, load_image
+from ..images_vipolyqwen import load_image
+from ..waveforms_vipolyqwen import load_audio
 from .readers import CODE, RowReader, SourceConfig, read_source
 from .schema import (
     MODALITIES,

@@ -20,9 +20,9 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from ..data.collator import message_parts
-from ..media_vipolyqwen import load_audio, resample
+from ..waveforms_vipolyqwen import load_audio, resample
 from .memory import CLEAR_REFS, peak_host, reset_peaks
-from .search import SidePrompt, prefix_sides
+from .search import PLAIN_TEXT, SidePrompt, prefix_sides, takes_plain_text
 
 MODALITIES = ("image", "audio", "text", "video")  # order within an input: an image precedes its question
 AUDIO_RATE = 16_000  # Hz, as in mteb; sentence-transformers requires one rate per batch
@@ -101,10 +101,13 @@ class SentenceEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Returns (rows, dimension) float32 vectors of the rows of the loader's data set."""
         loader, columns = read_rows(inputs, self.mteb_model_meta.modalities)
+        plain = takes_plain_text(self.model)
         options = {"prompt": self.prompt(task_metadata, prompt_type), **kwargs}
+        options |= {"processing_kwargs": PLAIN_TEXT} if plain else {}
         encode = ENCODE[prompt_type]
         if columns == ["text"]:  # in one call, which sorts them by length
-            return _as_array(encode(self.model, [row["text"] for batch in loader for row in batch], **options))
+            texts = [{"text": row["text"]} if plain else row["text"] for batch in loader for row in batch]
+            return _as_array(encode(self.model, texts, **options))
         options["show_progress_bar"] = False
         parts = [encode(self.model, [as_input(row, columns) for row in batch], **options) for batch in loader]
         return np.concatenate([_as_array(part) for part in parts])
@@ -163,7 +166,8 @@ def as_input(row: Mapping[str, Any], columns: list[str]) -> dict[str, Any] | lis
     images = shown.get("image")
     if not isinstance(images, list):
         return shown
-    return [{"role": "user", "content": message_parts(shown.get("text", ""), images, shown.get("audio"), PLACEHOLDER)}]
+    parts = message_parts(shown.get("text", ""), images, shown.get("audio"), PLACEHOLDER)
+    return [{"role": "user", "content": parts, "keep_order": True}]
 
 
 class MeasuredEncoder:

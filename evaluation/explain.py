@@ -79,10 +79,8 @@ def _read_json(given: str) -> Input:
         if not os.path.isfile(path):
             raise ValueError(f"{given!r}: no file {path!r} found; correct the path.")
     text, placeholder = values.get("text", ""), "<image>"
-    while placeholder in text:  # text is literal: only the order of the keys places images
+    while placeholder in text:  # text is literal: it places no image
         placeholder = f"<{placeholder}>"
-    if [key for key in values if key in ("text", "image")] == ["text", "image"]:  # as sentence-transformers orders it
-        text += placeholder * len(images)
     return Input(Side(text, images, values.get("audio"), placeholder), values.get("task"))
 
 

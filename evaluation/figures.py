@@ -12,7 +12,7 @@ import soundfile
 from markupsafe import Markup
 from PIL import Image
 
-from ..media_vipolyqwen import load_image
+from ..images_vipolyqwen import load_image
 from .pooling_weights import FrameWeights, PoolingWeights, TokenSpan
 from .search import Side
 from .templates import ENVIRONMENT

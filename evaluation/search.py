@@ -1,5 +1,6 @@
 """Turns local pairs into searches: queries, candidates and relevance judgements, embedded by a model."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from ..data.collator import message_parts
 from ..data.names import rename_old_keys
 from ..data.schema import Content, Row, declare_tasks, present_modalities
 from ..data.sources import PairDataset, content_key, load_pairs
-from ..media_vipolyqwen import load_audio, load_image
+from ..images_vipolyqwen import load_image
+from ..waveforms_vipolyqwen import load_audio
 from .metrics import pair_search
 
+PLAIN_TEXT = {"chat_template": {"plain_text": True}}  # processing_kwargs of sentence-transformers
 MIN_AUDIO_SAMPLES = 400  # receptive field of one frame of HuBERT-base
 CHUNK = 128  # sides whose images and audio are decoded at a time
 
@@ -67,7 +70,8 @@ class Side:
             return self.text
         audio = None if self.audio is None else self.read_audio()
         images = [load_image(image) for image in self.images]
-        return [{"role": "user", "content": message_parts(self.text, images, audio, self.placeholder)}]
+        parts = message_parts(self.text, images, audio, self.placeholder)
+        return [{"role": "user", "content": parts, "keep_order": True}]
 
 
 class SidePrompt(NamedTuple):
@@ -191,8 +195,17 @@ def prompt_name(embedder: SentenceTransformer, task: str, side: str) -> str | No
     return task if prefix_sides(embedder).get(task) in (side, "both") else None
 
 
+def takes_plain_text(embedder: SentenceTransformer) -> bool:
+    """Returns whether a model can be told that texts are only texts (viPolyQwen): never paths, whatever they say."""
+    processor = vars(embedder[0]).get("processor")
+    render = getattr(processor, "apply_chat_template", None)  # tokenizers of other models may lack one
+    return render is not None and "plain_text" in inspect.signature(render).parameters
+
+
 def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str | None = None) -> torch.Tensor:
     """Returns (N, D) float32 vectors; encodes texts separately, so that none is interpreted as media."""
+    plain = takes_plain_text(embedder)
+    options: dict[str, Any] = {"processing_kwargs": PLAIN_TEXT} if plain else {}
     groups: dict[bool, list[int]] = {}
     for place, side in enumerate(sides):
         groups.setdefault(side.kind == "text", []).append(place)
@@ -201,8 +214,8 @@ def embed(embedder: SentenceTransformer, sides: Sequence[Side], prompt_name: str
         step = len(places) if is_text else CHUNK
         for start in range(0, len(places), step):
             inputs = [sides[place].as_input() for place in places[start : start + step]]
-            vectors.append(
-                embedder.encode(inputs, prompt_name=prompt_name, convert_to_tensor=True, show_progress_bar=False)
-            )
+            inputs = [{"text": given} if plain and isinstance(given, str) else given for given in inputs]
+            options |= {"prompt_name": prompt_name, "convert_to_tensor": True, "show_progress_bar": False}
+            vectors.append(embedder.encode(inputs, **options))
         order += places
     return torch.cat(vectors).float().cpu()[torch.tensor(order).argsort()]

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..media_vipolyqwen import load_audio, load_image
+from ..images_vipolyqwen import load_image
+from ..waveforms_vipolyqwen import load_audio
 from .embedding import INPUT_ERRORS, Embedder, prompt_of
 from .loading import LoadedModel
 from .precision import check_dimensions, shorten

@@ -226,7 +226,7 @@ def test_a_search_without_failures_says_so(embedder: SentenceTransformer, folder
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("missing.png", "'missing.png' looks like the path of an image"),
+        ("a/missing.png", "'a/missing.png' looks like the path of an image"),
         ('{"image": "missing.png"}', "no file 'missing.png'"),
         ('{"audio": "missing.wav", "text": "a"}', "no file 'missing.wav'"),
         ("{'image': 'a.png'}", "begins like JSON but is invalid"),

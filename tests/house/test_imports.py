@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = re.compile(r"(audio|configuration|fingerprint|media|modeling|packing|pooling|processing|tasks)_vipolyqwen")
+SHIPPED = re.compile(
+    r"(audio|configuration|conversations|download|fingerprint|images|media|modeling|packing|pooling|processing|tasks"
+    r"|waveforms)_vipolyqwen"
+)
 COMMANDS = re.compile(r"(train|evaluate|publish|embed|serve|demo|export)_vipolyqwen|doctor")
 ROOMS = ["data", "evaluation", "publishing", "training", "serving", "demo"]
 PROJECT_FILES = re.compile(

@@ -23,16 +23,20 @@ from vipolyqwen.training.build import build_model
 SHIPPED = {
     "audio_vipolyqwen.py",
     "configuration_vipolyqwen.py",
+    "conversations_vipolyqwen.py",
+    "download_vipolyqwen.py",
     "fingerprint_vipolyqwen.py",
+    "images_vipolyqwen.py",
     "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",
     "packing_vipolyqwen.py",
     "pooling_vipolyqwen.py",
     "processing_vipolyqwen.py",
     "tasks_vipolyqwen.py",
+    "waveforms_vipolyqwen.py",
 }
 NEEDED = {"torch", "transformers", "tokenizers", "numpy", "PIL"}  # what sentence-transformers brings along
-OPTIONAL = {"soundfile", "scipy"}  # only behind `if is_…_available()`
+OPTIONAL = {"av", "soundfile", "scipy"}  # only behind `if is_…_available()`
 
 # Runs in the other process. Every case is a batch of inputs of the shape sentence-transformers takes, and a task.
 READER = """

@@ -1,5 +1,6 @@
 """Images and audio: every form gives the same tensors, and bad input is an error that names the remedy."""
 
+import copy
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ import torch
 from helpers import chat_ids, random_audio, random_image, user
 from PIL import Image
 
-from vipolyqwen.media_vipolyqwen import load_audio
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.waveforms_vipolyqwen import load_audio
 
 NAN, INF = float("nan"), float("inf")
 
@@ -26,6 +27,13 @@ def spectrum(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies in Hz and amplitudes of 16 kHz samples."""
     middle = samples[len(samples) // 8 : -len(samples) // 8] * np.hanning(len(samples) - 2 * (len(samples) // 8))
     return np.fft.rfftfreq(len(middle), 1 / 16_000), np.abs(np.fft.rfft(middle)) / len(middle) * 4
+
+
+def limited(processor: ViPolyQwenProcessor, **limits: float) -> ViPolyQwenProcessor:
+    """The processor with other limits."""
+    other = copy.copy(processor)
+    other.limits = limits
+    return other
 
 
 def heard(processor: ViPolyQwenProcessor, audio: Any, **kwargs: Any) -> np.ndarray:
@@ -82,7 +90,8 @@ def test_audio_is_the_same_however_it_is_given(processor: Any, rng: np.random.Ge
     path = tmp_path / "tiếng.wav"
     path.write_bytes(data)
     decoder = SimpleNamespace(
-        get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(array)[None], sample_rate=22_050)
+        metadata=SimpleNamespace(duration_seconds=0.2, sample_rate=22_050),
+        get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(array)[None], sample_rate=22_050),
     )
     given = [
         {"array": array, "sampling_rate": 22_050},
@@ -149,8 +158,8 @@ AUDIO = {"array": sine(440, 16_000), "sampling_rate": 16_000}
         ({**AUDIO, "array": np.zeros((2, 2, 4000))}, r"shape \(2, 2, 4000\); pass"),
         ({**AUDIO, "array": np.float32(0.5)}, r"shape \(\); pass"),
         ({**AUDIO, "array": "abc"}, "abc"),
-        ({}, "audio.*array.*path"),
-        ({"bytes": None, "path": None}, "audio.*array.*path"),
+        ({}, "audio.*bytes.*path"),
+        ({"bytes": None, "path": None}, "audio.*bytes.*path"),
         (12, "without a sampling rate|audio"),
     ],
 )
@@ -263,7 +272,7 @@ def test_a_bad_image_is_an_error_that_names_the_value_and_the_remedy(image: Any,
         chat_ids(processor, [{"role": "user", "content": [{"type": "image", "image": image}]}])
 
 
-def test_a_decompression_bomb_is_refused(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vipolyqwen.media_vipolyqwen.MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="60×48 is more than 100 pixels; scale it down"):
-        processor(images=[[GREY]])
+def test_a_decompression_bomb_is_refused(processor: Any) -> None:
+    small = limited(processor, image_pixels=100)
+    with pytest.raises(ValueError, match="60×48 is more than 100 pixels, the limit `image_pixels`; scale it down"):
+        small(images=[[GREY]])

@@ -116,7 +116,7 @@ def test_truncation_cuts_text_and_never_an_image(processor: Any, plain_ids: Call
     fixed = 2 + sum(slots) + 2 * len(slots)
     texts = [plain_ids(first), plain_ids(second)]
     assert len(whole) == fixed + sum(map(len, texts))
-    for limit in range(fixed, len(whole) + 2):
+    for limit in range(fixed + 1, len(whole) + 2):
         options = {"max_length": limit, "truncation": True}
         batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, **options)
         (ids,) = batch["input_ids"]

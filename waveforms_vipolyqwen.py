@@ -1,0 +1,347 @@
+"""Decodes audio piece by piece as mono samples, within limits that hold before the decoding, and resamples it."""
+
+import math
+import numbers
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from transformers.utils import is_av_available, is_scipy_available, is_soundfile_available
+
+from .media_vipolyqwen import LIMITS, Limits, open_source, show_source, unwrap
+
+if is_av_available():
+    import av
+if is_soundfile_available():
+    import soundfile
+if is_scipy_available():
+    from scipy.signal import resample_poly
+
+PIECE = 2**16  # samples of a channel that are decoded at a time
+UNKNOWN_LENGTH = 2**40  # samples; a header that claims as many states no length
+LOUDEST = 2.0**32  # of floating-point samples; louder ones overflow float32 in the feature extractor
+# What FFmpeg (PyAV) may open: offset, first bytes, name of the demuxer. Playlists and others, which open further files
+# or addresses, are not among them.
+CONTAINERS = (
+    (4, b"ftyp", "mp4"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),
+    (0, b"#!AMR", "amr"),
+    (0, b"\xff\xf1", "aac"),
+    (0, b"\xff\xf9", "aac"),
+    (0, b"ADIF", "aac"),
+    (0, b"OggS", "ogg"),
+    (8, b"AVI ", "avi"),
+    (0, b"FLV", "flv"),
+    (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
+    (0, b"caff", "caf"),
+    (0, b"\x00\x00\x01\xba", "mpeg"),
+)
+
+
+def load_audio(
+    source: Any, sampling_rate: int | None = None, allow_urls: bool | str = False, limits: Limits = LIMITS
+) -> tuple[np.ndarray, int]:
+    """Loads audio and mixes its channels down to mono.
+
+    Args:
+        source: a path, the bytes of a file, base64, a data URL, `(array, rate)`, `{"array", "sampling_rate"}`,
+            `{"bytes", "path"}`, a decoder with `get_all_samples()`, or an array of samples, (samples,), (channels,
+            samples) or (samples, channels), float in [-1, 1] or integers over the range of their dtype (8, 16 or 32
+            bits); a URL with `allow_urls`.
+        sampling_rate: rate in Hz of an array that comes without one.
+        allow_urls: fetch `http(s)://` sources; see `download`.
+        limits: bounds of file, samples, channels and rate.
+
+    Returns:
+        (samples,) float32 in [-1, 1], and the sampling rate in Hz.
+
+    Raises:
+        ValueError: the audio cannot be read, is empty, truncated or ambiguous, exceeds the limits, lacks a sampling
+            rate, has non-finite samples, or is a URL without `allow_urls`.
+        ImportError: a file was passed and soundfile is not installed.
+    """
+    if isinstance(source, Mapping) and source.get("array") is not None:
+        return load_audio(source["array"], source.get("sampling_rate", sampling_rate), limits=limits)
+    if is_array_with_rate(source):
+        return load_audio(source[0], source[1], limits=limits)
+    if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
+        return _load_decoder(source, limits)
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)):
+        return _load_file(source, allow_urls, limits)
+    return _mono_samples(_as_numpy(source), sampling_rate, limits)
+
+
+def is_array_with_rate(source: Any) -> bool:
+    """Returns whether `source` is `(array, rate)`, as `soundfile.read` returns it."""
+    return (
+        isinstance(source, (tuple, list))
+        and len(source) == 2
+        and (isinstance(source[0], (np.ndarray, torch.Tensor)) or is_samples(source[0]))
+        and isinstance(source[1], numbers.Integral)
+    )
+
+
+def is_samples(source: Any) -> bool:
+    """Returns whether `source` is a list of numbers."""
+    return isinstance(source, (list, tuple)) and bool(source) and isinstance(source[0], (numbers.Real, np.generic))
+
+
+def _as_numpy(source: Any) -> np.ndarray:
+    if isinstance(source, torch.Tensor):
+        return source.detach().cpu().float().numpy() if source.is_floating_point() else source.cpu().numpy()
+    try:
+        return np.asarray(source)
+    except (ValueError, TypeError) as error:  # lists of unequal lengths
+        raise ValueError(f"The audio {source!r:.80} is no array of samples: {error}.") from error
+
+
+def _load_decoder(decoder: Any, limits: Limits) -> tuple[np.ndarray, int]:
+    metadata = decoder.metadata
+    if metadata.duration_seconds and metadata.sample_rate:
+        check_length(metadata.duration_seconds * metadata.sample_rate, metadata.sample_rate, limits)
+    decoded = decoder.get_all_samples()
+    return _mono_samples(_as_numpy(decoded.data), decoded.sample_rate, limits)
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------
+
+
+def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tuple[np.ndarray, int]:
+    if sampling_rate is None:
+        raise ValueError(
+            "The audio is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
+        )
+    rate = check_rate(sampling_rate, limits)
+    if samples.ndim == 2:
+        if min(samples.shape) > limits.audio_channels:
+            raise ValueError(
+                f"The audio has shape {samples.shape}; the limit `audio_channels` is {limits.audio_channels}: "
+                "pass (samples,) or (channels, samples)."
+            )
+        samples = _as_float(samples).mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1:
+        raise ValueError(f"The audio has shape {samples.shape}; pass (samples,) or (channels, samples).")
+    if samples.size == 0:
+        raise ValueError("The audio is empty: 0 samples. Leave it out or pass a recording.")
+    check_length(samples.size, rate, limits)
+    samples = _as_float(samples)
+    if not np.isfinite(samples).all():
+        count = int((~np.isfinite(samples)).sum())
+        raise ValueError(f"The audio has {count} NaN or infinite samples of {samples.size}; repair or drop it.")
+    if np.abs(samples).max() > LOUDEST:
+        raise ValueError(f"The audio has samples up to {np.abs(samples).max():g}; scale them to [-1, 1].")
+    return samples, rate
+
+
+def _as_float(samples: np.ndarray) -> np.ndarray:
+    """Returns samples as float32; whole numbers are divided by the range of their dtype.
+
+    Raises:
+        ValueError: the range is unknown: 64 bits, or 32 bits of which only 16 are used.
+    """
+    kind, size = samples.dtype.kind, samples.dtype.itemsize
+    if kind == "f":
+        with np.errstate(over="ignore"):  # an infinite sample is refused afterwards
+            return samples.astype(np.float32)
+    peak = int(np.abs(samples).max(initial=0)) if kind == "i" and size == 4 else None
+    if kind not in "ui" or size == 8 or (kind == "u" and size == 4) or (peak is not None and 0 < peak < 2**15):
+        shown = f" up to {peak}" if peak is not None else ""
+        raise ValueError(
+            f"The audio has samples of dtype {samples.dtype}{shown}, whose full range is unknown. Pass floats in "
+            "[-1, 1], or whole numbers as int16 (or uint8, int32 for recordings of 8 and 32 bits)."
+        )
+    limits = np.iinfo(samples.dtype)
+    middle = (limits.max + 1 + limits.min) / 2  # 128 for uint8, 0 for signed types
+    return ((samples - middle) / (limits.max + 1 - middle)).astype(np.float32)
+
+
+def check_rate(rate: Any, limits: Limits = LIMITS) -> int:
+    """Returns a sampling rate in Hz.
+
+    Raises:
+        ValueError: it is no whole number, or outside the limits.
+    """
+    whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and float(rate).is_integer()
+    if not whole or not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
+        raise ValueError(
+            f"The audio's sampling rate is {rate!r:.40}; the limits are {limits.min_sampling_rate} and "
+            f"{limits.max_sampling_rate} Hz (`min_sampling_rate`, `max_sampling_rate`): pass the rate that it was "
+            "recorded at."
+        )
+    return int(rate)
+
+
+def check_length(samples: float, rate: int, limits: Limits) -> None:
+    """Refuses more samples than the limits allow at this rate."""
+    if samples > limits.audio_seconds * rate:
+        raise ValueError(
+            f"the recording is longer than {limits.audio_seconds:g} s, the limit `audio_seconds` (of a processor "
+            "`max_audio_seconds` × `max_audio_windows`); split it or raise the limit"
+        )
+    if samples > limits.audio_samples:
+        raise ValueError(
+            f"the recording has more than {limits.audio_samples} samples, the limit `audio_samples`; split it, or "
+            "resample it to the 16 kHz that are heard"
+        )
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _load_file(source: Any, allow_urls: bool | str, limits: Limits) -> tuple[np.ndarray, int]:
+    try:
+        source = unwrap(source)
+        with open_source(source, allow_urls, limits) as file:
+            samples, rate = _decode_file(file, limits)
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001  libsndfile and FFmpeg raise kinds of their own for damaged files
+        raise _unreadable(source, error) from error
+    if samples.size == 0:
+        raise ValueError(f"The audio {show_source(source)} is empty: 0 samples. Leave it out or pass a recording.")
+    return _mono_samples(samples, rate, limits)
+
+
+def _decode_file(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
+    """Decodes with libsndfile or, for the containers that it does not know, with FFmpeg."""
+    if not is_soundfile_available():
+        raise ImportError("Reading audio files needs the soundfile package: pip install soundfile.")
+    check_wav_is_complete(file)
+    head = file.read(16)
+    file.seek(0)
+    container = next((name for at, first, name in CONTAINERS if head[at:].startswith(first)), None)
+    try:
+        return _decode_with_soundfile(file, limits)
+    except soundfile.LibsndfileError as error:
+        if container is None:
+            raise
+        if not is_av_available():
+            raise ValueError(f"it is of the kind {container}, which needs the av package: pip install av") from error
+    file.seek(0)
+    return _decode_with_av(file, container, limits)
+
+
+def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(file) as clip:
+        rate = check_rate(clip.samplerate, limits)
+        _check_channels(clip.channels, limits)
+        if clip.frames < UNKNOWN_LENGTH:
+            check_length(clip.frames, rate, limits)
+        samples = _join(_pieces(clip), rate, limits)
+        if clip.format != "MP3" and len(samples) < clip.frames < UNKNOWN_LENGTH:  # MP3 files state an estimate
+            raise ValueError(f"the file is truncated: {len(samples)} of {clip.frames} samples")
+    return samples, rate
+
+
+def _pieces(clip: Any) -> Iterator[np.ndarray]:
+    """Yields (samples,) of an open sound file until its end."""
+    while len(piece := clip.read(PIECE, dtype="float32", always_2d=True)):
+        yield piece.mean(axis=1)  # (samples, channels) -> (samples,)
+
+
+def _decode_with_av(file: BinaryIO, container: str, limits: Limits) -> tuple[np.ndarray, int]:
+    with av.open(file, format=container, metadata_errors="ignore") as opened:
+        if not opened.streams.audio:
+            raise ValueError(f"it is of the kind {container} and has no audio; pass frames of a film as images")
+        stream = opened.streams.audio[0]
+        rate = check_rate(stream.rate, limits)
+        _check_channels(stream.channels, limits)
+        to_float = av.AudioResampler(format="fltp", rate=rate)  # (channels, samples) in [-1, 1]
+        frames = (frame for decoded in opened.decode(stream) for frame in to_float.resample(decoded))
+        return _join((frame.to_ndarray().mean(axis=0) for frame in frames), rate, limits), rate
+
+
+def _check_channels(channels: int, limits: Limits) -> None:
+    if channels > limits.audio_channels:
+        raise ValueError(f"it has {channels} channels; the limit `audio_channels` is {limits.audio_channels}")
+
+
+def _join(pieces: Iterable[np.ndarray], rate: int, limits: Limits) -> np.ndarray:
+    """Joins (samples,) pieces; stops at the limit."""
+    kept: list[np.ndarray] = []
+    total = 0
+    for piece in pieces:
+        kept.append(piece.astype(np.float32, copy=False))
+        total += len(piece)
+        check_length(total, rate, limits)
+    return np.concatenate(kept) if kept else np.zeros(0, np.float32)
+
+
+def check_wav_is_complete(file: Any) -> None:
+    """Refuses a truncated WAV file, because libsndfile would silently read the rest.
+
+    Args:
+        file: a binary file, open at its beginning; it is left there.
+
+    Raises:
+        ValueError: the file is shorter than its header declares.
+    """
+    header = file.read(8)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if header[:4] == b"RIFF" and len(header) == 8:
+        declared = struct.unpack("<I", header[4:])[0] + 8
+        if size < declared < 2**32 - 2**16:  # streaming writers declare about 2**32 bytes
+            raise ValueError(f"the file is truncated: {size} of {declared} bytes")
+
+
+def audio_length(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
+    """Returns the samples of a channel and the sampling rate in Hz, from the header of a file if it has one.
+
+    Raises:
+        ValueError: the audio cannot be read or exceeds the limits.
+    """
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        samples, rate = load_audio(source, limits=limits)
+        return len(samples), rate
+    try:
+        with open_source(source, False, limits) as file:
+            check_wav_is_complete(file)
+            info = soundfile.info(file)
+            return info.frames, check_rate(info.samplerate, limits)
+    except soundfile.LibsndfileError:
+        samples, rate = load_audio(source, limits=limits)  # a container of which libsndfile knows nothing
+        return len(samples), rate
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Any, error: Exception) -> ValueError:
+    reason = str(error) or type(error).__name__
+    return ValueError(f"The audio {show_source(source)} cannot be read: {reason.rstrip('.')}.")
+
+
+def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Resamples with a polyphase filter.
+
+    Args:
+        samples: (samples,) float32.
+        rate: sampling rate of `samples` in Hz.
+        target: sampling rate to return, in Hz.
+
+    Returns:
+        (⌈samples · target / rate⌉,) float32.
+
+    Raises:
+        ImportError: the rates differ and scipy is not installed.
+    """
+    if rate == target:
+        return samples
+    if not is_scipy_available():
+        raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
+    common = math.gcd(rate, target)
+    return resample_poly(samples, target // common, rate // common).astype(np.float32)
+
+
+__all__ = [
+    "audio_length",
+    "check_rate",
+    "check_wav_is_complete",
+    "is_array_with_rate",
+    "is_samples",
+    "load_audio",
+    "resample",
+]
