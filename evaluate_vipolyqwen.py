@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             import mteb  # noqa: F401, needed by suites only
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("Suites need mteb; install it with: pip install -e '.[evaluate]'") from error
+            raise ModuleNotFoundError(
+                "Suites need mteb; install it with: pip install -c constraints.txt -e '.[evaluate]'"
+            ) from error
         from vipolyqwen.evaluation.run import run_suite
 
         options.out = options.out or Path("outputs/evaluation")

@@ -4,7 +4,7 @@
 
 MODEL is a folder or a Hub id. `/v1/models` names it, `/health` embeds its golden inputs and compares them with the
 published vectors, `/ready` says whether it is loaded. Every answer carries the model's fingerprint. Needs the extra
-`serve`: pip install -e '.[serve]'
+`serve`: pip install -c constraints.txt -e '.[serve]'
 """
 
 import argparse
@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from vipolyqwen.serving.server import ServerOptions, build_server
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("The server needs litserve; install it with: pip install -e '.[serve]'") from error
+        raise ModuleNotFoundError(
+            "The server needs litserve; install it with: pip install -c constraints.txt -e '.[serve]'"
+        ) from error
     served = ServerOptions(
         model=options.model,
         name=options.name or (Path(options.model).resolve().name if Path(options.model).is_dir() else options.model),

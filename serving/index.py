@@ -4,7 +4,7 @@
 
 DIR is what embed_vipolyqwen.py wrote; the index goes to DIR/index. `flat` is exact; `hnsw` is approximate and fast
 beyond some 100,000 rows; `binary` searches one bit a dimension and scores the best candidates again with int8 vectors
-from the disk. Needs the extra `search`: pip install -e '.[search]'
+from the disk. Needs the extra `search`: pip install -c constraints.txt -e '.[search]'
 """
 
 import argparse
@@ -27,7 +27,9 @@ from .shards import AnotherModelError, count_rows, read_manifest, read_shards, s
 try:
     import faiss
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("The index needs faiss; install it with: pip install -e '.[search]'") from error
+    raise ModuleNotFoundError(
+        "The index needs faiss; install it with: pip install -c constraints.txt -e '.[search]'"
+    ) from error
 
 KINDS = ("flat", "hnsw", "binary")
 INDEX, SETTINGS, FAISS_FILE, IDS_FILE, RESCORE_FILE = "index", "index.json", "vectors.faiss", "ids.parquet", "int8.npy"
