@@ -1,6 +1,7 @@
 """The processor: text, length, batches and tasks, and errors that name the remedy."""
 
 import copy
+import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -378,6 +379,24 @@ def test_a_prefix_that_texts_or_images_use_already_is_refused(prefix: str, own_p
     assert not prefix or prefix in own_processor.tokenizer.get_vocab()
     with pytest.raises(ValueError, match="prefix"):
         own_processor.add_task("new", prefix)
+
+
+def test_the_sides_of_a_prefix_are_saved_and_absent_ones_are_side_a(own_processor: Any, tmp_path: Path) -> None:
+    own_processor.add_task("text_pair", "<text_pair>", "both")
+    own_processor.add_task("audio", "<audio>", "none")
+    own_processor.save_pretrained(tmp_path)
+    loaded = type(own_processor).from_pretrained(tmp_path)
+    found = {task: [loaded.has_prefix(task, side) for side in "ab"] for task in ("text_pair", "audio", "ocr")}
+    assert found == {"text_pair": [True, True], "audio": [False, False], "ocr": [True, False]}
+    config = tmp_path / "processor_config.json"
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    del saved["prefix_sides"]  # as a processor saved before sides were recorded
+    config.write_text(json.dumps(saved), encoding="utf-8")
+    assert set(type(own_processor).from_pretrained(tmp_path).prefix_sides.values()) == {"a"}
+    saved["prefix_sides"] = {"ocr": "left"}
+    config.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(ValueError, match="'ocr' .* 'left'; write one of a, both, none .`prefix_sides`"):
+        type(own_processor).from_pretrained(tmp_path)
 
 
 def test_a_saved_processor_loads_with_its_tasks_and_limits(
