@@ -2,8 +2,11 @@
 
     python -m vipolyqwen.doctor REPO [--revision REVISION] [--device cpu] [--dtype DTYPE] [--attn_implementation NAME]
 
+    python -m vipolyqwen.doctor REPO --against http://HOST:PORT/v1 [--dtype DTYPE]
+
 REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`, and cannot import this
-package, as on a machine where it is not installed. The exit code is 0 if no check fails, else 1.
+package, as on a machine where it is not installed. With --against, a server's vectors are compared with the published
+ones; --dtype says in which one it runs. The exit code is 0 if no check fails, else 1.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from transformers.utils import cached_file
 
 from vipolyqwen import __version__
 from vipolyqwen.fingerprint_vipolyqwen import (
+    TOLERANCES,
     Finding,
     Measured,
     compare,
@@ -36,6 +40,7 @@ from vipolyqwen.fingerprint_vipolyqwen import (
     vector_finding,
     verdict,
 )
+from vipolyqwen.serving.parity import compare_server
 
 PACKAGE = "vipolyqwen"
 
@@ -166,6 +171,28 @@ def check_checkpoint(checkpoint: Path, published: Measured, limit: float) -> Fin
     return Finding("checkpoint", "fail" if faults else "ok", text)
 
 
+def diagnose_server(
+    url: str, repository: str | Path, revision: str | None = None, dtype: str | None = None
+) -> list[Finding]:
+    """Compares a server's vectors with the fingerprint of a repository.
+
+    Args:
+        url: base of its API, such as `http://127.0.0.1:8000/v1`.
+        repository: a folder or a repository on the Hub.
+        revision: branch, tag or commit.
+        dtype: dtype of the server's weights; `None`: as published.
+
+    Raises:
+        ValueError: the repository has no fingerprint, or the dtype has no tolerance.
+        OSError: the repository does not exist, or the server does not answer.
+    """
+    published = read_fingerprint(repository, revision=revision)
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(TOLERANCES)}.")
+    processor = AutoProcessor.from_pretrained(repository, revision=revision, trust_remote_code=True)
+    return compare_server(url, published, processor, tolerance(published, [dtype] if dtype else []))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the findings; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -183,8 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", type=Path, help="also compare this folder, which the repository was published from"
     )
+    parser.add_argument("--against", metavar="URL", help="compare a server's vectors instead: http://HOST:PORT/v1")
+    options = vars(parser.parse_args(arguments))
     try:
-        findings = diagnose(**vars(parser.parse_args(arguments)))
+        if (url := options.pop("against")) is not None:
+            findings = diagnose_server(url, options["repository"], options["revision"], options["dtype"])
+        else:
+            findings = diagnose(**options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for finding in findings:

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from helpers import TEXTS, random_image
 
+from vipolyqwen.doctor import main as doctor
 from vipolyqwen.serve_vipolyqwen import check_port
 from vipolyqwen.serving.loading import LoadedModel
 
@@ -107,6 +109,26 @@ def test_every_answer_names_model_and_fingerprint(port: int, model: LoadedModel)
         assert (headers["x-model"], headers["x-model-fingerprint"]) == ("tiny", model.fingerprint)
         assert answer.get("status", "ok") == "ok"
     assert ask(port, "/nowhere", {})[2]["x-model-fingerprint"] == model.fingerprint
+
+
+def test_the_doctor_certifies_the_server(
+    port: int, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    url = f"http://127.0.0.1:{port}/v1"
+    assert doctor([str(repository), "--against", url]) == 0
+    report = capsys.readouterr().out
+    assert all(f"OK    {kind} " in report for kind in ("text", "image", "audio", "mix", "prefix"))
+    other = tmp_path / "other"
+    shutil.copytree(repository, other)
+    published = json.loads((other / "fingerprint.json").read_text(encoding="utf-8"))
+    published["vectors"]["image: drawing"].reverse()
+    (other / "fingerprint.json").write_text(json.dumps(published), encoding="utf-8")
+    assert doctor([str(other), "--against", url]) == 1
+    assert "FAIL  image " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        doctor([str(repository), "--against", "http://127.0.0.1:9/v1"])
+    with pytest.raises(SystemExit):
+        doctor([str(repository), "--against", f"127.0.0.1:{port}"])
 
 
 def test_the_openai_client_reads_the_answers(port: int, model: LoadedModel) -> None:
