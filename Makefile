@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance ablations test test-lowest lint format clean
+.PHONY: install demo balance ablations test test-lowest fuzz lint format clean
 
 install: $(VENV)/.installed .typing/vipolyqwen
 
@@ -37,6 +37,13 @@ ablations: install
 
 test: install
 	$(TEST_ENVIRONMENT) $(BIN)/python $(PYTEST)
+
+# Opt-in, about a quarter of an hour: random inputs and damaged files, other ones each time.
+FUZZ_INPUTS ?= 20000
+FUZZ_FILES ?= 60000
+fuzz: install
+	$(TEST_ENVIRONMENT) FUZZ_INPUTS=$(FUZZ_INPUTS) FUZZ_FILES=$(FUZZ_FILES) FUZZ_SEED=$$$$ \
+		$(BIN)/python $(PYTEST) tests/fuzz
 
 # Opt-in: the lowest versions that repositories require (`requirements` in config_sentence_transformers.json).
 test-lowest: $(LOWEST)/.installed

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .media_vipolyqwen import LIMITS, MAX_ASPECT_RATIO, Limits, open_source, show_source, unwrap
+from .media_vipolyqwen import LIMITS, MAX_ASPECT_RATIO, Limits, open_source, unreadable, unwrap
 
 Image.init()
 # Formats that are opened. Others stay closed: Pillow would run Ghostscript for EPS, whatever a file is called.
@@ -59,7 +59,7 @@ def load_image(source: Any, allow_urls: bool | str = False, rescale: bool = True
             _check_pages(image)
             return _finish(image, limits)
     except Exception as error:  # noqa: BLE001  Pillow raises nearly every kind for damaged files
-        raise _unreadable(source, error) from error
+        raise unreadable("image", source, error) from error
 
 
 def image_size(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
@@ -74,12 +74,7 @@ def image_size(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
             _check_size(*image.size, limits)
             return image.size
     except Exception as error:  # noqa: BLE001  as above
-        raise _unreadable(source, error) from error
-
-
-def _unreadable(source: Any, error: Exception) -> ValueError:
-    reason = str(error) or type(error).__name__
-    return ValueError(f"The image {show_source(source)} cannot be read: {reason.rstrip('.')}.")
+        raise unreadable("image", source, error) from error
 
 
 def _open_image(file: BinaryIO) -> Any:

@@ -97,6 +97,12 @@ def show_source(source: Any) -> str:
     return repr(show_url(source))[:200] if is_url(source) else repr(source)[:200]
 
 
+def unreadable(kind: str, source: Any, error: Exception) -> ValueError:
+    """Returns the error of a source that cannot be read, with the first characters of the reason."""
+    reason = str(error) or type(error).__name__
+    return ValueError(f"The {kind} {show_source(source)} cannot be read: {reason.rstrip('.')[:400]}.")
+
+
 def unwrap(source: Any) -> Any:
     """Returns the content of `{"bytes", "path"}`, as data sets of the Hub store media: the bytes if it has any."""
     if not isinstance(source, Mapping):
@@ -209,5 +215,6 @@ __all__ = [
     "is_file",
     "open_source",
     "show_source",
+    "unreadable",
     "unwrap",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import is_av_available, is_scipy_available, is_soundfile_available
 
-from .media_vipolyqwen import LIMITS, Limits, open_source, show_source, unwrap
+from .media_vipolyqwen import LIMITS, Limits, open_source, show_source, unreadable, unwrap
 
 if is_av_available():
     import av
@@ -199,7 +199,7 @@ def _load_file(source: Any, allow_urls: bool | str, limits: Limits) -> tuple[np.
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  libsndfile and FFmpeg raise kinds of their own for damaged files
-        raise _unreadable(source, error) from error
+        raise unreadable("audio", source, error) from error
     if samples.size == 0:
         raise ValueError(f"The audio {show_source(source)} is empty: 0 samples. Leave it out or pass a recording.")
     return _mono_samples(samples, rate, limits)
@@ -306,12 +306,7 @@ def audio_length(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
         samples, rate = load_audio(source, limits=limits)  # a container of which libsndfile knows nothing
         return len(samples), rate
     except (OSError, ValueError) as error:
-        raise _unreadable(source, error) from error
-
-
-def _unreadable(source: Any, error: Exception) -> ValueError:
-    reason = str(error) or type(error).__name__
-    return ValueError(f"The audio {show_source(source)} cannot be read: {reason.rstrip('.')}.")
+        raise unreadable("audio", source, error) from error
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
