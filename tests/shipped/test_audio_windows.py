@@ -64,7 +64,7 @@ def test_silence_completes_a_last_window_that_gives_no_frame(short: Any, model: 
 
 def test_longer_audio_than_the_bound_is_refused(short: Any, rng: np.random.Generator) -> None:
     assert len(short(audio=random_audio(rng, 2.0))["audio_features"]) == 8
-    with pytest.raises(ValueError, match=r"2\.1 s of audio; the limit is 2 s, 8 windows.*`max_audio_windows`"):
+    with pytest.raises(ValueError, match="longer than 2 s, .*`max_audio_windows`"):
         short(audio=random_audio(rng, 2.1))
 
 
