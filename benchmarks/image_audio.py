@@ -1,6 +1,6 @@
 """Whether pairs of an image and audio, without text, help to find audio by image: against text as the only link.
 
-    python benchmarks/image_audio.py [--steps 620] [--seeds 1] [--output_dir DIR]
+    python benchmarks/image_audio.py [--steps 400] [--seeds 1] [--output_dir DIR]
 
 Trains the demo's model twice for each seed, from the same base and the same warm-up on texts, for the same number of
 steps of equal batches on InfoNCE: with the demo's task `image_audio` and without it. Measures recall@1 in the six
@@ -37,8 +37,8 @@ ARMS = {"direct": (), "hub": (TASK,)}  # name -> tasks left out
 def main() -> None:
     """Trains what is missing, measures, writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=620, help="of each arm, after the warm-up on texts")
-    parser.add_argument("--text_steps", type=int, default=400, help="of the warm-up on texts")
+    parser.add_argument("--steps", type=int, default=400, help="of each arm, after the warm-up on texts")
+    parser.add_argument("--text_steps", type=int, default=300, help="of the warm-up on texts")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/image_audio"))
     options = parser.parse_args()
