@@ -148,6 +148,8 @@ def measure(train: Inputs | None, held_out: Inputs) -> dict[str, object]:
         if train is None or held_out.features(head) is None or len(set(train.tasks)) < 2:
             continue
         found[head] = shares(held_out, answers(head, train, held_out))
+        if len(set(held_out.groups)) == 1:  # without `group_by`
+            continue
         guesses = np.full(len(held_out.tasks), NONE, dtype=object)
         for group in np.unique(held_out.groups):
             others = train.only(train.groups != group)

@@ -31,3 +31,8 @@ def test_without_vectors_only_characters_and_the_rule_are_measured() -> None:
     rows.vectors = None
     assert {"rule", "ngrams"} <= measure(rows, rows).keys()
     assert not {"centroid", "logistic"} & measure(rows, rows).keys()
+
+
+def test_nothing_is_left_out_without_groups() -> None:
+    rows = inputs([("text_pair", "None", [1.0, 0.0]), ("instr", "None", [0.0, 1.0])] * 3)
+    assert measure(rows, rows).keys() == {"rows", "rule", "centroid", "logistic", "ngrams"}
