@@ -12,6 +12,7 @@ ones; --dtype says in which one it runs. The exit code is 0 if no check fails, e
 import argparse
 import gc
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
+import soundfile
 from packaging.specifiers import SpecifierSet
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
@@ -30,6 +32,7 @@ from vipolyqwen.fingerprint_vipolyqwen import (
     Finding,
     Measured,
     compare,
+    compare_files,
     compare_loading,
     compare_vector,
     compare_vectors,
@@ -89,7 +92,7 @@ def diagnose(
         findings.append(check_sentence_transformers(repository, published, processor, limit, encoder_kwargs))
         if checkpoint is not None:
             findings.append(check_checkpoint(checkpoint, published, limit))
-    return findings
+    return [*findings, *compare_files(published, repository, revision=revision)]
 
 
 @contextmanager
@@ -142,20 +145,33 @@ def check_sentence_transformers(
     inputs = golden_inputs(processor, has_audio)
     try:
         encoder = SentenceTransformer(str(repository), trust_remote_code=True, **encoder_kwargs)
-        worst = min(
-            compare_vector(name, encoder.encode(as_row(arguments), prompt_name=arguments.get("task")), published)
-            for name, arguments in inputs.items()
-            if name in published.vectors
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            rows = {name: as_row(arguments, Path(folder)) for name, arguments in inputs.items()}
+            worst = min(
+                compare_vector(name, encoder.encode(row, prompt_name=inputs[name].get("task")), published)
+                for name, row in rows.items()
+                if name in published.vectors
+            )
     except Exception as error:  # as above
         return Finding(check, "fail", raised(error))
     return vector_finding(check, worst, limit)
 
 
-def as_row(arguments: dict[str, Any]) -> str | dict[str, Any]:
-    """Returns the processor's arguments for one input as sentence-transformers takes it: a text or a dict of parts."""
-    parts: dict[str, Any] = {"image": arguments["images"][0][0]} if "images" in arguments else {}
-    parts |= {name: arguments[name][0] for name in ("text", "audio") if name in arguments}
+def as_row(arguments: dict[str, Any], folder: Path) -> str | dict[str, Any]:
+    """Returns one input as sentence-transformers takes it, a text or a dict of parts, with its media as files.
+
+    Args:
+        arguments: the processor's arguments for the input.
+        folder: where the files are written, without loss.
+    """
+    parts: dict[str, Any] = {name: arguments[name][0] for name in ("text", "audio") if name in arguments}
+    if "images" in arguments:
+        parts["image"] = str(folder / "image.png")
+        arguments["images"][0][0].save(parts["image"])
+    if "audio" in parts:
+        path = str(folder / "audio.wav")
+        soundfile.write(path, parts["audio"]["array"], parts["audio"]["sampling_rate"], subtype="FLOAT")
+        parts["audio"] = path
     return parts["text"] if list(parts) == ["text"] else parts
 
 

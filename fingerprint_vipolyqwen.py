@@ -7,9 +7,10 @@ again and lists the differences: `python -m vipolyqwen.doctor REPO` prints them,
 raises an error.
 """
 
+import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
@@ -24,12 +26,16 @@ from transformers.utils import cached_file
 from .processing_vipolyqwen import ViPolyQwenProcessor
 
 FILE_NAME = "fingerprint.json"
+HASHED_ENDINGS = (".py", ".json", ".jinja")
+UNHASHED = {FILE_NAME, "training.json", "model.safetensors.index.json"}  # no vector depends on them
+CLASSES = ("image_processor", "feature_extractor")  # settings that name a class; equal vectors make others harmless
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 TEXTS = {
     "vi": "Ba quả bóng đỏ lớn trên bãi cỏ, biển ghi: Cà phê sữa đá 25.000đ.",
     "en": "Three large red balls on the grass; the sign says: iced milk coffee, 25,000 dong.",
     "zh": "草地上有三个红色的大球，牌子上写着：冰奶咖啡，两万五千盾。",  # noqa: RUF001
 }
+SPECIAL_TOKENS = "<ocr> <|image_pad|> <|im_end|>"  # characters that must not become tokens
 # Settings of the image processor and of the feature extractor on which tensors depend.
 IMAGE_SETTINGS = (
     "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample "
@@ -83,6 +89,7 @@ class Measured:
     token_ids: dict[str, list[int]]  # golden text -> its ids
     marks: dict[str, list[float]]  # tensor -> norm and two projections
     vectors: dict[str, list[float]]  # golden input, `kind: name` -> its unit vector
+    files: dict[str, str] = field(default_factory=dict)  # code, tokenizer and settings -> hash of its content
 
 
 def golden_image() -> Image.Image:
@@ -106,6 +113,7 @@ def golden_inputs(processor: Any, has_audio: bool) -> dict[str, dict[str, Any]]:
     """Returns the golden inputs: name, which begins with the kind of input -> arguments of the processor."""
     image, audio = [[golden_image()]], [golden_audio(processor.feature_extractor.sampling_rate)]
     inputs: dict[str, dict[str, Any]] = {f"text: {language}": {"text": [text]} for language, text in TEXTS.items()}
+    inputs["text: special tokens"] = {"text": [SPECIAL_TOKENS]}
     inputs["image: drawing"] = {"images": image}
     inputs["mix: image + text"] = {"text": [TEXTS["vi"]], "images": image}
     if has_audio:
@@ -135,6 +143,51 @@ def mark(tensor: torch.Tensor) -> list[float]:
     angles = torch.arange(MARK_PERIOD, dtype=torch.float64)
     norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
     return [float(norm), float(sums @ angles.cos()), float(sums @ angles.sin())]
+
+
+def hash_files(folder: str | PathLike) -> dict[str, str]:
+    """Returns name -> hash of the content of a repository's code, tokenizer and settings."""
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in HASHED_ENDINGS]
+    return {path.name: _hash_file(path) for path in paths if path.name not in UNHASHED}
+
+
+def _hash_file(path: Path) -> str:
+    """Hashes text without its line endings, JSON without its layout and the library's version in it."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape").replace("\r\n", "\n")
+    if path.suffix == ".json":
+        try:
+            text = json.dumps(json.loads(text, object_hook=_without_version), sort_keys=True)
+        except json.JSONDecodeError:
+            text = f"not JSON: {text}"
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def _without_version(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != "transformers_version"}
+
+
+def compare_files(published: Measured, repository: str | PathLike, **hub_kwargs: Any) -> list[Finding]:
+    """Compares the files of a repository with the published ones; fingerprints of earlier versions have none.
+
+    Returns:
+        One finding, or none without hashes.
+    """
+    if not published.files:
+        return []
+    changed, missing = [], []
+    for name, digest in published.files.items():
+        path = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is None:
+            missing.append(name)
+        elif _hash_file(Path(path)) != digest:
+            changed.append(name)
+    faults = [(changed, "differ from the published files"), (missing, "are missing")]
+    text = "; ".join(f"{_listed(names)} {fault}" for names, fault in faults if names)
+    if text:
+        return [Finding("files", "fail", f"{text}: restore them, or publish again if it is meant")]
+    return [
+        Finding("files", "ok", f"all {len(published.files)} files of code, tokenizer and settings are as published")
+    ]
 
 
 def _fuses_prefix(processor: Any) -> bool:
@@ -202,7 +255,9 @@ def write_fingerprint(folder: str | PathLike) -> None:
     faults = compare_loading(report)
     if faults.level == "fail":
         raise ValueError(f"{folder} cannot be fingerprinted, because its weights are incomplete: {faults.text}.")
-    save_fingerprint(fingerprint(model, processor), Path(folder) / FILE_NAME)
+    measured = fingerprint(model, processor)
+    measured.files = hash_files(folder)
+    save_fingerprint(measured, Path(folder) / FILE_NAME)
 
 
 def compare(
@@ -221,11 +276,17 @@ def compare(
         One finding a check: keys, dtype, weights, settings, then each kind of vector.
     """
     now = measure(model, processor)
-    tensors = [check(published, now, dtype_was_asked_for) for check in (_compare_dtype, _compare_marks)]
+    tensors = [
+        _compare_dtype(published, now, dtype_was_asked_for),
+        _compare_marks(published, now, dtype_was_asked_for, model),
+    ]
+    before, after = ({n: v for n, v in each.settings.items() if n not in CLASSES} for each in (published, now))
+    classes = [{name: each.settings.get(name) for name in CLASSES} for each in (published, now)]
     return [
         compare_loading(report),
         *(tensors if published.marks else []),  # an adapter has none: readers load it beside its base, not merged
-        _compare_values("processor", published.settings, now.settings),
+        _compare_values("processor", before, after),
+        _compare_values("classes", *classes, "note"),
         _compare_values("prefixes", published.prefix_ids, now.prefix_ids),
         _compare_values("tokenizer", published.token_ids, now.token_ids),
         _compare_values("attention", published.attention, now.attention, "note"),
@@ -264,17 +325,22 @@ def _compare_dtype(published: Measured, now: Measured, was_asked_for: bool) -> F
     )
 
 
-def _compare_marks(published: Measured, now: Measured, rounding_was_asked_for: bool) -> Finding:
+def _compare_marks(published: Measured, now: Measured, rounding_was_asked_for: bool, model: Any) -> Finding:
     rounded, replaced = [], []
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in published.marks.keys() & now.marks.keys():
         before, after = np.array(published.marks[name]), np.array(now.marks[name])
         change = float(np.abs(after - before).max() / max(before[0], 1e-30))
         if not change <= SAME:  # NaN is a change
-            (rounded if change <= ROUNDED else replaced).append(name)
+            was_cast = change <= ROUNDED and (rounding_was_asked_for or _has_few_digits(tensors[name].detach()))
+            (rounded if was_cast else replaced).append(name)
     changes = [
         f"{_listed(names)} {change}"
         for names, change in (
-            (replaced, "hold other values than when published: initialised at random, or another checkpoint's"),
+            (
+                replaced,
+                "hold other values than when published: initialised at random, trained on, or another checkpoint's",
+            ),
             (rounded, "hold rounded values: they were cast to a dtype with fewer digits at some point"),
             (now.marks.keys() - published.marks.keys(), "are new since publication"),
             (published.marks.keys() - now.marks.keys(), "no longer exist"),
@@ -285,6 +351,11 @@ def _compare_marks(published: Measured, now: Measured, rounding_was_asked_for: b
     if not changes:
         return Finding("weights", "ok", f"all {len(now.marks)} tensors hold the published values")
     return Finding("weights", "note" if harmless else "fail", "; ".join(changes))
+
+
+def _has_few_digits(tensor: torch.Tensor) -> bool:
+    """Returns whether a dtype of 16 bits holds all values of a tensor, which a cast leaves and training does not."""
+    return any(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for dtype in (torch.bfloat16, torch.float16))
 
 
 def _compare_values(check: str, before: dict[str, Any], after: dict[str, Any], level: str = "fail") -> Finding:
@@ -359,13 +430,19 @@ def read_fingerprint(repository: str | PathLike, **hub_kwargs: Any) -> Measured:
 
     Raises:
         ValueError: the repository has no such file.
+        OSError: the repository does not exist or cannot be reached.
     """
-    path = cached_file(repository, FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if path is None:
+    try:
+        path = cached_file(repository, FILE_NAME, **hub_kwargs)
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError) or not (
+            Path(repository).is_dir() or isinstance(error.__cause__, EntryNotFoundError)
+        ):
+            raise OSError(f"{str(repository)!r} cannot be reached, or does not exist: {error}") from error
         raise ValueError(
             f"{str(repository)!r} has no {FILE_NAME} to compare with. Write it from a model known to be good, with "
             "`vipolyqwen.fingerprint_vipolyqwen.write_fingerprint(FOLDER)`."
-        )
+        ) from error
     return load_fingerprint(path)
 
 
@@ -389,8 +466,10 @@ def verify(
     Raises:
         ValueError: the model differs from the published one.
     """
-    processor = ViPolyQwenProcessor.from_pretrained(repository, **hub_kwargs)
-    findings = compare(read_fingerprint(repository, **hub_kwargs), model, processor, report, dtype_was_asked_for)
+    processor = ViPolyQwenProcessor.from_pretrained(repository, trust_remote_code=True, **hub_kwargs)
+    published = read_fingerprint(repository, **hub_kwargs)
+    findings = compare(published, model, processor, report, dtype_was_asked_for)
+    findings += compare_files(published, repository, **hub_kwargs)
     fault = verdict(findings)
     if fault:
         raise ValueError(f"{str(repository)!r} differs from the published model. {fault}")
@@ -411,6 +490,8 @@ __all__ = [
     "Finding",
     "Measured",
     "compare",
+    "compare_files",
+    "hash_files",
     "compare_vectors",
     "golden_inputs",
     "read_fingerprint",

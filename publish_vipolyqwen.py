@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from vipolyqwen import __version__
-from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Measured, fingerprint, save_fingerprint
+from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Measured, fingerprint, hash_files, save_fingerprint
 from vipolyqwen.publishing.card import model_card, read_training
 from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
 from vipolyqwen.publishing.hub import upload
@@ -125,6 +125,7 @@ def build_repository(
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     measured = fingerprint(model, processor)
+    measured.files = hash_files(folder)
     if adapter_base is None:
         save_fingerprint(measured, folder / FILE_NAME)
     else:

@@ -52,7 +52,15 @@ def save_repository(
     """
     check_audio_prefix(model.config, processor)
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    _open_like_other_files(Path(folder))
     save_reading_files(processor, Path(folder), has_audio=model.config.audio_config is not None)
+
+
+def _open_like_other_files(folder: Path) -> None:
+    """Gives the weights, which safetensors writes for their owner only, the mode of the configuration beside them."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def check_audio_prefix(config: PreTrainedConfig, processor: ProcessorMixin) -> None:

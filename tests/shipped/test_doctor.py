@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vipolyqwen.doctor import diagnose, main
 from vipolyqwen.fingerprint_vipolyqwen import (
     FILE_NAME,
     Finding,
+    compare_files,
     compare_vector,
     mark,
     read_fingerprint,
@@ -87,8 +89,16 @@ def test_a_fingerprint_covers_every_tensor_task_and_kind_of_input(tiny: tuple, p
 
 def test_a_fingerprint_is_written_with_the_keys_of_those_already_published(published: Path) -> None:
     stored = json.loads((published / FILE_NAME).read_text(encoding="utf-8"))
-    assert " ".join(stored) == "versions dtype attention settings prefix_ids token_ids marks vectors"
-    names = ["text: vi", "text: en", "text: zh", "image: drawing", "mix: image + text", "audio: tones"]
+    assert " ".join(stored) == "versions dtype attention settings prefix_ids token_ids marks vectors files"
+    names = [
+        "text: special tokens",
+        "text: vi",
+        "text: en",
+        "text: zh",
+        "image: drawing",
+        "mix: image + text",
+        "audio: tones",
+    ]
     names += ["mix: text + audio", "mix: image + text + audio", *(f"prefix: {task}" for task in TASK_PREFIXES)]
     assert sorted(stored["vectors"]) == sorted(names)
 
@@ -159,7 +169,7 @@ def test_a_changed_setting_of_the_processor_is_named(
     edit_json(repository / "processor_config.json", lambda config: config[part].update(change))
     kinds, causes = failures(diagnose(repository))
     assert kinds == broken
-    assert causes.keys() == {"processor"}
+    assert causes.keys() == {"processor", "files"}
     assert causes["processor"].startswith(f"{part}.{next(iter(change))} was ")
 
 
@@ -185,6 +195,9 @@ def test_swapped_prefix_tokens_are_named(swap: Callable[[Path], None], repositor
     swap(repository)
     kinds, causes = failures(diagnose(repository))
     assert "prefix" in kinds and not kinds - {"prefix", "sentence-transformers"}
+    assert causes.pop("files").endswith(
+        "differ from the published files: restore them, or publish again if it is meant"
+    )
     assert causes == {
         "prefixes": f"instr was {ids['instr']}, is {ids['ocr']}; ocr was {ids['ocr']}, is {ids['instr']}"
     }
@@ -294,6 +307,111 @@ def test_a_mark_tells_rounded_from_replaced() -> None:
     assert 1e-6 < change(tensor.half()) < change(tensor.bfloat16()) < 2**-7
     assert change(tensor[torch.randperm(300)]) > 2**-7
     assert change(torch.randn(300, 70)) > 2**-7
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def edit_text(name: str, before: str, after: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert before in text
+        (folder / name).write_text(text.replace(before, after, 1), encoding="utf-8")
+
+    return edit
+
+
+def set_value(name: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / name, lambda content: content.update(values))
+
+
+def drop_merge(folder: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda content: content["model"]["merges"].pop())
+
+
+def swap_words(folder: Path) -> None:
+    def swap(content: dict) -> None:
+        vocabulary = content["model"]["vocab"]
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    edit_json(folder / "tokenizer.json", swap)
+
+
+CODE = ("audio", "conversations", "images", "media", "modeling", "packing", "pooling", "processing")
+CORRUPTIONS = {
+    **{f"code of {name}": edit_text(f"{name}_vipolyqwen.py", "return ", "return  ") for name in CODE},
+    "white ground": edit_text("images_vipolyqwen.py", '"white"', '"black"'),
+    "share of text": edit_text("processing_vipolyqwen.py", "TEXT_SHARE = 0.25", "TEXT_SHARE = 0.5"),
+    "merge": drop_merge,
+    "vocabulary": swap_words,
+    "normaliser": lambda folder: edit_json(folder / "tokenizer.json", lambda content: content.update(normalizer=None)),
+    "similarity": set_value("config_sentence_transformers.json", similarity_fn_name="dot"),
+    "prompts": set_value("config_sentence_transformers.json", prompts={"ocr": "Hãy đọc: "}),
+    "default prompt": set_value("config_sentence_transformers.json", default_prompt_name="ocr"),
+    "URLs": set_value("processor_config.json", allow_urls=True),
+    "limits": set_value("processor_config.json", limits={"image_pixels": 10**12}),
+    "windows": set_value("processor_config.json", max_audio_windows=1),
+    "template": edit_text("chat_template.jinja", "{{ task }}", ""),
+    "modules": edit_text("modules.json", "Transformer", "Pooling"),
+    "unpadding": set_value("sentence_bert_config.json", unpad_inputs=True),
+    "length": set_value("tokenizer_config.json", model_max_length=16),
+    "padding side": set_value("tokenizer_config.json", padding_side="left"),
+    "fusion": set_value("config.json", audio_fusion="audio"),
+    "missing code": lambda folder: (folder / "waveforms_vipolyqwen.py").unlink(),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_changed_file_is_named(corruption: str, repository: Path) -> None:
+    published = read_fingerprint(repository)
+    before = {path: path.read_bytes() for path in repository.iterdir()}
+    CORRUPTIONS[corruption](repository)
+    (changed,) = {path.name for path, data in before.items() if not path.exists() or path.read_bytes() != data}
+    (finding,) = compare_files(published, repository)
+    assert finding.level == "fail" and changed in finding.text
+
+
+def test_another_layout_of_a_file_is_no_fault(repository: Path) -> None:
+    for path in repository.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "config.json":
+            content["transformers_version"] = "9.9"
+        if path.name != FILE_NAME:
+            path.write_text(json.dumps(content, indent=7), encoding="utf-8")
+    for path in repository.glob("*.py"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    (finding,) = compare_files(read_fingerprint(repository), repository)
+    assert (finding.level, finding.check) == ("ok", "files")
+    assert compare_files(replace(read_fingerprint(repository), files={}), repository) == []
+
+
+def test_another_class_with_equal_vectors_is_no_fault(repository: Path) -> None:
+    edit_json(
+        repository / FILE_NAME, lambda content: content["settings"].update(image_processor="Qwen2VLImageProcessor")
+    )
+    findings = diagnose(repository)
+    assert failures(findings) == (set(), {})
+    assert "image_processor was 'Qwen2VLImageProcessor'" in {f.check: f.text for f in findings}["classes"]
+
+
+def test_weights_that_were_trained_on_are_not_called_cast(repository: Path) -> None:
+    name = "vlm.language_model.layers.1.mlp.down_proj.weight"
+    edit_weights(repository, lambda tensors: tensors[name].add_(1e-3 * torch.randn_like(tensors[name])))
+    _, causes = failures(diagnose(repository))
+    assert f"{name} hold other values than when published: initialised at random, trained on" in causes["weights"]
+    assert "cast" not in causes["weights"]
+
+
+def test_an_unreachable_hub_is_not_a_missing_fingerprint(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["nobody/nothing-of-this-name"])
+    error = capsys.readouterr().err
+    assert "has no fingerprint.json" not in error and "nobody/nothing-of-this-name" in error
+
+
+def test_everybody_may_read_the_weights_who_may_read_the_rest(published: Path) -> None:
+    assert len({path.stat().st_mode for path in published.iterdir() if path.suffix in (".json", ".safetensors")}) == 1
 
 
 # --- at load -----------------------------------------------------------------------------------------------------
