@@ -12,7 +12,7 @@ import torch
 from helpers import PLAIN, assert_same_gradients, build_trainer, gradients_of, train_run, training_step
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
