@@ -35,7 +35,8 @@ SHIPPED = {
     "tasks_vipolyqwen.py",
     "waveforms_vipolyqwen.py",
 }
-NEEDED = {"torch", "transformers", "tokenizers", "numpy", "PIL", "huggingface_hub"}  # what sentence-transformers brings along
+# What sentence-transformers brings along.
+NEEDED = {"torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "PIL"}
 OPTIONAL = {"av", "soundfile", "scipy"}  # only behind `if is_…_available()`
 
 # Runs in the other process. Every case is a batch of inputs of the shape sentence-transformers takes, and a task.
