@@ -194,6 +194,17 @@ def test_images_are_scaled_to_the_room_that_is_left(roomy: Any) -> None:
     np.testing.assert_array_equal(alone["pixel_values"], batch["pixel_values"][: len(alone["pixel_values"])])
 
 
+def test_the_page_of_inputs_tells_the_tokens_of_images(roomy: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs/inputs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) ?\S* ?\|((?: [\d,]+ \|){4})$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for bound, cells in rows:
+        size = {"min_pixels": 56 * 56, "max_pixels": int(bound.replace(",", ""))}
+        sizes = [(480, 640), (1080, 1920), (3024, 4032), (3508, 2480)]
+        counted = roomy._get_num_multimodal_tokens(image_sizes=sizes, images_kwargs=size).num_image_tokens
+        assert [f"{count:,}" for count in counted] == cells.strip(" |").split(" | ")
+
+
 def test_many_images_leave_room_for_their_question(roomy: Any, plain_ids: Any, caplog: Any) -> None:
     images, question = [Image.new("RGB", (800, 600), "grey")] * 28, "Ảnh nào có biển số? " * 3
     (ids,) = ids_of(roomy, images=images, text=question, max_length=512)
