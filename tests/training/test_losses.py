@@ -411,7 +411,12 @@ def test_summary_names_the_tasks_present_and_the_components_they_use() -> None:
     loss = MixedLoss(LOSS_TABLES["dle"], T, TableWeighting(TASKS))
     summary = loss.summarise(run(loss, ["instr", "ocr", "instr"], torch.full((3,), NAN)))
     both = NCE[0] + NCE[2] + 2 * 0.4
+    by_row = 1.2 * both / 2 + NCE[1]  # of one row of each task
     assert summary == {
+        "rows/instr": 2.0,
+        "rows/ocr": 1.0,
+        "share_per_row/instr": pytest.approx(1.2 * both / 2 / by_row, rel=1e-5),
+        "share_per_row/ocr": pytest.approx(NCE[1] / by_row, rel=1e-5),
         "loss/instr": pytest.approx((NCE[0] + NCE[2]) / 2 + 0.4, rel=1e-6),
         "loss/instr/nce": pytest.approx((NCE[0] + NCE[2]) / 2, rel=1e-6),
         "loss/instr/cosine": pytest.approx(0.4, rel=1e-6),
