@@ -164,14 +164,16 @@ def as_row(arguments: dict[str, Any], folder: Path) -> str | dict[str, Any]:
         arguments: the processor's arguments for the input.
         folder: where the files are written, without loss.
     """
-    parts: dict[str, Any] = {name: arguments[name][0] for name in ("text", "audio") if name in arguments}
+    parts: dict[str, Any] = {}  # image, text, audio: code of earlier versions takes parts in the order of the keys
     if "images" in arguments:
         parts["image"] = str(folder / "image.png")
         arguments["images"][0][0].save(parts["image"])
-    if "audio" in parts:
-        path = str(folder / "audio.wav")
-        soundfile.write(path, parts["audio"]["array"], parts["audio"]["sampling_rate"], subtype="FLOAT")
-        parts["audio"] = path
+    if "text" in arguments:
+        parts["text"] = arguments["text"][0]
+    if "audio" in arguments:
+        clip = arguments["audio"][0]
+        parts["audio"] = str(folder / "audio.wav")
+        soundfile.write(parts["audio"], clip["array"], clip["sampling_rate"], subtype="FLOAT")
     return parts["text"] if list(parts) == ["text"] else parts
 
 

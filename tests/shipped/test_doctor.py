@@ -17,12 +17,13 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
-from vipolyqwen.doctor import diagnose, main
+from vipolyqwen.doctor import as_row, diagnose, main
 from vipolyqwen.fingerprint_vipolyqwen import (
     FILE_NAME,
     Finding,
     compare_files,
     compare_vector,
+    golden_inputs,
     mark,
     read_fingerprint,
     vector_finding,
@@ -449,3 +450,11 @@ def test_the_command_runs_as_a_module(repository: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "FAIL  prefixes" in done.stdout
+
+
+def test_parts_come_in_the_order_that_code_of_earlier_versions_needs(tiny: tuple, tmp_path: Path) -> None:
+    """Code published before the order of parts was defined reads a dict in the order of its keys."""
+    rows = {name: as_row(arguments, tmp_path) for name, arguments in golden_inputs(tiny[1], has_audio=True).items()}
+    assert list(rows["mix: image + text"]) == ["image", "text"]
+    assert list(rows["mix: image + text + audio"]) == ["image", "text", "audio"]
+    assert list(rows["mix: text + audio"]) == ["text", "audio"]
