@@ -201,7 +201,7 @@ def check_is_text(text: str) -> None:
         return
     reason = "sentence-transformers does not open that ending" if exists or is_url(text) else "no such file exists"
     raise ValueError(
-        f"{text!r} looks like the path of an image, audio, video or document file, but {reason}. Pass "
+        f"{text[:200]!r} looks like the path of an image, audio, video or document file, but {reason}. Pass "
         "{'image': path} or {'audio': path} of a file, and the pages of a document as images; to embed the characters "
         f"of the path, pass `plain_text=True` (in sentence-transformers `{PLAIN_TEXT}`)."
     )

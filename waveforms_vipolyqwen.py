@@ -225,7 +225,7 @@ def _decode_file(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
 
 
 def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(file) as clip:
+    with soundfile.SoundFile(_SeekableFile(file)) as clip:
         rate = check_rate(clip.samplerate, limits)
         _check_channels(clip.channels, limits)
         if clip.frames < UNKNOWN_LENGTH:
@@ -234,6 +234,31 @@ def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, 
         if clip.format != "MP3" and len(samples) < clip.frames < UNKNOWN_LENGTH:  # MP3 files state an estimate
             raise ValueError(f"the file is truncated: {len(samples)} of {clip.frames} samples")
     return samples, rate
+
+
+class _SeekableFile:
+    """Stays where it is when a damaged header sends libsndfile to a place before the file.
+
+    An exception in its callback would be printed, not raised.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self.file.seek(offset, whence)
+        except (OSError, ValueError):  # before the beginning, or beyond 64 bits
+            return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        return self.file.readinto(buffer)
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(size)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _pieces(clip: Any) -> Iterator[np.ndarray]:

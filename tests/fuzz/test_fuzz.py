@@ -286,6 +286,8 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     """Returns a file with bytes changed (headers more often than the rest), cut off, removed or inserted."""
     found = bytearray(data)
     for _ in range(int(rng.integers(1, 9))):
+        if not found:
+            break
         place = int(rng.integers(0, min(len(found), 200) if rng.random() < 0.6 else len(found)))
         kind = rng.random()
         if kind < 0.7:
