@@ -58,7 +58,7 @@ def clean_text(text: Any, limits: Limits = LIMITS) -> str:
     """Normalises a text to NFC, so that equal characters give equal tokens.
 
     Raises:
-        ValueError: it is no string, has a lone surrogate or exceeds the limits.
+        ValueError: it is not a string, has a lone surrogate or exceeds the limits.
     """
     if not isinstance(text, str):
         raise ValueError(f"A text is a {type(text).__name__}, {text!r:.80}; pass a string.")

@@ -158,7 +158,7 @@ def _is_float_tensor(array: Any) -> bool:
 def _from_array(pixels: np.ndarray, rescale: bool, limits: Limits) -> Any:
     """Returns an array as an RGB image if 8 bits hold it, else as (height, width, 3)."""
     if pixels.dtype.kind not in "buif":
-        raise ValueError(f"its dtype is {pixels.dtype}; pass whole or floating-point numbers")
+        raise ValueError(f"its dtype is {pixels.dtype}; pass integers or floating-point numbers")
     pixels = _channels_last(pixels)
     _check_size(pixels.shape[1], pixels.shape[0], limits)
     _check_range(pixels, rescale)

@@ -16,8 +16,8 @@ import torch
 from .download_vipolyqwen import download, is_url, show_url
 
 MAX_ASPECT_RATIO = 200  # limit of Qwen2-VL's image processor
-MAX_PATH = 4096  # characters; a longer string is no path
-MIN_BASE64 = 64  # characters; a shorter string that is no file is a wrong path
+MAX_PATH = 4096  # characters; a longer string is not a path
+MIN_BASE64 = 64  # characters; a shorter string that names no file is a wrong path
 
 MEDIA_ENDINGS = (
     "png jpg jpeg jpe jfif gif bmp dib tif tiff webp heic heif avif jp2 j2k jpx jxl ico psd tga dng cr2 cr3 nef arw "
@@ -70,7 +70,7 @@ class Limits:
         """Returns the limits of `values`, the defaults elsewhere.
 
         Raises:
-            ValueError: a name is unknown, or a value is no positive number.
+            ValueError: a name is unknown, or a value is not positive.
         """
         known = [field.name for field in fields(cls) if field.name != "audio_seconds"]
         for name, value in (values or {}).items():
@@ -174,7 +174,7 @@ def _decode_base64(text: str, limits: Limits) -> bytes | None:
 
 
 def is_file(path: str) -> bool:
-    """Returns whether a string names something in the file system that is no folder."""
+    """Returns whether a string names an existing file (or device), not a folder."""
     if len(path) > MAX_PATH or "\0" in path:
         return False
     return os.path.exists(path) and not os.path.isdir(path)

@@ -95,7 +95,7 @@ def _as_numpy(source: Any) -> np.ndarray:
     try:
         return np.asarray(source)
     except (ValueError, TypeError) as error:  # lists of unequal lengths
-        raise ValueError(f"The audio {source!r:.80} is no array of samples: {error}.") from error
+        raise ValueError(f"The audio {source!r:.80} is not an array of samples: {error}.") from error
 
 
 def _load_decoder(decoder: Any, limits: Limits) -> tuple[np.ndarray, int]:
@@ -162,7 +162,7 @@ def check_rate(rate: Any, limits: Limits = LIMITS) -> int:
     """Returns a sampling rate in Hz.
 
     Raises:
-        ValueError: it is no whole number, or outside the limits.
+        ValueError: it is not an integer, or outside the limits.
     """
     whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and float(rate).is_integer()
     if not whole or not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
@@ -198,7 +198,7 @@ def _load_file(source: Any, allow_urls: bool | str, limits: Limits) -> tuple[np.
             samples, rate = _decode_file(file, limits)
     except ImportError:
         raise
-    except Exception as error:  # noqa: BLE001  libsndfile and FFmpeg raise kinds of their own for damaged files
+    except Exception as error:  # noqa: BLE001  libsndfile and FFmpeg raise various kinds for damaged files
         raise unreadable("audio", source, error) from error
     if samples.size == 0:
         raise ValueError(f"The audio {show_source(source)} is empty: 0 samples. Leave it out or pass a recording.")
@@ -262,7 +262,7 @@ class _SeekableFile:
 
 
 def _pieces(clip: Any) -> Iterator[np.ndarray]:
-    """Yields (samples,) of an open sound file until its end."""
+    """Yields (samples,) of an open audio file until its end."""
     while len(piece := clip.read(PIECE, dtype="float32", always_2d=True)):
         yield piece.mean(axis=1)  # (samples, channels) -> (samples,)
 

@@ -49,7 +49,7 @@ def main() -> None:
     """Trains and measures what is not known yet, and writes OUT.json and OUT.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, help="train_data, eval_data and tasks; default: the demo world's texts")
-    parser.add_argument("--scores_by", help="column whose values have scales of scores of their own")
+    parser.add_argument("--scores_by", help="column whose values have separate scales of scores")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=96)

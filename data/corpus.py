@@ -102,7 +102,7 @@ class CorpusReader:
         source: entry of a recipe's data.
         file: the file, the folder of `save_to_disk` or the Hub dataset.
         label: what the names of its units begin with.
-        side: which side of a pair is the input; "a" also for rows that are no pairs.
+        side: which side of a pair is the input; "a" also for rows that are not pairs.
         unit_rows: rows of a unit at most.
     """
 

@@ -18,12 +18,12 @@ CLIP_FOLDER = Path(__file__).parent / "assets"
 @lru_cache
 def clips() -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Reads the recordings by language, voice and phrase: (samples,) float32 in [-1, 1], 16 kHz mono."""
-    sound, rate = soundfile.read(CLIP_FOLDER / "clips.ogg", dtype="float32")
+    clip, rate = soundfile.read(CLIP_FOLDER / "clips.ogg", dtype="float32")
     if rate != RATE:
         raise ValueError(f"clips.ogg has {rate} samples a second, not {RATE}; make it again with make_assets.py")
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for language, voice, phrase, start, end in json.loads((CLIP_FOLDER / "clips.json").read_text("utf-8")):
-        found.setdefault(language, {}).setdefault(voice, {})[phrase] = sound[start:end]
+        found.setdefault(language, {}).setdefault(voice, {})[phrase] = clip[start:end]
     return found
 
 
@@ -40,9 +40,9 @@ def say_scene(scene: Scene, language: str, rng: np.random.Generator) -> np.ndarr
     return np.clip(noisy, -1, 1).astype(np.float32)
 
 
-def _faster(sound: np.ndarray, twentieths: int) -> np.ndarray:
-    """Plays the sound at so many twentieths of its speed (pitch moves too), resampled by its spectrum."""
-    padded = np.pad(sound, (0, -len(sound) % (twentieths * 16)))  # a length whose Fourier transforms are fast
+def _faster(clip: np.ndarray, twentieths: int) -> np.ndarray:
+    """Plays the clip at so many twentieths of its speed (pitch moves too), resampled by its spectrum."""
+    padded = np.pad(clip, (0, -len(clip) % (twentieths * 16)))  # a length whose Fourier transforms are fast
     length = len(padded) * 20 // twentieths
     return np.fft.irfft(np.fft.rfft(padded), length) * (length / len(padded))
 

@@ -130,8 +130,8 @@ def make_medium(folder: Path, seed: int, medium: Medium) -> None:
     rng = generator(seed, medium.path)
     encoded = io.BytesIO()  # one write a file: the encoders' many small ones double the time
     if medium.kind == "speech":
-        sound = say_scene(medium.scene, medium.language, rng)
-        soundfile.write(encoded, sound, RATE, format="FLAC", subtype="PCM_16")
+        clip = say_scene(medium.scene, medium.language, rng)
+        soundfile.write(encoded, clip, RATE, format="FLAC", subtype="PCM_16")
     elif medium.kind == "drawing":
         draw_scene(medium.scene, rng).save(encoded, "PNG", compress_level=3)
     else:

@@ -42,7 +42,7 @@ def check_precision(precision: str, dimensions: int) -> None:
 def pack(vectors: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Converts unit vectors for storage.
 
-    Each int8 vector has a scale of its own, max |x| / 127, so that no calibration depends on other rows. Bits are 1
+    Each int8 vector is scaled by its max |x| / 127, so that no calibration depends on other rows. Bits are 1
     for positive components, eight to a byte, the first in the highest bit (as in sentence-transformers' `ubinary`).
 
     Args:

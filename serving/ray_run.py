@@ -42,7 +42,7 @@ def embed_with_ray(model: Mapping[str, Any], options: CorpusOptions, workers: in
         The counts of all shares; the seconds are those of all actors together.
 
     Raises:
-        ValueError: there are no workers, or as `embed_corpus`.
+        ValueError: `workers` is below 1, or as `embed_corpus`.
     """
     if workers < 1:
         raise ValueError(f"ray_workers is {workers}; it must be at least 1.")

@@ -73,32 +73,32 @@ def record(phrase: str, language: str, voice: str, pace: int) -> np.ndarray:
     said = pinyin(phrase) if language == "zh" else phrase
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         subprocess.run(["espeak-ng", "-v", voice, "-s", str(pace), "-w", file.name, said], check=True)
-        sound, rate = soundfile.read(file.name)
-    sound = resample_poly(sound, RATE, rate)
-    loud = np.abs(sound) > 0.02 * np.abs(sound).max()
+        clip, rate = soundfile.read(file.name)
+    clip = resample_poly(clip, RATE, rate)
+    loud = np.abs(clip) > 0.02 * np.abs(clip).max()
     first, last = np.flatnonzero(loud)[[0, -1]]
-    sound = sound[max(0, first - 80) : last + 160]
+    clip = clip[max(0, first - 80) : last + 160]
     ramp = np.linspace(0, 1, 80)
-    sound[:80] *= ramp
-    sound[-80:] *= ramp[::-1]
-    return 0.7 * sound / np.abs(sound).max()
+    clip[:80] *= ramp
+    clip[-80:] *= ramp[::-1]
+    return 0.7 * clip / np.abs(clip).max()
 
 
 def make_clips() -> None:
     """Records every phrase in every voice into one file, `clips.ogg`, with `clips.json` saying what is where."""
-    sounds, places, position = [], [], 0
+    clips, places, position = [], [], 0
     for language in VOCABULARY:
         phrases = sorted({phrase for scene in all_scenes() for phrase in spoken_phrases(scene, language)})
         for voice, pace in VOICES[language].items():
             for phrase in phrases:
-                sound = record(phrase, language, voice, pace)
-                sounds.append(sound)
-                places.append([language, voice, phrase, position, position + len(sound)])
-                position += len(sound)
+                clip = record(phrase, language, voice, pace)
+                clips.append(clip)
+                places.append([language, voice, phrase, position, position + len(clip)])
+                position += len(clip)
     quality = {"format": "OGG", "subtype": "VORBIS", "compression_level": 0.3}
     with soundfile.SoundFile(HERE / "clips.ogg", "w", RATE, 1, **quality) as file:
-        for sound in sounds:  # libsndfile 1.2.2 crashes on one long Vorbis write
-            file.write(sound)
+        for clip in clips:  # libsndfile 1.2.2 crashes on one long Vorbis write
+            file.write(clip)
     lines = ",\n".join(json.dumps(place, ensure_ascii=False) for place in places)
     (HERE / "clips.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
