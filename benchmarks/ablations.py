@@ -88,7 +88,6 @@ def demo_study(options: argparse.Namespace) -> Study:
     text = (ROOT / "recipes/demo.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(text.replace("outputs/demo/corpus", corpus.as_posix()))
     recipe |= {"prefix_dropout": 0.1, "save_strategy": "no"}
-    del recipe["matryoshka_dims"], recipe["tasks"]["image_audio"]  # not in the papers, whose pairs have a text
     recipe["train_data"] = [source for source in recipe["train_data"] if Path(source["path"]).stem in DEMO_WEIGHTS]
     for source in recipe["train_data"]:
         source["weight"] = DEMO_WEIGHTS[Path(source["path"]).stem]

@@ -30,6 +30,8 @@ from vipolyqwen.evaluation.search import embed
 
 ROOT = Path(__file__).parent.parent
 TASK = "image_audio"
+PAIRS = {"task": TASK, "columns": {"images_a": "image", "audio_b": "audio"}, "weight": 1.5}
+DECLARED = {"prefix": f"<{TASK}>", "loss": {"nce": 1.0}, "needs_image": True, "needs_audio_b": True}
 DIRECT = ("image->audio", "audio->image")
 ARMS = {"direct": (), "hub": (TASK,)}  # name -> tasks left out
 
@@ -84,9 +86,12 @@ def train_arm(corpus: Path, folder: Path, arm: str, seed: int, steps: int) -> fl
 
 
 def recipe(corpus: Path, folder: Path, name: str, without: tuple[str, ...]) -> Path:
-    """Writes the demo's recipe for this corpus, without the pairs of some tasks."""
+    """Writes the demo's recipe for this corpus with pairs of image and audio, without the pairs of some tasks."""
     text = (ROOT / "recipes/demo.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text.replace("outputs/demo/corpus", corpus.as_posix()))
+    pairs = {"path": f"{corpus.as_posix()}/train/{TASK}.jsonl", "media_root": corpus.as_posix(), **PAIRS}
+    values["train_data"].append(pairs)
+    values["tasks"][TASK] = DECLARED
     values["train_data"] = [source for source in values["train_data"] if Path(source["path"]).stem not in without]
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder / f"{name}.yaml"

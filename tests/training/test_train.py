@@ -13,7 +13,6 @@ from helpers import TEXTS, train_run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from vipolyqwen.configuration_vipolyqwen import ViPolyQwenConfig
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import Task, declare_tasks
 from vipolyqwen.data.sources import load_pairs
@@ -223,14 +222,6 @@ def test_declared_tasks_may_have_their_old_name_but_not_both(tmp_path: Path) -> 
 def test_a_recipe_is_valid(name: str) -> None:  # tests/training/test_recipes.py holds the published values
     _, data_args, loss_args, _ = read_arguments([str(ROOT / f"recipes/{name}.yaml"), "--use_cpu", "true"])
     build_loss(loss_args, data_args.tasks, list(build_tasks(data_args)))
-
-
-def test_the_demo_trains_shorter_vectors_and_pairs_of_image_and_audio() -> None:
-    _, data_args, loss_args, _ = read_arguments([str(ROOT / "recipes/demo.yaml"), "--use_cpu", "true"])
-    assert loss_args.matryoshka_dims == [1024, 512, 256, 128, 64]
-    assert max(loss_args.matryoshka_dims) == ViPolyQwenConfig().projection_dim
-    [pairs] = [source for source in data_args.train_data if source.get("task") == "image_audio"]
-    assert pairs["columns"] == {"images_a": "image", "audio_b": "audio"} and pairs["weight"] > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
