@@ -3,15 +3,11 @@
 In every figure colour strength is proportional to α, relative to the largest α of that figure.
 """
 
-import base64
-from io import BytesIO
-from typing import Any
-
 import numpy as np
-import soundfile
 from markupsafe import Markup
 from PIL import Image
 
+from ..data.templates import audio_player, image_uri
 from ..images_vipolyqwen import load_image
 from .pooling_weights import FrameWeights, PoolingWeights, TokenSpan
 from .search import Side
@@ -19,33 +15,8 @@ from .templates import ENVIRONMENT
 
 HEAT = (232, 89, 12)
 STRONGEST = 0.8  # opacity over the strongest patch, so that the image stays visible below
-MAX_IMAGE_SIDE = 448  # pixels; larger images are scaled down and stored as JPEG
 
 STYLE = Markup(ENVIRONMENT.get_template("figures.css.jinja").render())
-
-
-def data_uri(content: bytes, media_type: str) -> str:
-    """Returns the content of a file as a `data:` URI."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def image_uri(image: Image.Image, side: int = MAX_IMAGE_SIDE) -> str:
-    """Returns an image as a PNG `data:` URI; one larger than `side` pixels is scaled down and stored as JPEG."""
-    buffer = BytesIO()
-    if max(image.size) <= side:
-        image.save(buffer, "PNG")
-        return data_uri(buffer.getvalue(), "image/png")
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    small.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
-
-
-def audio_player(audio: dict[str, Any]) -> Markup:
-    """Returns an HTML player of `{"array", "sampling_rate"}`."""
-    buffer = BytesIO()
-    soundfile.write(buffer, audio["array"], audio["sampling_rate"], format="FLAC", subtype="PCM_16")
-    return Markup('<audio controls src="{}"></audio>').format(data_uri(buffer.getvalue(), "audio/flac"))
 
 
 def show(side: Side, width: int = 120) -> Markup:

@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from .. import __version__
-from ..data.corpus import UNIT_ROWS, BadRow, CorpusRow, Unit, read_corpus
+from ..data.corpus import CorpusRow, read_corpus
+from ..data.units import UNIT_ROWS, BadRow, Unit
 from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of
 from .loading import LoadedModel
 from .precision import check_precision, pack

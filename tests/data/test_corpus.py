@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import random_audio, random_image
 
-from vipolyqwen.data.corpus import BadRow, CorpusRow, Unit, read_corpus
+from vipolyqwen.data.corpus import CorpusRow, read_corpus
+from vipolyqwen.data.units import BadRow, Unit
 
 
 def read(source: dict[str, Any], **options: Any) -> list[tuple[Unit, list[CorpusRow | BadRow]]]:

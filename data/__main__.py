@@ -1,0 +1,85 @@
+"""Tools for the data of a recipe: python -m vipolyqwen.data COMMAND RECIPE.
+
+    inspect RECIPE [--page FILE.html]     what the pairs are, and the faults in them
+
+RECIPE is a YAML file with `train_data`, `eval_data` and `tasks`, or a file of pairs. `COMMAND --help` lists options.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .faults import find_faults
+from .inspection import inspect_recipe
+from .inspection_report import terminal_report, write_page
+from .recipes import DataRecipe, read_data_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    return options.run(read_data_recipe(options.recipe), options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vipolyqwen.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_inspect(commands.add_parser("inspect", help="table and page of the pairs, and the faults in them"))
+    return parser
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe, or file of pairs")
+    parser.add_argument("--page", type=Path, help="HTML file to write (default: inspection.html)", metavar="FILE")
+    parser.add_argument("--group_by", default="language", help="column of the language (default: language)")
+    parser.add_argument("--max_rows", type=int, default=100_000, help="rows of each source (default: 100000)")
+    parser.add_argument("--model", help="counts tokens as this model does (default: `model` of the recipe, if local)")
+    parser.add_argument("--max_length", type=int, help="tokens of an input (default: that of the recipe, or 8192)")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(recipe: DataRecipe, options: argparse.Namespace) -> int:
+    if options.max_rows < 1:
+        raise ValueError(f"max_rows is {options.max_rows}; read at least 1 row of each source.")
+    model = options.model or recipe.settings.get("model")
+    counter = _token_counter(model) if options.model or os.path.isdir(str(model)) else None
+    seen = inspect_recipe(recipe, options.group_by, options.max_rows, counter, _bar)
+    limit = options.max_length or recipe.settings.get("max_length", 8192)
+    faults = find_faults(seen, limit)
+    print(terminal_report(seen, faults))
+    page = options.page or Path("inspection.html")
+    write_page(seen, faults, options.recipe.name, page)
+    print(f"\nPage: {page}")
+    return 0
+
+
+def _bar(rows: Iterable[Any]) -> Iterable[Any]:
+    return tqdm(rows, unit=" rows", disable=None)
+
+
+def _token_counter(model: str) -> Callable[[Sequence[str]], list[int]]:
+    from ..processing_vipolyqwen import ViPolyQwenProcessor
+
+    tokenizer = ViPolyQwenProcessor.from_pretrained(model).tokenizer
+
+    def count(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    return count
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
