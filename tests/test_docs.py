@@ -164,7 +164,10 @@ def test_a_command_that_does_not_run_is_found(
 def test_every_option_within_a_sentence_exists() -> None:
     known = {f"--{item.name}" for cls in ARGUMENT_CLASSES for item in fields(cls)}
     known |= {"--help", "--no-build-isolation"}  # of argparse, of pip
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("serving/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(path for room in ("data", "serving", "benchmarks") for path in ROOT.glob(f"{room}/*.py")),
+    ]:
         known |= set(re.findall(r"add_argument\(\s*\"(--\w+)\"", path.read_text(encoding="utf-8")))
     named = [(page, option) for page, code in inline_code() for option in re.findall(r"(?<!\S)--[\w-]+", code)]
     assert {option for _, option in named} >= {"--check", "--resume_from_checkpoint", "--adapter"}
