@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-LOOK_BITS = 10  # of 256, in which the hashes of near duplicates differ at most
+LOOK_BITS = 10  # of 256, in which the hashes of near duplicates differ at most,
+LOOK_SHARE = 0.08  # and of the bits set in both on average: a page with one stroke sets few
+FEWEST_SET = 24  # bits; an image with fewer shows too little to be compared
 BANDS = 16  # of 16 bits: hashes that differ in fewer bits than bands agree on some band
 CROWD = 200  # images that agree on a band and are compared with one another
 PERMUTATIONS = 64
@@ -38,8 +40,12 @@ def near_images(looks: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _close(members: np.ndarray, looks: np.ndarray) -> Iterator[tuple[int, int]]:
-    differing = np.bitwise_count(looks[members][:, None] ^ looks[members][None]).sum(axis=2, dtype=np.int32)
-    first, second = np.nonzero(np.triu(differing <= LOOK_BITS, k=1))
+    chosen = looks[members]
+    differing = np.bitwise_count(chosen[:, None] ^ chosen[None]).sum(axis=2, dtype=np.int32)
+    filled = np.bitwise_count(chosen).sum(axis=1, dtype=np.int32)
+    limits = np.minimum(LOOK_BITS, LOOK_SHARE * (filled[:, None] + filled[None]) / 2)
+    is_near = (differing <= limits) & (np.minimum(filled[:, None], filled[None]) >= FEWEST_SET)
+    first, second = np.nonzero(np.triu(is_near, k=1))
     yield from zip(members[first].tolist(), members[second].tolist(), strict=True)
 
 

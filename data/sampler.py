@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from .mixing import BATCHING, Order, homogeneous_order, mixed_order, mixture_visits, stratified_order
+from .permutation import key_of, mix, permute
+
 BLOCK = 4096  # positions computed at once by iteration
-ROUNDS = 16  # of the Feistel network; with 8, some orders of five or six elements are too frequent
 ORDER, STREAM = 0, 1  # purpose of a key
 
 
@@ -24,18 +26,36 @@ class MixtureSampler(Sampler[int]):
         lengths: number of rows of each source, in the order of the dataset.
         weights: visits of each row of a source in an epoch.
         seed: seed of all shuffling.
+        temperature: flattens the sizes of the sources, see `mixture_visits`.
+        caps: most visits of each source in an epoch, `None` for no limit.
+        batching: `mixed` shuffles all sources together; in `homogeneous` order a batch is of one source, in
+            `stratified` order it has the share of each source.
+        batch_rows: rows of a batch of all ranks, for `homogeneous`.
     """
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float],
+        seed: int = 0,
+        temperature: float = 1.0,
+        caps: Sequence[int | None] | None = None,
+        batching: str = "mixed",
+        batch_rows: int = 1,
+    ) -> None:
         if len(lengths) != len(weights):
             raise ValueError(f"{len(lengths)} sources and {len(weights)} weights; give each source one weight.")
+        if batching not in BATCHING:
+            raise ValueError(f"batching is {batching!r}; choose one of {', '.join(BATCHING)}.")
         self.lengths = list(lengths)
-        self.visits = [max(1, round(weight * length)) for length, weight in zip(lengths, weights, strict=True)]
+        self.visits = mixture_visits(lengths, weights, temperature, caps)
+        self.batching = batching
+        self.batch_rows = batch_rows
         self.seed = seed
         self.epoch = 0
         self._row_starts = np.cumsum([0, *self.lengths])
         self._visit_starts = np.cumsum([0, *self.visits])
-        self._stream_keys = np.concatenate([_key(seed, STREAM, source) for source in range(len(lengths))])
+        self._stream_keys = np.concatenate([key_of(seed, STREAM, source) for source in range(len(lengths))])
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
@@ -50,16 +70,26 @@ class MixtureSampler(Sampler[int]):
 
     def rows(self, first: int, last: int) -> list[int]:
         """Returns the rows at positions [first, last) of the epoch's order."""
-        visits = permute(np.arange(first, last), np.int64(len(self)), _key(self.seed, ORDER, self.epoch))
+        visits = self._order()(first, last)
         sources = np.searchsorted(self._visit_starts, visits, side="right") - 1
         lengths = np.array(self.lengths)[sources]
         places = self.epoch * np.array(self.visits)[sources] + visits - self._visit_starts[sources]  # in the streams
-        keys = _mix(self._stream_keys[sources] + (places // lengths).astype(np.uint64))
+        keys = mix(self._stream_keys[sources] + (places // lengths).astype(np.uint64))
         return (self._row_starts[sources] + permute(places % lengths, lengths, keys)).tolist()
+
+    def _order(self) -> Order:
+        key = key_of(self.seed, ORDER, self.epoch)
+        if self.batching == "homogeneous":
+            return homogeneous_order(self.visits, key, self.batch_rows)
+        return (stratified_order if self.batching == "stratified" else mixed_order)(self.visits, key)
 
     def identity(self) -> dict[str, Any]:
         """Returns what determines the order, besides the epoch."""
-        return {"lengths": self.lengths, "visits": self.visits, "seed": self.seed}
+        identity = {"lengths": self.lengths, "visits": self.visits, "seed": self.seed}
+        if self.batching == "mixed":
+            return identity  # as checkpoints of earlier versions have it
+        rows = {"batch_rows": self.batch_rows} if self.batching == "homogeneous" else {}
+        return {**identity, "batching": self.batching, **rows}
 
 
 class MixtureBatches(Sampler[list[int]]):
@@ -130,50 +160,3 @@ class MixtureBatches(Sampler[list[int]]):
             rows = min(self.joined, len(self.sampler) - first)
             part = [first + rows * rank // self.processes for rank in (self.rank, self.rank + 1)]
             yield self.sampler.rows(*part)
-
-
-def permute(index: np.ndarray, length: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns the positions of elements in keyed pseudo-random permutations of [0, length).
-
-    A Feistel network over ⌈√length⌉ × ⌈length / ⌈√length⌉⌉ cells; what falls outside of [0, length) is permuted again
-    until it falls inside (Black and Rogaway 2002, generalised Feistel cipher with cycle walking).
-
-    Args:
-        index: int64 in [0, length).
-        length: int64, size of the permutation; a scalar or one for each index.
-        key: uint64, selects the permutation; a scalar or one for each index.
-
-    Returns:
-        int64 in [0, length), of the shape of `index`.
-    """
-    index, length, key = np.broadcast_arrays(index.astype(np.uint64), length.astype(np.uint64), key)
-    width = np.ceil(np.sqrt(length)).astype(np.uint64)
-    height = (length + width - np.uint64(1)) // width
-    placed = index.copy()
-    outside = np.ones(index.shape, dtype=bool)
-    while outside.any():
-        placed[outside] = _feistel(placed[outside], width[outside], height[outside], key[outside])
-        outside = placed >= length
-    return placed.astype(np.int64)
-
-
-def _feistel(index: np.ndarray, width: np.ndarray, height: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Permutes [0, width · height) by a key, all uint64, shifting both halves in turn."""
-    left, right = index % width, index // width
-    for number in range(0, ROUNDS, 2):
-        left = (left + _mix(_mix(key + np.uint64(number)) + right) % width) % width
-        right = (right + _mix(_mix(key + np.uint64(number + 1)) + left) % height) % height
-    return right * width + left
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Mixes uint64 by SplitMix64 (Steele et al. 2014), a bijection."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _key(*numbers: int) -> np.ndarray:
-    """Derives a key from non-negative numbers, (1,) uint64."""
-    return np.random.SeedSequence(numbers).generate_state(1, np.uint64)

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
+from ..data.mixing import BATCHING
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import SIDES_OF_TASKS, declare_tasks
 from ..publishing.repository import ADAPTER_CONFIG
@@ -227,6 +228,13 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "pack texts into one sequence without padding: true, false or auto (if attention profits)"},
     )
+    batching: str = field(
+        default="mixed",
+        metadata={"help": "rows of a batch: mixed, homogeneous (of one source) or stratified (each source's share)"},
+    )
+    mixture_temperature: float = field(
+        default=1.0, metadata={"help": "flattens the sizes of the sources, share ∝ rows^(1 / temperature)"}
+    )
     monitor_steps: int = field(
         default=10, metadata={"help": "steps between measurements of the gradient of each task; 0: never"}
     )
@@ -247,6 +255,10 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         self.packing = str(self.packing).lower()  # YAML reads true as a boolean
         if self.packing not in ("auto", "true", "false"):
             raise ValueError(f"`packing` is {self.packing!r}; it must be auto, true or false.")
+        if self.batching not in BATCHING:
+            raise ValueError(f"`batching` is {self.batching!r}; choose one of {', '.join(BATCHING)}.")
+        if not self.mixture_temperature >= 1:
+            raise ValueError(f"`mixture_temperature` is {self.mixture_temperature}; give a number >= 1.")
         if self.monitor_steps < 0:
             raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
         if self.on_nan == "skip":

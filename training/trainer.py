@@ -247,7 +247,14 @@ class ViPolyQwenTrainer(ResumingTrainer):
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return MixtureSampler(dataset.source_lengths, dataset.source_weights, seed=seed)
+        return MixtureSampler(
+            dataset.source_lengths,
+            dataset.source_weights,
+            seed,
+            self.args.mixture_temperature,
+            batching=self.args.batching,
+            batch_rows=self._train_batch_size * self.args.world_size,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates AdamW with a learning rate for each part of the model."""

@@ -161,6 +161,15 @@ def test_images_that_look_alike() -> None:
     assert near_images(looks) == [(0, 2)]
 
 
+def test_pages_with_one_stroke_are_not_compared() -> None:
+    pages = []
+    for place in (20, 60):
+        page = Image.new("L", (160, 120), "white")
+        page.paste(0, (place, 30, place + 8, 60))
+        pages.append(perceptual_hash(page))
+    assert near_images(np.stack(pages)) == [] == near_images(np.stack([pages[0], pages[0]]))
+
+
 @pytest.mark.skipif(not is_datasketch_available(), reason="needs datasketch")
 def test_texts_that_nearly_agree(tmp_path: Path) -> None:
     assert near_texts([LONG, "ngắn", "một câu khác hẳn, nói về chuyện bếp núc", LONG + "!", LONG.upper()]) == [

@@ -17,7 +17,8 @@ from killing import kills, same_weights, train_uninterrupted
 from packaging import version
 from safetensors.torch import load_file
 
-from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler, permute
+from vipolyqwen.data.permutation import permute
+from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.training.arguments import ModelArguments
 from vipolyqwen.training.balance import paper_steps
