@@ -121,6 +121,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "python":
         parse_python(words[1:], monkeypatch)
+    elif words[0] == "vipolyqwen":
+        parse_python(["-m", *words], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
         with pytest.raises(ParsedError):
             launch_command_parser().parse_args(words[2:])
@@ -219,6 +221,16 @@ def test_every_python_example_runs(block: Block, demo_outputs: Path, monkeypatch
     exec(code, names)
     shapes = {tuple(value.shape) for name, value in names.items() if name in ("vectors", "embeddings")}
     assert all(width == 1024 for _, width in shapes)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(demo_outputs: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "docs/quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(demo_outputs)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "(4, 1024)" in printed and "Summary(embedded=2, skipped=0, bad=0" in printed
 
 
 def anchors(page: Path) -> set[str]:

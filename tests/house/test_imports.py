@@ -16,10 +16,10 @@ SHIPPED = re.compile(
     r"(audio|configuration|conversations|download|fingerprint|images|media|modeling|packing|pooling|processing|tasks"
     r"|waveforms)_vipolyqwen"
 )
-COMMANDS = re.compile(r"(train|evaluate|publish|embed|serve|demo|export)_vipolyqwen|doctor")
+COMMANDS = re.compile(r"(train|evaluate|publish|embed|serve|demo|export)_vipolyqwen|doctor|app|__main__")
 ROOMS = ["data", "evaluation", "publishing", "training", "serving", "demo"]
 PROJECT_FILES = re.compile(
-    r"[A-Z]+(\.md)?|Makefile|pyproject\.toml|(requirements|constraints)[\w-]*\.txt|py\.typed|\.gitignore|__init__\.py"
+    r"[A-Z]+(\.md)?|Makefile|pyproject\.toml|(requirements|constraints)[\w-]*\.txt|py\.typed|\.gitignore|CITATION\.cff|__init__\.py"
 )
 FOLDERS = {*ROOMS, "docs", "recipes", "benchmarks", "tests", ".ci", ".github"}
 # Room -> the rooms, or the modules of a room, that it may import besides itself.
