@@ -22,6 +22,7 @@ class Command:
 
 
 COMMANDS = {
+    "data": Command("data.__main__", "train", "`data inspect RECIPE`: figures, faults and a page of all pairs"),
     "train": Command("train_vipolyqwen", "train", "trains a recipe"),
     "evaluate": Command("evaluate_vipolyqwen", "evaluate", "runs suites, spellings, explanations"),
     "publish": Command("publish_vipolyqwen", "publish", "a checkpoint to a repository on the Hub or in a folder"),

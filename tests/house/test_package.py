@@ -91,7 +91,17 @@ def test_the_built_package_holds_code_and_data_and_nothing_else(built: Path) -> 
     found = {path.relative_to(built / "vipolyqwen").as_posix() for path in built.rglob("*") if path.is_file()}
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = {path for path in listed.split("\0") if (ROOT / path).is_file()}
-    skipped = ("tests/*", "benchmarks/*", "docs/*", ".*", "*.md", "constraints*", "Makefile", "pyproject.toml")
+    skipped = (
+        "tests/*",
+        "benchmarks/*",
+        "docs/*",
+        ".*",
+        "*.md",
+        "constraints*",
+        "Makefile",
+        "*.cff",
+        "pyproject.toml",
+    )
     wanted = {path for path in tracked if not any(fnmatch(path, pattern) for pattern in skipped)}
     assert found >= wanted, wanted - found
     assert not [path for path in found if path.startswith(("tests/", "benchmarks/", "docs/", "outputs/", "build/"))]
