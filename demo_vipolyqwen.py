@@ -87,7 +87,8 @@ def train(recipe: Path, folder: Path) -> None:
         [],
     ]
     for stage, name in zip(stages, STAGES, strict=True):
-        subprocess.run([*command, *stage, "--output_dir", folder / name], check=True, env=environment)
+        output = ["--output_dir", folder / name, "--overwrite_output_dir"]  # an earlier demo
+        subprocess.run([*command, *stage, *output], check=True, env=environment)
 
 
 def publish(run: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from vipolyqwen.training.arguments import read_arguments
+from vipolyqwen.training.arguments import Arguments, read_arguments, read_paths
 from vipolyqwen.training.build import (
     build_collator,
     build_loss,
@@ -22,13 +22,21 @@ from vipolyqwen.training.build import (
 )
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
+from vipolyqwen.training.output_folder import occupy
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains, evaluates and saves a repository to `output_dir`."""
-    model_args, data_args, loss_args, args = read_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = read_arguments(sys.argv[1:] if argv is None else argv)
+    with occupy(arguments[-1], read_paths(arguments)):
+        run(arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Trains and evaluates as the arguments say."""
+    model_args, data_args, loss_args, args = arguments
     set_seed(args.seed)
     tasks = build_tasks(data_args)
     mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
@@ -48,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_collator=build_collator(processor, tasks, data_args, args, training=False),
     )
     if args.should_save:
-        write_record(Path(args.output_dir), (model_args, data_args, loss_args, args), train_pairs, eval_pairs)
+        write_record(Path(args.output_dir), arguments, train_pairs, eval_pairs)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)

@@ -107,7 +107,7 @@ class Stage:
                 settings["model"] = str(self.start.train(folder))
             place.mkdir(parents=True, exist_ok=True)
             (place / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-            train_main([str(place / "recipe.yaml")])
+            train_main([str(place / "recipe.yaml"), "--overwrite_output_dir"])
             gc.collect()  # a Trainer refers to itself
             finished.touch()
         return place

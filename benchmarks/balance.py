@@ -137,7 +137,7 @@ def settings(folder: Path, weights: dict[str, float]) -> dict[str, Any]:
 def train(recipes: list[Path], steps: int, seed: int, output: Path, flags: Sequence[str] = ()) -> None:
     """One run of the training command."""
     command = [sys.executable, ROOT / "train_vipolyqwen.py", *recipes, "--output_dir", output, *flags]
-    command += ["--max_steps", str(steps), "--seed", str(seed)]
+    command += ["--overwrite_output_dir", "--max_steps", str(steps), "--seed", str(seed)]
     subprocess.run(command, check=True, env={"GOMP_SPINCOUNT": "5000", **os.environ})
 
 

@@ -101,7 +101,7 @@ def train(path: Path, output: Path, seed: int, steps: int, flags: list[str]) -> 
     """Trains on InfoNCE alone as the demo's warm-ups do, unless that was done before."""
     if not (output / "model.safetensors").is_file():
         command = [sys.executable, ROOT / "train_vipolyqwen.py", path, *WARM_UP, *flags]
-        command += ["--max_steps", str(steps), "--seed", str(seed), "--output_dir", output]
+        command += ["--max_steps", str(steps), "--seed", str(seed), "--output_dir", output, "--overwrite_output_dir"]
         started = time.perf_counter()
         subprocess.run([*command, "--disable_tqdm", "true"], check=True)
         print(f"{output}: {time.perf_counter() - started:.0f} s", flush=True)

@@ -118,6 +118,7 @@ def move(checkpoint: Path, folder: Path, position: int) -> tuple[Path, int]:
 def measure(recipe: Path, output: Path, *flags: str) -> dict[str, float]:
     """Runs the training command in a separate process."""
     command = [sys.executable, __file__, "--measured", str(recipe), "--output_dir", str(output), *flags]
+    command.append("--overwrite_output_dir")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(recipe.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import __version__
 from ..data.corpus import CorpusRow, read_corpus
+from ..data.folder_lock import lock_folder
 from ..data.units import UNIT_ROWS, BadRow, Unit
 from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of
 from .loading import LoadedModel
@@ -118,7 +120,8 @@ def embed_corpus(model: LoadedModel, options: CorpusOptions, report: Callable[[s
         Counts of rows of this rank.
 
     Raises:
-        AnotherModelError: the folder holds vectors of another model, prompt, precision or input.
+        AnotherModelError: the folder holds vectors of another model, prompt, precision or input, or a model.
+        FolderInUseError: another process of this machine embeds the same share.
         ValueError: an option or a file is wrong.
         OSError: a file cannot be read or written.
     """
@@ -127,11 +130,13 @@ def embed_corpus(model: LoadedModel, options: CorpusOptions, report: Callable[[s
     check_precision(options.precision, embedder.width)
     _, units = read_corpus(options.source, options.side, options.unit_rows)
     manifest = describe(model, options, prompt, embedder.width)
-    open_folder(options.out, manifest, writer=f"rank{options.rank}-")
-    wanted, skipped = find_work(options, units)
-    progress = Progress(sum(wanted.values()), report or _print)
-    run = _Run(options, embedder, progress)
-    run.embed(unit for unit in units() if unit.name in wanted)
+    lock = f"_rank{options.rank}-{socket.gethostname()}.lock"  # a share may move to another machine
+    with lock_folder(options.out, "embed_vipolyqwen.py", lock):
+        open_folder(options.out, manifest, writer=f"rank{options.rank}-")
+        wanted, skipped = find_work(options, units)
+        progress = Progress(sum(wanted.values()), report or _print)
+        run = _Run(options, embedder, progress)
+        run.embed(unit for unit in units() if unit.name in wanted)
     return Summary(progress.done - progress.bad, skipped, progress.bad, time.monotonic() - progress.start)
 
 

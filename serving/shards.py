@@ -19,6 +19,7 @@ from .precision import unpack
 
 MANIFEST = "manifest.json"
 VECTORS, ERRORS = "vectors", "errors.parquet"
+FOREIGN = ("config.json", "adapter_config.json", "*.safetensors", "checkpoint-*", "trainer_state.json")
 KEY = b"vipolyqwen.unit"  # of a file's metadata: the unit's key
 ERROR_SCHEMA = pa.schema([("id", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("error", pa.string())])
 
@@ -42,6 +43,8 @@ def open_folder(folder: Path, manifest: Mapping[str, Any], writer: str = "") -> 
     if not path.exists():
         if (folder / VECTORS).exists():
             raise AnotherModelError(f"{folder} holds vectors but no {MANIFEST}; choose another folder.")
+        if foreign := sorted(found.name for name in FOREIGN for found in folder.glob(name)):
+            raise AnotherModelError(f"{folder} holds a model or a run ({foreign[0]}); choose another folder.")
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"), writer)
     written = read_manifest(folder)

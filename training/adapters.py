@@ -21,7 +21,7 @@ from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import ADAPTER_CONFIG, save_repository
 from .arguments import ModelArguments, ViPolyQwenTrainingArguments
-from .checkpoints import UNFINISHED, publish_checkpoint
+from .checkpoints import UNFINISHED, list_checkpoints, publish_checkpoint
 from .parts import NEW_PARTS, TOWERS
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def continued(model_args: ModelArguments, args: ViPolyQwenTrainingArguments) -> 
     """Returns the arguments; to resume a run that wrote a base, `model` is that base in place of the backbones."""
     resume = args.resume_from_checkpoint
     run = Path(resume).parent if isinstance(resume, str) else Path(args.output_dir)
-    if not resume or not (run / BASE).is_dir() or not list(run.glob("checkpoint-*")):
+    if not resume or not (run / BASE).is_dir() or not list_checkpoints(run):
         return model_args
     built = dict.fromkeys(("vlm", "audio", *CHOICES))
     return replace(model_args, model=str(run / BASE), **built)

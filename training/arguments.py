@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,9 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     on_nan: str = field(
         default="error", metadata={"help": "policy for a loss that is not finite: error, or skip (the update)"}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "delete the run or repository that the output folder holds, and start anew"}
+    )
     remove_unused_columns: bool = False  # the collator needs every column
     logging_nan_inf_filter: bool = False  # log a NaN as NaN, not as 0
 
@@ -326,3 +330,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return recipe
+
+
+def read_paths(arguments: Arguments) -> list[str]:
+    """Returns the names of all that a run reads: model or backbones, and the sources of pairs."""
+    model_args, data_args, _, _ = arguments
+    sources = [*(data_args.train_data or []), *(data_args.eval_data or [])]
+    names = [model_args.model, model_args.vlm, model_args.audio]
+    paths = [source["path"] for source in sources if isinstance(source, Mapping) and "path" in source]
+    return [str(name) for name in (*names, *paths) if name is not None]

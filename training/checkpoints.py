@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data.atomic import UNFINISHED, flush_file, flush_folder
@@ -98,7 +98,7 @@ def newest_intact_checkpoint(output_dir: Path) -> Path | None:
     Raises:
         DamagedCheckpointError: all checkpoints are damaged.
     """
-    checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(output_dir)))]
+    checkpoints = list_checkpoints(output_dir)[::-1]
     for folder in checkpoints:
         faults = find_faults(folder)
         if not faults:
@@ -134,15 +134,24 @@ def delete_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path],
     """
     if limit is None or limit <= 0:
         return
-    by_step = {_step(Path(path)): Path(path) for path in sort_checkpoints(str(output_dir))}
+    by_step = {step_of(folder): folder for folder in list_checkpoints(output_dir)}
     strategic = {min((step for step in by_step if step >= wanted), default=-1) for wanted in steps}
-    checkpoints = [by_step[step] for step in sorted(by_step) if step not in strategic]
+    checkpoints = [folder for step, folder in by_step.items() if step not in strategic]
     surplus = len(checkpoints) - limit
-    for folder in [folder for folder in checkpoints if folder not in keep][: max(surplus, 0)]:
+    kept = {folder.resolve() for folder in keep}  # a folder has several spellings
+    for folder in [folder for folder in checkpoints if folder.resolve() not in kept][: max(surplus, 0)]:
         delete_checkpoint(folder)
 
 
-def _step(checkpoint: Path) -> int:
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the folders `checkpoint-STEP` of a run by ascending step; the times of the files do not matter."""
+    folders = output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    named = [folder for folder in folders if folder.name.rpartition("-")[2].isdecimal() and folder.is_dir()]
+    return sorted((folder for folder in named if folder.name.count("-") == 1), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step in the name of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from vipolyqwen.data.folder_lock import FolderInUseError, lock_folder
 from vipolyqwen.embed_vipolyqwen import main
 from vipolyqwen.serving import corpus_run
 from vipolyqwen.serving.corpus_run import CorpusOptions, embed_corpus
@@ -129,6 +132,16 @@ def test_another_model_and_another_input_are_refused(model: LoadedModel, corpus:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}', encoding="utf-8")
     with pytest.raises(AnotherModelError, match="another input"):
         run(model, tmp_path / "rows.jsonl", tmp_path / "out")
+
+
+def test_a_folder_of_a_model_and_a_share_in_work_are_refused(model: LoadedModel, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(AnotherModelError, match="run holds a model or a run .checkpoint-2"):
+        run(model, corpus, tmp_path / "run")
+    with lock_folder(tmp_path / "out", "another", f"_rank0-{socket.gethostname()}.lock"):
+        with pytest.raises(FolderInUseError, match=f"in use by another .process {os.getpid()}"):
+            run(model, corpus, tmp_path / "out")
+    assert not (tmp_path / "out" / "vectors").exists()
 
 
 def test_changed_rows_are_embedded_again(model: LoadedModel, corpus: Path, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_a_run_without_checkpoint_starts_and_other_data_are_refused(
     assert same_weights(straight[0], tmp_path)
     flags = ["--resume_from_checkpoint", str(straight[0] / "checkpoint-1"), "--seed", "7"]
     with pytest.raises(ValueError, match=r"checkpoint-1 was written by a run on .*'seed': 42.*'seed': 7"):
-        train_run(world, tmp_path, *PLAIN, *EPOCHS, *flags)
+        train_run(world, tmp_path / "other", *PLAIN, *EPOCHS, *flags)
     with pytest.raises(FileNotFoundError, match="The checkpoint .*checkpoint-99 does not exist"):
         train_run(world, tmp_path, *PLAIN, "--resume_from_checkpoint", str(tmp_path / "checkpoint-99"))
 
