@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, Qwen2VLModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -28,6 +27,7 @@ from .pooling_vipolyqwen import (
     AttentionPooling,
     PackedStates,
     ZeroLinear,
+    unit_vectors,
 )
 
 
@@ -297,7 +297,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             "hidden_states": backbone.hidden_states,
             "attentions": backbone.attentions,
         }
-        return (F.normalize(self.projection(pooled).float(), dim=-1), hidden, mask), extras
+        return (unit_vectors(self.projection(pooled).float()), hidden, mask), extras
 
     def _encode_images(
         self,
@@ -379,8 +379,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             encoded = [self._encode_audio(*part) for part in parts]
             hidden = torch.cat([frames[real] for frames, real in encoded])  # (frames of all windows, D_audio)
             mask = join_windows(torch.cat([real.sum(dim=-1) for _, real in encoded]), audio_windows)
+        _refuse_empty_clips(mask)
         pooled, weights = self.audio_pooling(hidden, mask)
-        return (F.normalize(self.audio_projection(pooled).float(), dim=-1), hidden, mask), weights
+        return (unit_vectors(self.audio_projection(pooled).float()), hidden, mask), weights
 
     def _encode_audio(self, values: torch.FloatTensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes windows (windows, samples) into frames (windows, K, D_audio), and which are real (windows, K)."""
@@ -411,7 +412,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             if len(shared) > 0:
                 fused = self.audio_fusion(total[shared], text.states_of(shared), audio.states_of(shared))
                 total = total.index_copy(0, shared, fused)
-        return F.normalize(total, dim=-1)
+        return unit_vectors(total)
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
@@ -433,6 +434,16 @@ def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: 
     if len(rows) != clips:
         raise ValueError(f"`has_audio` marks {len(rows)} rows, but {clips} clips were passed; pass one clip a row.")
     return rows.to(device)
+
+
+def _refuse_empty_clips(mask: torch.BoolTensor) -> None:
+    """Raises ValueError if a clip (clips, frames) has no frame: all its samples are padding, or too few."""
+    empty = (~mask.any(dim=-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"Clips {empty} of the {len(mask)} have too few samples for one frame of the speech encoder. Give "
+            "`audio_attention_mask` ones for all samples of a clip, and each clip the processor's `min_audio_samples`."
+        )
 
 
 LANGUAGE_ARGUMENTS = ("output_hidden_states", "output_attentions", "is_causal")

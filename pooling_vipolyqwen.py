@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 HEAD_SIZE = 64  # width of a head of `AttentionFusion`, where it divides the embedding; else one head
+SHORTEST = 1e-6  # length of a vector that `unit_vectors` can still bring to length 1
 
 
 class AttentionPooling(nn.Module):
@@ -21,17 +22,19 @@ class AttentionPooling(nn.Module):
 
         Args:
             hidden: (B, N, D) float, or packed (T, D): the T positions where `mask` is true, row by row.
-            mask: (B, N) bool, at least one true position a row.
+            mask: (B, N) bool; a row without any true position is pooled to zeros.
 
         Returns:
             (B, D) in the dtype of `hidden`, and the weights (B, N) float32: each row sums to 1, 0 where masked.
         """
-        hidden = _blank(hidden, mask)
-        scores = (hidden @ self.query.to(hidden.dtype)).float()  # (B, N) or (T,)
+        states = _blank(hidden, mask).float()
+        with torch.autocast(states.device.type, enabled=False):  # a sum over D may exceed float16
+            scores = states @ self.query.float()  # (B, N) or (T,)
         if hidden.dim() == 2:
             scores = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return _weighted_sum(hidden, weights, mask), weights
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # −inf would make an empty row NaN
+        weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+        return _weighted_sum(states, weights, mask).to(hidden.dtype), weights
 
 
 class MeanPooling(nn.Module):
@@ -42,8 +45,8 @@ class MeanPooling(nn.Module):
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pools as `AttentionPooling.forward` does."""
-        weights = mask.float() / mask.sum(dim=-1, keepdim=True)
-        return _weighted_sum(_blank(hidden, mask), weights, mask), weights
+        weights = mask.float() / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        return _weighted_sum(_blank(hidden, mask).float(), weights, mask).to(hidden.dtype), weights
 
 
 class LastPooling(nn.Module):
@@ -56,8 +59,8 @@ class LastPooling(nn.Module):
         """Pools as `AttentionPooling.forward` does; padding may be on either side."""
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = (positions * mask).argmax(dim=-1)  # (B,)
-        weights = F.one_hot(last, mask.shape[1]).float()
-        return _weighted_sum(_blank(hidden, mask), weights, mask), weights
+        weights = F.one_hot(last, mask.shape[1]).float() * mask
+        return _weighted_sum(_blank(hidden, mask).float(), weights, mask).to(hidden.dtype), weights
 
 
 def _blank(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,13 +70,23 @@ def _blank(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden.masked_fill(~mask[..., None], 0.0)  # a masked position may hold any value, even NaN
 
 
-def _weighted_sum(hidden: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums each row's positions by their weights, in float32, into (B, D)."""
-    if hidden.dim() == 2:
+def _weighted_sum(states: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums each row's positions by their weights, both float32, into (B, D) float32, also under autocast."""
+    if states.dim() == 2:
         rows = mask.nonzero()[:, 0]  # (T,), the row of each position
-        weighted = weights[mask][:, None] * hidden.float()  # (T, D)
-        return weighted.new_zeros(len(mask), hidden.shape[1]).index_add(0, rows, weighted).to(hidden.dtype)
-    return torch.einsum("bn,bnd->bd", weights, hidden.float()).to(hidden.dtype)
+        weighted = weights[mask][:, None] * states  # (T, D)
+        return weighted.new_zeros(len(mask), states.shape[1]).index_add(0, rows, weighted)
+    with torch.autocast(states.device.type, enabled=False):
+        return torch.einsum("bn,bnd->bd", weights, states)
+
+
+def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """Brings vectors (…, D) float32 to length 1; one shorter than `SHORTEST` becomes 0, with gradient 0.
+
+    Such a vector has no direction to speak of, and its gradient, divided by its length, would outweigh all others.
+    """
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    return (vectors / lengths.clamp(min=SHORTEST)).masked_fill(lengths < SHORTEST, 0.0)
 
 
 POOLING_CLASSES = {"attention": AttentionPooling, "mean": MeanPooling, "last": LastPooling}
@@ -195,4 +208,5 @@ __all__ = [
     "MeanPooling",
     "PackedStates",
     "ZeroLinear",
+    "unit_vectors",
 ]

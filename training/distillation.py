@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear, log_softmax, normalize
 
-from .losses import check_weight
+from ..pooling_vipolyqwen import unit_vectors
+from .losses import check_temperature, check_weight
 
 
 @dataclass
@@ -28,18 +29,16 @@ class Distillation(nn.Module):
     from the same random orthogonal rows on every rank and with every seed.
 
     Args:
-        temperature: T > 0 of both distributions; the lower, the more the nearest sides count.
+        temperature: T in `TEMPERATURES` of both distributions; the lower, the more the nearest sides count.
         cosine: weight of the cosine, >= 0.
         kl: weight of KL, >= 0.
     """
 
     def __init__(self, temperature: float = 0.05, cosine: float = 1.0, kl: float = 1.0) -> None:
         super().__init__()
-        check_weight(temperature, "teacher_temperature")
+        check_temperature(temperature, "teacher_temperature")
         check_weight(cosine, "distil_cosine")
         check_weight(kl, "distil_kl")
-        if temperature == 0:
-            raise ValueError(f"teacher_temperature is {temperature}; it must be > 0, such as 0.05.")
         if cosine == 0 and kl == 0:
             raise ValueError("distil_cosine and distil_kl are both 0; give one of them a weight > 0.")
         self.temperature, self.cosine, self.kl = temperature, cosine, kl
@@ -86,7 +85,7 @@ class Distillation(nn.Module):
     def _distances(self, matrix: nn.Linear, students: Tensor, teachers: Tensor) -> Tensor:
         """Cosine distances of mapped student and teacher, (M,) in [0, 2]."""
         mapped = linear(students, matrix.weight[:, : students.shape[1]].to(students))
-        return 1 - (normalize(mapped, dim=1) * teachers).sum(dim=1)
+        return 1 - (unit_vectors(mapped) * teachers).sum(dim=1)
 
     def _divergences(self, students: Tensor, teachers: Tensor) -> Tensor:
         """KL from the teacher's to the student's similarities with all other sides, (M,) >= 0."""

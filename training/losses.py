@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet", "distil")
+TEMPERATURES = (1e-3, 100.0)  # beyond, float32 no longer tells S/T of two rows apart, or no gradient is left
 SCORE_COMPONENTS = ("mse", "rank")  # regress the score
 POSITIVE_COMPONENTS = ("nce", "cosine", "triplet")  # pull a pair together; `distil` follows a teacher instead
 
@@ -55,6 +56,15 @@ def check_weight(value: float, name: str) -> None:
     """Raises ValueError unless `value` is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is {value!r}; it must be a finite number >= 0.")
+
+
+def check_temperature(value: float, name: str, lowest: float = TEMPERATURES[0]) -> None:
+    """Raises ValueError unless a temperature is a number from `lowest` to the highest of `TEMPERATURES`."""
+    highest = TEMPERATURES[1]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise ValueError(
+            f"{name} is {value!r}; it must be > 0, from {lowest} to {highest:.0f} (the papers use 0.07 and 0.2)."
+        )
 
 
 _TRIPLET = TaskLoss(nce=1.0, triplet=1.0)

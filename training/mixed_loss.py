@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..data.schema import MODALITY_PAIRS
+from ..pooling_vipolyqwen import unit_vectors
 from .distillation import Distillation, Teaching
 from .loss_figures import LossFigures, MixedLossOutput
 from .losses import (
     COMPONENTS,
     POSITIVE_COMPONENTS,
     SCORE_COMPONENTS,
+    TEMPERATURES,
     TaskLoss,
+    check_temperature,
     check_weight,
     cosine_distance,
     hardest_triplet,
@@ -25,6 +28,7 @@ from .losses import (
 from .weighting import TaskWeighting, UniformWeighting
 
 LOWEST_TEMPERATURE = 0.01  # of a learnable temperature, as in CLIP: below, one pair dominates the gradient
+LEARNED_RANGE = (math.log(LOWEST_TEMPERATURE), math.log(TEMPERATURES[1]))  # of its logarithm
 
 
 @dataclass
@@ -44,10 +48,11 @@ class MixedLoss(nn.Module):
 
     Args:
         tasks: task name -> its loss; the order gives the task ids.
-        temperature: T > 0, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's pair. Pairs with text are
-            all given; one without text that is not given shares the T of its first modality with text (audio-image
-            and audio-audio that of audio-text, image-image that of image-text).
-        learnable_temperature: train T from this value, by the gradient of NCE alone (Triplet would only raise it).
+        temperature: T in `TEMPERATURES`, or {pair of `MODALITY_PAIRS`: T}, by the modalities of each row's pair. Pairs
+            with text are all given; one without text that is not given shares the T of its first modality with text
+            (audio-image and audio-audio that of audio-text, image-image that of image-text).
+        learnable_temperature: train T from this value, at least `LOWEST_TEMPERATURE`, by the gradient of NCE alone
+            (Triplet would only raise it).
         weighting: λ per task over the same task names; None is λ = 1.
         mask_duplicates: exclude rows whose a or b has the same content as the positive's from the negatives.
         mask_groups: exclude rows of the same group from each other's negatives.
@@ -85,7 +90,7 @@ class MixedLoss(nn.Module):
         self.false_negative_margin, self.matryoshka_dims = false_negative_margin, _checked_dims(matryoshka_dims)
         self.distillation = distillation
         self.temperature_by_pair = isinstance(temperature, Mapping)
-        temperatures = _checked_temperatures(temperature)
+        temperatures = _checked_temperatures(temperature, learnable_temperature)
         log_temperatures = torch.tensor(list(temperatures.values())).log()  # (1,) or (pairs given,)
         if learnable_temperature:
             self.log_temperatures = nn.Parameter(log_temperatures)
@@ -150,8 +155,8 @@ class MixedLoss(nn.Module):
             candidates = b if negatives is None else torch.cat([b, negatives.vectors])
             values = torch.stack(  # (dims, B, 6)
                 [
-                    self._values(one.to(dtype), other.to(dtype), task_ids, scores, temperatures, mask, teaching)
-                    for one, other in self._prefixes(a, candidates)
+                    self._values(*sides, task_ids, scores, temperatures, mask, teaching)
+                    for sides in self._prefixes(a.to(dtype), candidates.to(dtype))
                 ]
             ).mean(dim=0)
             weights = self.weights.to(dtype)[task_ids]  # (B, 6)
@@ -178,14 +183,22 @@ class MixedLoss(nn.Module):
 
     def _temperatures(self, rows: int, modalities: Tensor | None) -> Tensor:
         """Returns T of each row, (B,) float."""
-        temperatures = self.log_temperatures.exp()
-        if isinstance(self.log_temperatures, nn.Parameter):
-            temperatures = temperatures.clamp(min=LOWEST_TEMPERATURE)
+        logs = self.log_temperatures
+        if isinstance(logs, nn.Parameter):  # clamps the logarithm, so that the bound itself has a gradient
+            logs = logs.clamp(*LEARNED_RANGE)
+        temperatures = logs.exp()
         if not self.temperature_by_pair:
             return temperatures.expand(rows)
         if modalities is None:
             raise ValueError("The temperature differs by pair of modalities; give the loss `modalities` of each row.")
         return temperatures[self.temperature_places[modalities]]
+
+    @torch.no_grad()
+    def keep_bounds(self) -> None:
+        """Moves learned parameters back into their bounds, after an update; outside they have no gradient."""
+        if isinstance(self.log_temperatures, nn.Parameter):
+            self.log_temperatures.clamp_(*LEARNED_RANGE)
+        self.weighting.keep_bounds()
 
     def _prefixes(self, a: Tensor, candidates: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Truncates both sides to each Matryoshka length, as unit vectors."""
@@ -196,8 +209,7 @@ class MixedLoss(nn.Module):
                 f"matryoshka_dims has {self.matryoshka_dims[0]}, but the vectors have {a.shape[1]} dimensions; "
                 "leave it out."
             )
-        cut = nn.functional.normalize
-        return [(cut(a[:, :dim], dim=1), cut(candidates[:, :dim], dim=1)) for dim in self.matryoshka_dims]
+        return [(unit_vectors(a[:, :dim]), unit_vectors(candidates[:, :dim])) for dim in self.matryoshka_dims]
 
     def _taught(self, rows: int, teaching: Teaching | None, device: torch.device) -> Tensor:
         """Returns which rows have a teacher's vector of a side, (B,) bool."""
@@ -236,7 +248,7 @@ class MixedLoss(nn.Module):
         stacked = torch.stack([values[name] for name in COMPONENTS], dim=1)
         if self.nce_min_score is None:
             return stacked
-        no_positive = scores < self.nce_min_score  # (B,); False for NaN
+        no_positive = scores.float() < self.nce_min_score  # (B,); False for NaN, and for the threshold itself
         return stacked.masked_fill(no_positive[:, None] & self.by_positive, 0.0)
 
     def _with_false_negatives(self, similarities: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -322,7 +334,7 @@ def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
     return flat @ flat.T
 
 
-def _checked_temperatures(temperature: float | Mapping[str, float]) -> dict[str, float]:
+def _checked_temperatures(temperature: float | Mapping[str, float], learnable: bool) -> dict[str, float]:
     """Returns the temperatures by pair of modalities, or one; raises ValueError for invalid values."""
     if not isinstance(temperature, Mapping):
         temperature = {"temperature": temperature}
@@ -334,8 +346,7 @@ def _checked_temperatures(temperature: float | Mapping[str, float]) -> dict[str,
             raise ValueError(f"temperature is {dict(temperature)}: {fault}; give one for {', '.join(MODALITY_PAIRS)}.")
         temperature = {pair: temperature[pair] for pair in MODALITY_PAIRS if pair in temperature}
     for name, value in temperature.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name}: temperature is {value!r}; it must be > 0 (the papers use 0.07 and 0.2).")
+        check_temperature(value, f"{name}: temperature", LOWEST_TEMPERATURE if learnable else TEMPERATURES[0])
     return {name: float(value) for name, value in temperature.items()}
 
 

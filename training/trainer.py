@@ -97,6 +97,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
         self.mixed_loss = mixed_loss.to(args.device)
         self.loss_optimizer = LossOptimizer(self.mixed_loss, args)
+        self.loss_optimizer.adamw.register_step_post_hook(lambda *_: self.mixed_loss.keep_bounds())
         self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback(self.loss_optimizer)
         for callback in (self.rates, self.monitor, self.discard):
             self.add_callback(callback)

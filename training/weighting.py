@@ -8,6 +8,7 @@ measurements of that batch. Measured and learned values are buffers and paramete
     gradient_norms: (T,) float, ‖∇_E p_t‖ of each task's part p_t of the batch loss, before λ; E are all embeddings.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,9 @@ class TaskWeighting(nn.Module):
 
     def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
         """Updates the strategy with a training batch, after `forward`; without effect by default."""
+
+    def keep_bounds(self) -> None:
+        """Moves learned weights back into their bounds, after an update; without effect by default."""
 
     def _by_task(self, values: Mapping[str, float], name: str, default: float = 1.0) -> Tensor:
         """Orders {task: value} by task, (T,) float32; raises ValueError for an unknown task or an invalid weight."""
@@ -142,8 +146,8 @@ class InverseLossWeighting(TaskWeighting):
             return torch.ones_like(self.losses)
         mean = self.losses[known].mean()
         floor = (mean / self.LARGEST_RATIO).clamp(min=torch.finfo(self.losses.dtype).tiny)
-        weights = mean / self.losses.clamp(min=floor) * self.alpha * self.beta[epoch >= 1]
-        return torch.where(known, weights, 1.0)
+        ratios = torch.where(mean > 0, mean / self.losses.clamp(min=floor), 1.0)  # every known loss may be 0
+        return torch.where(known, ratios * self.alpha * self.beta[epoch >= 1], 1.0)
 
     def observe(self, task_losses: Tensor, present: Tensor, gradient_norms: Tensor | None) -> None:
         """Moves the running means towards the losses of the tasks present; see the base class."""
@@ -159,6 +163,8 @@ class UncertaintyWeighting(TaskWeighting):
     This is their form for classification, which InfoNCE is; a task with loss ℓ converges to λ = 1 / (2ℓ).
     """
 
+    LARGEST = math.log(1000)  # |s_t|: without a bound, the weight of a task whose loss is 0 would become infinite
+
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__(tasks)
         self.log_variances = nn.Parameter(torch.zeros(len(self.tasks)))  # (T,)
@@ -170,6 +176,11 @@ class UncertaintyWeighting(TaskWeighting):
     def penalty(self) -> Tensor:
         """Returns half the log-variances, with gradient; see the base class."""
         return self.log_variances / 2
+
+    @torch.no_grad()
+    def keep_bounds(self) -> None:
+        """Bounds the log-variances; see the base class."""
+        self.log_variances.clamp_(-self.LARGEST, self.LARGEST)
 
 
 class GradNormWeighting(TaskWeighting):

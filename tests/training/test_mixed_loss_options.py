@@ -142,9 +142,21 @@ def test_a_learned_temperature_starts_there_and_gets_the_gradient_of_nce_alone()
 
 
 def test_a_learned_temperature_stays_above_its_floor() -> None:
-    loss = MixedLoss({"ocr": NCE}, temperature=1e-4, learnable_temperature=True)
+    loss = MixedLoss({"ocr": NCE}, temperature=0.01, learnable_temperature=True)
+    loss.log_temperatures.data.fill_(math.log(1e-4))  # as an update may leave it
     learned = loss(A, B, torch.zeros(3).long(), NO_SCORES).per_sample.tolist()
     assert learned == near(values(NCE, temperature=0.01))
+
+
+@pytest.mark.parametrize(("left", "bound"), [(1e-4, 0.01), (1e6, 100.0)])
+def test_a_learned_temperature_comes_back_from_its_bounds(left: float, bound: float) -> None:
+    loss = MixedLoss({"ocr": NCE}, learnable_temperature=True)
+    loss.log_temperatures.data.fill_(math.log(left))
+    loss.keep_bounds()
+    output = loss(A, B, torch.zeros(3).long(), NO_SCORES)
+    assert loss.summarise(output)["temperature"] == pytest.approx(bound)
+    output.loss.backward()
+    assert loss.log_temperatures.grad.item() != 0
 
 
 # --- Matryoshka
