@@ -1,6 +1,7 @@
 """Tools for the data of a recipe: python -m vipolyqwen.data COMMAND RECIPE.
 
     inspect RECIPE [--page FILE.html]     what the pairs are, and the faults in them
+    prepare RECIPE --out DIR              checked rows with their media, decoded and scaled, as Parquet shards
 
 RECIPE is a YAML file with `train_data`, `eval_data` and `tasks`, or a file of pairs. `COMMAND --help` lists options.
 """
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from .faults import find_faults
 from .inspection import inspect_recipe
 from .inspection_report import terminal_report, write_page
+from .prepare import PrepareOptions, prepare
 from .recipes import DataRecipe, read_data_recipe
 
 
@@ -35,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_inspect(commands.add_parser("inspect", help="table and page of the pairs, and the faults in them"))
+    _add_prepare(commands.add_parser("prepare", help="checked rows with their media, as Parquet shards"))
     return parser
 
 
@@ -63,8 +66,38 @@ def _inspect(recipe: DataRecipe, options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe, or file of pairs")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished run is continued")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--ray_workers", type=int, help="tasks on a Ray cluster, in place of processes")
+    parser.add_argument("--max_pixels", type=int, help="of an image (default: that of the recipe, or 1003520)")
+    parser.add_argument("--unit_rows", type=int, default=1024, help="rows of a shard at most (default: 1024)")
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(recipe: DataRecipe, options: argparse.Namespace) -> int:
+    given = {name: recipe.settings.get(name) for name in ("max_audio_seconds", "max_audio_windows")}
+    seconds = (given["max_audio_seconds"] or 30.0) * (given["max_audio_windows"] or 120)
+    pixels = options.max_pixels or recipe.settings.get("max_pixels") or 1280 * 28 * 28
+    wanted = PrepareOptions(str(options.recipe), str(options.out), pixels, seconds, unit_rows=options.unit_rows)
+    if options.ray_workers is not None:
+        from .ray_prepare import prepare_with_ray
+
+        report = prepare_with_ray(wanted, options.ray_workers)
+    else:
+        report = prepare(wanted, options.workers, _bar)
+    for source in report["sources"]:
+        rows, dropped, copies = (f"{source[name]:,}" for name in ("rows", "dropped", "duplicates"))
+        print(f"{source['folder']}: {rows} rows ({copies} repeat another), {dropped} dropped, of {source['path']}")
+        for cause, found in source["causes"].items():
+            print(f"    {found['rows']:,}  {cause}\n           {found['example']}")
+    print(f"Train with: python train_vipolyqwen.py {options.out / 'recipe.yaml'}")
+    return 0
+
+
 def _bar(rows: Iterable[Any]) -> Iterable[Any]:
-    return tqdm(rows, unit=" rows", disable=None)
+    return tqdm(rows, disable=None)
 
 
 def _token_counter(model: str) -> Callable[[Sequence[str]], list[int]]:
