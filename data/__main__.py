@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .faults import find_faults
+from .folder_lock import lock_folder
 from .inspection import inspect_recipe
 from .inspection_report import terminal_report, write_page
 from .prepare import PrepareOptions, prepare
@@ -81,12 +82,13 @@ def _prepare(recipe: DataRecipe, options: argparse.Namespace) -> int:
     seconds = (given["max_audio_seconds"] or 30.0) * (given["max_audio_windows"] or 120)
     pixels = options.max_pixels or recipe.settings.get("max_pixels") or 1280 * 28 * 28
     wanted = PrepareOptions(str(options.recipe), str(options.out), pixels, seconds, unit_rows=options.unit_rows)
-    if options.ray_workers is not None:
-        from .ray_prepare import prepare_with_ray
+    with lock_folder(options.out, "prepare"):
+        if options.ray_workers is not None:
+            from .ray_prepare import prepare_with_ray
 
-        report = prepare_with_ray(wanted, options.ray_workers)
-    else:
-        report = prepare(wanted, options.workers, _bar)
+            report = prepare_with_ray(wanted, options.ray_workers)
+        else:
+            report = prepare(wanted, options.workers, _bar)
     for source in report["sources"]:
         rows, dropped, copies = (f"{source[name]:,}" for name in ("rows", "dropped", "duplicates"))
         print(f"{source['folder']}: {rows} rows ({copies} repeat another), {dropped} dropped, of {source['path']}")
