@@ -20,10 +20,10 @@ import yaml
 
 from vipolyqwen import __version__
 from vipolyqwen.data.names import rename_old_keys
+from vipolyqwen.data.precision import PRECISIONS
 from vipolyqwen.data.schema import OLD_COLUMNS
 from vipolyqwen.serving.corpus_run import CorpusOptions, Summary, embed_corpus
 from vipolyqwen.serving.loading import load_model
-from vipolyqwen.serving.precision import PRECISIONS
 
 COLUMNS = {"{}": "text", "images_{}": "images", "audio_{}": "audio", "id": "id"}  # of the schema, by side -> option
 

@@ -1,7 +1,8 @@
-"""Evaluates a model: on a suite of tasks, under Vietnamese spelling variants, or by inspecting its pooling.
+"""Evaluates a model: on suites of tasks, under spelling variants, with shorter vectors, or by inspecting its pooling.
 
     python evaluate_vipolyqwen.py MODEL [--suite papers|vietnamese|chinese|trimodal|demo|FILE.yaml] [--against MODEL …]
     python evaluate_vipolyqwen.py MODEL --robustness [PAIRS]
+    python evaluate_vipolyqwen.py MODEL --dims 1024,512,256,128,64 [--precision float32,int8,binary] [--pairs PAIRS]
     python evaluate_vipolyqwen.py MODEL --explain [INPUT…] [--corpus PAIRS] [--failures PAIRS]
 
 MODEL is a folder or the Hub id of any model that mteb or sentence-transformers loads. A suite runs through mteb and
@@ -19,9 +20,10 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen import __version__
+from vipolyqwen.data.precision import PRECISIONS
+from vipolyqwen.evaluation.dimensions import measure_dimensions, write_dimensions
 from vipolyqwen.evaluation.explain import explain, read_input
 from vipolyqwen.evaluation.robustness import robustness, write_result
-from vipolyqwen.evaluation.suite import SuiteError
 
 DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 
@@ -32,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     if options.explain is not None:
         write_page(options)
+    elif options.dims is not None:
+        result = measure_dimensions(load(options), options.pairs, options.dims, options.precision)
+        command = shlex.join(["python", "evaluate_vipolyqwen.py", *argv])
+        print(write_dimensions(result, options.out or Path("outputs/dimensions"), options.model, command))
     elif options.robustness is not None:
         result = robustness(load(options), options.robustness)
         command = shlex.join(["python", "evaluate_vipolyqwen.py", *argv])
@@ -58,7 +64,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument(
-        "--out", type=Path, help="default: outputs/evaluation, outputs/robustness, outputs/explain.html"
+        "--out", type=Path, help="default: outputs/evaluation, …/robustness, …/dimensions, …/explain.html"
     )
     parser.add_argument("--device", help="such as cuda or cpu")
     parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
@@ -77,6 +83,18 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     spellings.add_argument(
         "--robustness", type=Path, nargs="?", const=DEMO_PAIRS, metavar="PAIRS", help=f"default: {DEMO_PAIRS}"
     )
+    shorter = parser.add_argument_group("dimensions and precision")
+    shorter.add_argument(
+        "--dims", type=numbers, metavar="N,N,…", help="numbers of components to keep, such as 1024,256"
+    )
+    shorter.add_argument(
+        "--precision",
+        type=words,
+        default=["float32", "int8", "binary"],
+        metavar="NAME,…",
+        help=f"of {', '.join(PRECISIONS)}; default: float32,int8,binary",
+    )
+    shorter.add_argument("--pairs", type=Path, default=DEMO_PAIRS, help=f"default: {DEMO_PAIRS}")
     inside = parser.add_argument_group("explanations")
     inside.add_argument("--explain", nargs="*", metavar="INPUT", help="inputs to explain")
     inside.add_argument("--corpus", type=Path, metavar="PAIRS", help="pairs whose sides are searched for neighbours")
@@ -84,9 +102,22 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.explain is None and (options.corpus or options.failures):
         parser.error("--corpus and --failures require --explain")
+    chosen = {"explain": options.explain, "robustness": options.robustness, "dims": options.dims}
+    if len(given := [f"--{name}" for name, value in chosen.items() if value is not None]) > 1:
+        parser.error(f"{' and '.join(given)} are different evaluations; give one of them.")
     if options.explain == [] and options.failures is None:
         parser.error("--explain: give at least one INPUT, or --failures PAIRS")
     return options
+
+
+def numbers(text: str) -> list[int]:
+    """Reads numbers between commas."""
+    return [int(word) for word in words(text)]
+
+
+def words(text: str) -> list[str]:
+    """Reads distinct words between commas."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
 def write_page(options: argparse.Namespace) -> None:
@@ -108,5 +139,5 @@ def load(options: argparse.Namespace) -> SentenceTransformer:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SuiteError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -10,9 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .. import __version__
-from .repository import TRAINING_FILE
+from .repository import TRAINING_FILE, PublishError
 
 LANGUAGES = ["vi", "en", "zh"]
+DIMENSIONS_FILE = "dimensions.json"
 SHOWN_METRICS = ("recall@1", "recall@10", "mrr", "spearman")
 METRIC_NAMES = {"recall@1": "recall_at_1", "recall@10": "recall_at_10", "mrr": "mrr", "spearman": "spearman_cosine"}
 
@@ -83,6 +84,7 @@ def model_card(
         runtime=_runtime(state),
         results=results,
         metrics=SHOWN_METRICS,
+        dimensions=read_dimensions(checkpoint, state.get("global_step")),
     )
 
 
@@ -106,6 +108,21 @@ def task_results(checkpoint: Path, training: dict[str, Any], state: dict[str, An
         if match and math.isfinite(value):  # Spearman's ρ of equal cosines is NaN, which is not a result
             results.setdefault(match[1], {})[match[2]] = value
     return results
+
+
+def read_dimensions(checkpoint: Path, step: int | None) -> dict[str, Any]:
+    """Reads `dimensions.json` of `evaluate_vipolyqwen.py --dims … --out CHECKPOINT`; {} without it.
+
+    Raises:
+        PublishError: it was measured on the weights of another step.
+    """
+    measured = _read_json(checkpoint / DIMENSIONS_FILE) or {}
+    if measured and measured["step"] != step:
+        raise PublishError(
+            f"{checkpoint / DIMENSIONS_FILE} was measured at step {measured['step']}, the weights are of step {step}; "
+            "measure them again (`evaluate_vipolyqwen.py --dims`), or remove the file."
+        )
+    return measured
 
 
 def _eval_results(results: dict[str, dict[str, float]], training: dict[str, Any]) -> list[EvalResult]:

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..data.precision import check_dimensions, shorten
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
 from .embedding import INPUT_ERRORS, Embedder, prompt_of
 from .loading import LoadedModel
-from .precision import check_dimensions, shorten
 from .requests import RequestError
 
 logger = logging.get_logger(__name__)

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from .. import __version__
 from ..data.corpus import CorpusRow, read_corpus
 from ..data.folder_lock import lock_folder
+from ..data.precision import check_precision, pack
 from ..data.units import UNIT_ROWS, BadRow, Unit
 from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of
 from .loading import LoadedModel
-from .precision import check_precision, pack
 from .shards import AnotherModelError, open_folder, shard_key, shard_names, write_errors, write_shard
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "numpy", "pillow", "pyarrow")

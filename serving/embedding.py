@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
-from .precision import check_dimensions, shorten
+from ..data.precision import check_dimensions, shorten
 
 ON_ERROR = ("raise", "skip", "none")
 INPUT_ERRORS = (ValueError, OSError)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.atomic import UNFINISHED, flush_file, flush_folder
-from .precision import pack, unpack
+from ..data.precision import pack, unpack
 from .shards import AnotherModelError, count_rows, read_manifest, read_shards, shard_key, shard_names
 
 try:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.atomic import write_atomically
-from .precision import unpack
+from ..data.precision import unpack
 
 MANIFEST = "manifest.json"
 VECTORS, ERRORS = "vectors", "errors.parquet"

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from vipolyqwen import __version__
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.publishing.card import model_card
+from vipolyqwen.publishing.repository import PublishError
 from vipolyqwen.training.build import build_model
 
 BACKBONES = ["Qwen/Qwen2-VL-2B-Instruct", "facebook/hubert-base-ls960"]
@@ -171,3 +172,15 @@ def test_an_adapter_s_card_names_the_base(tiny: tuple, checkpoint: Path) -> None
     assert (card.data.base_model, card.data["base_model_relation"]) == (["someone/base"], "adapter")
     assert "peft" in card.data.tags and "**LoRA adapter** of [someone/base]" in card.text
     assert 'AutoModel.from_pretrained("someone/tiny", trust_remote_code=True)' in card.text
+
+
+def test_the_card_shows_shorter_vectors_of_the_same_weights_only(tiny: tuple, checkpoint: Path) -> None:
+    row = {"dimensions": 256, "precision": "int8", "bytes": 260, "milliseconds": None, "recall@1": 0.625, "mrr": 0.75}
+    measured = {"step": 20, "tasks": {"audio": {}, "ocr": {}}, "timed_rows": 20_000, "timed_with": None, "rows": [row]}
+    assert "Shorter vectors" not in str(model_card("a", *tiny, checkpoint))
+    (checkpoint / "dimensions.json").write_text(json.dumps(measured))
+    text = str(model_card("a", *tiny, checkpoint))
+    assert "| 256 | int8 | 260 | – | 0.625 | 0.750 |" in text and "2 tasks" in text
+    (checkpoint / "dimensions.json").write_text(json.dumps(measured | {"step": 10}))
+    with pytest.raises(PublishError, match="step 10.*step 20"):
+        model_card("a", *tiny, checkpoint)

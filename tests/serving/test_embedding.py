@@ -8,9 +8,9 @@ import pytest
 from helpers import TEXTS, random_image
 from safetensors.torch import load_file, save_file
 
+from vipolyqwen.data.precision import pack, shorten, unpack
 from vipolyqwen.serving.embedding import embed
 from vipolyqwen.serving.loading import LoadedModel, load_model
-from vipolyqwen.serving.precision import pack, shorten, unpack
 
 INPUTS: Sequence[Any] = [TEXTS[0], {"image": b"no image"}, TEXTS[1], {"text": TEXTS[2]}, "missing/photo.png"]
 

@@ -13,9 +13,9 @@ from vipolyqwen.serving.shards import AnotherModelError, open_folder, read_vecto
 
 pytest.importorskip("faiss")
 
+from vipolyqwen.data.precision import pack
 from vipolyqwen.serving import index as index_module
 from vipolyqwen.serving.index import build_index, read_index
-from vipolyqwen.serving.precision import pack
 from vipolyqwen.serving.search import main, search
 
 WIDTH = 32
