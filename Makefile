@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance ablations test test-lowest fuzz lint format clean
+.PHONY: install demo balance ablations test test-lowest fuzz lint audit format clean
 
 install: $(VENV)/.installed .typing/vipolyqwen
 
@@ -59,6 +59,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Known vulnerabilities of the installed packages; asks pypi.org.
+audit: install
+	$(BIN)/python $(PIP_INSTALL) pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -10,14 +10,17 @@ import soundfile
 from markupsafe import Markup
 from PIL import Image
 
+from .markdown import escaped
+
 MAX_IMAGE_SIDE = 448  # pixels; larger images are scaled down and stored as JPEG
 
 
 def templates_of(folder: Path) -> jinja2.Environment:
-    """Returns the templates of a folder: HTML is escaped, Markdown is not."""
+    """Returns the templates of a folder, which escape values for HTML or Markdown by the name of the template."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
+        finalize=escaped,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

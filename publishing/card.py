@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .. import __version__
+from ..data.markdown import escaped
 from .repository import TRAINING_FILE, PublishError
 
 LANGUAGES = ["vi", "en", "zh"]
@@ -57,15 +60,15 @@ def model_card(
         eval_results=_eval_results(results, training) or None,
         **is_adapter,
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("card.md.jinja")),
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=escaped)
+    page = templates.get_template("card.md.jinja").render(
+        card_data=data.to_yaml(),
         name=name,
         title=name.split("/")[-1],
         towers=_towers(model.config),
         has_audio=has_audio,
         adapter_base=adapter_base,
-        pin="" if tag is None else f', revision="{tag}"',
+        pin=Markup("" if tag is None else f", revision={json.dumps(tag)}"),
         version=__version__,
         dimension=model.config.projection_dim,
         parameters=f"{model.num_parameters() / 1e6:,.1f}",
@@ -86,6 +89,7 @@ def model_card(
         metrics=SHOWN_METRICS,
         dimensions=read_dimensions(checkpoint, state.get("global_step")),
     )
+    return ModelCard(page)
 
 
 def read_training(checkpoint: Path) -> dict[str, Any]:

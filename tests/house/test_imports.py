@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "shipped": [],
     "data": ["package", "shipped"],
     "evaluation": ["package", "shipped", "data"],
-    "publishing": ["package", "shipped"],
+    "publishing": ["package", "shipped", "data.markdown"],
     "training": ["package", "shipped", "data", "publishing.repository", "evaluation.metrics", "evaluation.charts"],
     "serving": ["package", "shipped", "data"],
     "demo": ["package", "shipped", "data", "evaluation", "publishing", "training", "serving"],
