@@ -8,9 +8,10 @@ from typing import Any
 
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
+from .cleaning import clean_row
 from .collator import message_parts
-from .readers import FORMER_COLUMNS, SourceConfig
-from .schema import Place, RowError, clean_row
+from .schema import Place, RowError
+from .source_config import FORMER_COLUMNS, SourceConfig
 from .units import UNIT_ROWS, Unit, UnitReader, source_files
 
 CONTENT = {"a": ("a", "images_a", "audio_a"), "b": ("b", "images_b", "audio_b")}  # columns of each side

@@ -1,11 +1,14 @@
 """Pairs of any source in units, bad rows among them: for tools that look at every row and stop at none."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .readers import RowReader, SourceConfig
-from .schema import Place, Row, Task, check_row
+from .checks import check_row
+from .readers import RecordReader
+from .schema import Place, Row, RowError, Task, row_id
+from .source_config import SourceConfig
+from .tables import class_names, name_classes
 from .units import UNIT_ROWS, BadRow, Unit, UnitReader, source_files
 
 
@@ -39,19 +42,39 @@ class PairReader(UnitReader):
     extra: Sequence[str] = ()
 
     def columns(self, existing: Sequence[str]) -> dict[str, str]:
-        """Returns the columns that are read, those outside of the schema under `+NAME`."""
-        names = self.source.column_names(existing)
-        further = {f"+{name}": name for name in self.extra}
-        return {name: column for name, column in (names | further).items() if column in existing}
+        """Returns the columns of the file that are read, under their names."""
+        used = {*self.source.used_columns(existing), *self.extra}
+        return {name: name for name in existing if name in used}
 
-    def convert(self, values: Mapping[str, Any], place: Place) -> PairRow:
-        """Returns the checked pair of a record; see `UnitReader.convert`."""
-        columns = {name: column for name, column in place.columns.items() if not name.startswith("+")}
-        record = {column: values[name] for name, column in columns.items()}
-        row, place = RowReader(self.source, self.file, columns, self.media_root()).read(record, place.row - 1)
-        check_row(row, self.tasks, place, self.source.image_placeholder)
-        extra = {name[1:]: value for name, value in values.items() if name.startswith("+")}
-        return PairRow(row, place, self.source.image_placeholder, extra)
+    def rows(self, records: Iterable[tuple[int, Any]], columns: Mapping[str, str]) -> list[PairRow | BadRow]:
+        """Returns the checked pairs of numbered records, an unusable one as a `BadRow`."""
+        reader = RecordReader(self.source, self.file, self.media_root())
+        labels = class_names(self.file, self.source)
+        return [pair for number, record in records for pair in self._pairs(reader, number, record, labels)]
+
+    def _pairs(
+        self, reader: RecordReader, number: int, record: Any, labels: Mapping[str, list[str]]
+    ) -> Iterator[PairRow | BadRow]:
+        place = reader.place(number, 0, None, ())
+        if isinstance(record, RowError):
+            yield BadRow(row_id(place), self.file, number, str(record))
+            return
+        record = name_classes(record, labels)
+        try:
+            found = reader.pairs(record, number)
+        except RowError as error:
+            yield BadRow(error.id or row_id(place), self.file, number, str(error))
+            return
+        for part, values in enumerate(found):
+            place = reader.place(number, part, values.get("id"), record)
+            try:
+                row = reader.row(values, place)
+                check_row(row, self.tasks, place, self.source.image_placeholder)
+            except RowError as error:
+                yield BadRow(row_id(place), self.file, number, str(error))
+                continue
+            extra = {name: record[name] for name in self.extra if name in record}
+            yield PairRow(row, place, self.source.image_placeholder, extra)
 
 
 def pair_units(

@@ -1,17 +1,14 @@
 """Defines tasks and rows of pairs, and checks rows."""
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from ..images_vipolyqwen import image_size
 from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
-from ..waveforms_vipolyqwen import audio_length, load_audio
 
 COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
 COLUMNS += ("negatives", "negative_images", "negative_audio", "teacher_a", "teacher_b")
@@ -20,6 +17,15 @@ MODALITIES = ("text", "image", "audio")
 # Of the two sides of a pair, whichever is a. A side of several modalities counts by audio, else by image.
 MODALITY_PAIRS = ("text-text", "image-text", "audio-text", "image-image", "audio-image", "audio-audio")
 TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
+# Tasks that a recipe uses by name alone, and the columns that their rows may have beside those of the schema.
+READY_TASKS = {
+    "retrieval": {"prefix": "<retrieval>", "loss": {"nce": 1.0}},
+    "image_caption": {"prefix": "<image_caption>", "loss": {"nce": 1.0}, "needs_image": True},
+}
+READY_COLUMNS = {
+    "retrieval": {"a": "query", "b": "document"},
+    "image_caption": {"images_a": "image", "b": "caption"},
+}
 ENCODER_RATE = 16_000  # Hz, of the speech encoder
 SIDE_NEEDS = {  # side -> column -> the field of `Task` that says whether a row needs it
     "a": {"images_a": "needs_image", "audio_a": "needs_audio"},
@@ -27,6 +33,7 @@ SIDE_NEEDS = {  # side -> column -> the field of `Task` that says whether a row 
 }
 TEXT_ONLY = ("text_only_a", "text_only_b")
 PREFIX_PATTERN = re.compile(r"<\w+>")
+TASK_NAME = re.compile(r"\w[\w. -]*")
 SIDES_OF_TASKS = "task"  # in a recipe: each task keeps its sides
 
 
@@ -64,6 +71,11 @@ class Task:
     prefix_sides: str = "a"
 
     def __post_init__(self) -> None:
+        if not TASK_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"tasks: the name {self.name!r} is part of file names and metrics; write letters and "
+                "digits, then also '_', '-', '.' and spaces."
+            )
         if not isinstance(self.prefix, str) or not PREFIX_PATTERN.fullmatch(self.prefix):
             raise ValueError(
                 f"tasks.{self.name}: the prefix is {self.prefix!r}; write one word in angle brackets, "
@@ -102,6 +114,24 @@ TASKS = {
     )
     for name, prefix in TASK_PREFIXES.items()
 }
+
+
+def with_ready_tasks(
+    declared: Mapping[str, Mapping[str, Any]] | None, sources: Iterable[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns the tasks that a recipe declares, and those of `READY_TASKS` that its sources or declarations name.
+
+    Args:
+        declared: name -> fields; of a task of `READY_TASKS` those that differ.
+        sources: entries of the recipe's data.
+    """
+    named = {}
+    for source in sources:
+        of = source.get("map")
+        named |= dict.fromkeys([source.get("task"), *(of.values() if isinstance(of, Mapping) else ())])
+    tasks = {name: dict(fields or {}) for name, fields in (declared or {}).items()}
+    ready = {name: fields for name, fields in READY_TASKS.items() if name in tasks or name in named}
+    return {**tasks, **{name: {**fields, **tasks.get(name, {})} for name, fields in ready.items()}}
 
 
 def declare_tasks(
@@ -145,7 +175,20 @@ def with_prefix_sides(tasks: Mapping[str, Task], prefix_sides: Mapping[str, str]
 
 
 class RowError(ValueError):
-    """Raised for an unusable row; the message names file, row, column, value and remedy."""
+    """Raised for an unusable row; the message names file, row, column, value and remedy.
+
+    Attributes:
+        cause: a name of the fault that is the same for all rows with it.
+        id: the row's id, `None` without one.
+        row: its number in the file.
+    """
+
+    def __init__(self, message: str, cause: str = "invalid record", id: str | None = None, row: int = 0) -> None:
+        super().__init__(message, cause, id, row)
+        self.cause, self.id, self.row = cause, id, row
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)
@@ -155,13 +198,20 @@ class Place:
     file: str
     row: int  # counted from 1; in a JSONL or CSV file the line
     id: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)  # column of the schema -> the user's
+    columns: Mapping[str, Any] = field(default_factory=dict)  # column of the schema -> the user's, or several
 
-    def error(self, column: str, value: Any, problem: str) -> RowError:
-        """Returns the error for `value` in `column`; `problem` gives limit and remedy."""
+    def error(self, column: str, value: Any, problem: str, cause: str | None = None) -> RowError:
+        """Returns the error for `value` in `column`; `problem` gives limit and remedy, `cause` a name to count by."""
         shown = repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "…"
         row = f"row {self.row}" + (f" (id {self.id!r})" if self.id else "")
-        return RowError(f"{self.file}, {row}, column {self.columns.get(column, column)!r} is {shown}: {problem}")
+        of = self.columns.get(column, column)
+        named = of if isinstance(of, str) else ", ".join(of)
+        return RowError(
+            f"{self.file}, {row}, column {named!r} is {shown}: {problem}",
+            cause or f"invalid {column}",
+            self.id,
+            self.row,
+        )
 
 
 @dataclass
@@ -246,122 +296,6 @@ def row_id(place: Place) -> str:
     return place.id or f"{os.path.basename(place.file)}:{place.row}"
 
 
-def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
-    """Converts one record to a `Row`.
-
-    Args:
-        record: column (of `COLUMNS`) -> value; an absent column is empty.
-        place: origin of the record.
-        root: folder to which paths are relative.
-
-    Raises:
-        RowError: a value cannot be converted.
-    """
-    task, group = record.get("task"), record.get("group")
-    return Row(
-        id=row_id(place),
-        task="" if task is None else str(task),
-        a=_clean_text("a", record.get("a"), place),
-        b=_clean_text("b", record.get("b"), place),
-        images_a=_clean_images("images_a", record.get("images_a"), place, root),
-        audio_a=_clean_audio("audio_a", record.get("audio_a"), place, root),
-        images_b=_clean_images("images_b", record.get("images_b"), place, root),
-        audio_b=_clean_audio("audio_b", record.get("audio_b"), place, root),
-        score=_clean_score(record.get("score"), place),
-        group=None if group is None else str(group),
-        negatives=_clean_negatives(record, place, root),
-        teacher_a=_clean_vector("teacher_a", record.get("teacher_a"), place),
-        teacher_b=_clean_vector("teacher_b", record.get("teacher_b"), place),
-    )
-
-
-def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placeholder: str) -> None:
-    """Checks task, score, both sides against the task, and hard negatives, without opening a file.
-
-    Raises:
-        RowError: the first fault found.
-    """
-    if row.task not in tasks:
-        raise place.error(
-            "task",
-            row.task,
-            f"the task is unknown; known: {', '.join(tasks)}. Translate it with `map`, or declare it in `tasks`.",
-        )
-    task = tasks[row.task]
-    _check_score(row, task, place)
-    if not row.side("a").modalities and not row.side("b").modalities:
-        raise place.error("a", row.a, "side a and side b are both empty; fill them in or drop the row.")
-    for side in SIDE_NEEDS:
-        _check_side(row, side, task, place)
-        _check_placeholders(side, row.side(side), place, image_placeholder)
-    for negative in row.negatives:
-        if not negative.modalities or negative.equals(row.side("b")):
-            shown = [each.shown() for each in row.negatives]
-            raise place.error("negatives", shown, "a negative is empty or equals side b; drop it.")
-        if task.text_only_b and negative.modalities != ("text",):
-            problem = f"{row.task} has text_only_b, so its negatives are texts; write texts or drop text_only_b."
-            raise place.error("negatives", negative.shown(), problem)
-        _check_placeholders("negatives", negative, place, image_placeholder)
-
-
-def _check_side(row: Row, side: str, task: Task, place: Place) -> None:
-    """Checks that a side holds what its task needs, nothing that it excludes, and anything at all."""
-    values = {column: getattr(row, column) for column in SIDE_NEEDS[side]}
-    for (column, value), (what, file) in zip(values.items(), (("an image", "one"), ("audio", "a file")), strict=True):
-        if getattr(task, SIDE_NEEDS[side][column]) and not value:
-            problem = f"{row.task} needs {what} on side {side}; name {file} or change the task."
-            raise place.error(column, value, problem)
-        if getattr(task, f"text_only_{side}") and value:
-            shown = [show_media(image) for image in value] if isinstance(value, list) else show_media(value)
-            raise place.error(
-                column,
-                shown,
-                f"side {side} of {row.task} is text only (text_only_{side}); leave the column out, move it to the "
-                "other side or change the task.",
-            )
-    if not row.side(side).modalities:
-        text = getattr(row, side)
-        raise place.error(side, text, f"side {side} has no text, image or audio; fill it in or drop the row.")
-
-
-def _check_placeholders(column: str, content: Content, place: Place, image_placeholder: str) -> None:
-    markers, images = content.text.count(image_placeholder), len(content.images)
-    if images and markers not in (0, images):
-        raise place.error(
-            column,
-            content.text,
-            f"{markers} placeholders {image_placeholder} for {images} images; write one for each image, or none to "
-            "have the images first.",
-        )
-
-
-def check_media(
-    row: Row, place: Place, min_audio_samples: int, headers: bool = True, max_audio_seconds: float = math.inf
-) -> None:
-    """Checks that media files exist and, by their headers, that they are readable and within the size limits.
-
-    Args:
-        row: the row.
-        place: origin of the row.
-        min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
-        headers: whether to open the files; otherwise they only have to exist.
-        max_audio_seconds: longest audio that the processor accepts.
-
-    Raises:
-        RowError: the first fault found.
-    """
-    for images, audio, content in media_contents(row):
-        for column, source in [*((images, image) for image in content.images), (audio, content.audio)]:
-            if isinstance(source, str) and not os.path.isfile(source):
-                problem = "no such file; correct the path or `media_root` (URLs are not fetched)."
-                raise place.error(column, source, problem)
-        if headers:
-            for image in content.images:
-                _check_image_header(images, image, place)
-        if content.audio is not None and (headers or isinstance(content.audio, dict)):
-            _check_audio_length(audio, content.audio, place, max(1, min_audio_samples), max_audio_seconds)
-
-
 def media_contents(row: Row) -> Iterator[tuple[str, str, Content]]:
     """Yields the sides and hard negatives that hold media, with the columns of their images and of their audio."""
     named = [("images_a", "audio_a", row.side("a")), ("images_b", "audio_b", row.side("b"))]
@@ -374,162 +308,3 @@ def show_media(source: str | bytes | dict[str, Any]) -> str:
     if isinstance(source, bytes):
         return f"<{len(source)} bytes>"
     return source if isinstance(source, str) else f"<{len(source['array'])} samples>"
-
-
-def _clean_text(column: str, value: Any, place: Place) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise place.error(column, value, f"a text is expected, not {type(value).__name__}; quote it.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise place.error(
-            column, value, f"a lone surrogate at position {error.start}; encode the file as UTF-8."
-        ) from error
-    return value
-
-
-def _listed(value: Any) -> list[Any]:
-    """Returns a list as it is, and one value as a list of it; empty without a value."""
-    if value is None or (isinstance(value, str) and not value):
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _clean_negatives(record: Mapping[str, Any], place: Place, root: str) -> list[Content]:
-    """Returns the hard negatives of three columns; each entry of a column is one negative."""
-    images, audio = record.get("negative_images"), record.get("negative_audio")
-    return [
-        *(_clean_negative(entry, place, root) for entry in _listed(record.get("negatives"))),
-        *(Content(images=_clean_images("negative_images", entry, place, root)) for entry in _listed(images)),
-        *(Content(audio=_clean_audio("negative_audio", entry, place, root)) for entry in _listed(audio)),
-    ]
-
-
-def _clean_negative(entry: Any, place: Place, root: str) -> Content:
-    if not isinstance(entry, dict):
-        return Content(_clean_text("negatives", entry, place))
-    known = [item.name for item in fields(Content)]
-    if unknown := sorted(set(entry) - set(known)):
-        raise place.error("negatives", entry, f"unknown keys {unknown}; a negative is a text or has {known}.")
-    return Content(
-        _clean_text("negatives", entry.get("text"), place),
-        _clean_images("negatives", entry.get("images"), place, root),
-        _clean_audio("negatives", entry.get("audio"), place, root),
-    )
-
-
-def _clean_images(column: str, value: Any, place: Place, root: str) -> list[str | bytes]:
-    return [_clean_file(column, entry, place, root) for entry in _listed(value)]
-
-
-def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes:
-    if isinstance(value, dict):  # as `datasets` stores media
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        return os.path.join(root, value)
-    if not isinstance(value, bytes) or not value:
-        raise place.error(column, value, "a path or the bytes of a file are expected; correct or drop it.")
-    return value
-
-
-def _clean_audio(column: str, value: Any, place: Place, root: str) -> str | bytes | dict[str, Any] | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, list):
-        value = {"array": value}
-    if not isinstance(value, dict) or value.get("array") is None:
-        return _clean_file(column, value, place, root)
-    array = value["array"]
-    if isinstance(array, list) and array and all(isinstance(sample, int) for sample in array):
-        raise place.error(column, array, "integer samples; scale them to [-1, 1].")
-    try:
-        samples, rate = load_audio({"array": array, "sampling_rate": value.get("sampling_rate")})
-    except (ValueError, TypeError) as error:
-        raise place.error(column, array, str(error)) from error
-    return {"array": samples, "sampling_rate": rate}
-
-
-def _clean_vector(column: str, value: Any, place: Place) -> np.ndarray | None:
-    """Converts a teacher's vector, (W,) float32, finite and not 0."""
-    if value is None or value == "":
-        return None
-    is_list = isinstance(value, list) and all(
-        isinstance(number, (int, float)) and not isinstance(number, bool) for number in value
-    )
-    if not is_list or not value:
-        raise place.error(column, value, "a list of numbers is expected; correct it or leave the vector out.")
-    with np.errstate(over="ignore"):
-        vector = np.array(value, np.float32)
-    if not np.isfinite(vector).all():
-        position = int(np.flatnonzero(~np.isfinite(vector))[0])
-        raise place.error(
-            column,
-            value[position],
-            f"position {position} of the vector is not a finite float32; embed the row again or leave the vector out.",
-        )
-    if not vector.any():
-        raise place.error(column, value, "the vector is 0 and has no direction; embed the row again or leave it out.")
-    return vector
-
-
-def _clean_score(value: Any, place: Place) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        return float(value)
-    except (ValueError, TypeError) as error:
-        raise place.error("score", value, "a number in [0, 1] is expected; correct it or drop the row.") from error
-
-
-def _check_score(row: Row, task: Task, place: Place) -> None:
-    if row.score is None:
-        if task.needs_score:
-            raise place.error("score", None, f"{row.task} needs a score in [0, 1]; fill it in or drop the row.")
-    elif not 0.0 <= row.score <= 1.0:
-        raise place.error(
-            "score",
-            row.score,
-            "a score is in [0, 1]; rescale it with `score_range: [LOWEST, HIGHEST]`, or leave the column out with "
-            "`columns: {score: null}`.",
-        )
-
-
-def _check_image_header(column: str, source: str | bytes, place: Place) -> None:
-    try:
-        image_size(source)
-    except ValueError as error:
-        raise place.error(column, show_media(source), f"{error} Repair or drop it.") from error
-
-
-def _check_audio_length(
-    column: str, audio: str | bytes | dict[str, Any], place: Place, shortest: int, longest: float
-) -> None:
-    """Checks a length between `shortest` samples at 16 kHz and `longest` seconds."""
-    frames, rate = _audio_header(column, audio, place)
-    samples = math.ceil(frames * ENCODER_RATE / rate)
-    if samples < shortest:
-        raise place.error(
-            column,
-            show_media(audio),
-            f"the audio has {frames} samples at {rate} Hz, {samples} at {ENCODER_RATE} Hz; the speech encoder needs "
-            f"at least {shortest}. Pad it with silence or drop the row.",
-        )
-    if frames > longest * rate:
-        raise place.error(
-            column,
-            show_media(audio),
-            f"the audio has {frames / rate:.1f} s; the limit is {longest:g} s. Split it, raise `max_audio_windows` or "
-            "drop the row.",
-        )
-
-
-def _audio_header(column: str, source: str | bytes | dict[str, Any], place: Place) -> tuple[int, int]:
-    """Returns the number of samples of a channel and the sampling rate in Hz."""
-    if isinstance(source, dict):
-        return len(source["array"]), source["sampling_rate"]
-    try:
-        return audio_length(source)
-    except ValueError as error:
-        raise place.error(column, show_media(source), f"{error} Repair or drop it.") from error

@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,70 +12,61 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
-from .readers import CODE, RowReader, SourceConfig, read_source
+from .checks import ERROR, Checker, TokenRoom
+from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source
 from .schema import (
     MODALITIES,
     Content,
     Place,
     Row,
+    RowError,
     Task,
     canonical_task,
-    check_media,
-    check_row,
     media_contents,
     show_media,
 )
 from .vector_cache import VectorCache
 
 AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
-
-
-@dataclass(frozen=True)
-class RowChecker:
-    """Checks a batch of records; `Dataset.map` caches the result under a hash of these fields."""
-
-    reader: RowReader
-    tasks: dict[str, Task]
-    min_audio_samples: int
-    check_media: bool
-    max_audio_seconds: float = math.inf
-    code: str = CODE
-
-    def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
-        """Returns the task ids and the modalities of the rows, see `Piece`.
-
-        Raises:
-            RowError: a row is unusable.
-        """
-        task_ids = list(self.tasks)
-        checked, modalities = [], []
-        for index, record in zip(indices, table.to_pylist(), strict=True):
-            row, place = self.reader.read(record, index)
-            check_row(row, self.tasks, place, self.reader.source.image_placeholder)
-            check_media(row, place, self.min_audio_samples, self.check_media, self.max_audio_seconds)
-            checked.append(task_ids.index(row.task))
-            modalities.append(_modality_bits(row))
-        return {"task": checked, "modalities": modalities}
+OTHERS = 32  # rows that are tried in place of one that cannot be read
+SHOWN = 20  # bad rows that an error lists
 
 
 @dataclass
 class Piece:
     """The checked rows of one file."""
 
-    table: datasets.Dataset  # in arrow format, which does not decode media
+    table: datasets.Dataset  # `stored_rows.SCHEMA`, in arrow format
     reader: RowReader
     task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
     modalities: np.ndarray  # (rows,) int8: bits 0 to 2 `MODALITIES` of side a, 3 to 5 of b, 6 audio in a negative
-    records: np.ndarray | None = None  # (rows,) int64, numbers in the file if rows were left out
 
     def only(self, kept: np.ndarray) -> "Piece":
         """Returns the piece of the rows with the given numbers."""
-        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], self.modalities[kept], kept)
+        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], self.modalities[kept])
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was left out or replaced.
+
+    Attributes:
+        file: file of the row.
+        row: its number in the file.
+        id: its id, `None` without one.
+        cause: name of the fault, the same for all rows with it.
+        problem: value, limit and remedy.
+    """
+
+    file: str
+    row: int
+    id: str | None
+    cause: str
+    problem: str
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -84,9 +76,20 @@ class PairDataset(torch.utils.data.Dataset):
         sources: the recipe's entries.
         pieces: the checked files of each source.
         tasks: the tasks in the order of their task ids.
+        bad_rows: rows that the check left out.
+        on_bad_row: error, or skip: a row that cannot be read any more is replaced by another one of its source.
     """
 
-    def __init__(self, sources: list[SourceConfig], pieces: list[list[Piece]], tasks: Mapping[str, Task]) -> None:
+    def __init__(
+        self,
+        sources: list[SourceConfig],
+        pieces: list[list[Piece]],
+        tasks: Mapping[str, Task],
+        bad_rows: Sequence[BadRow] = (),
+        on_bad_row: str = ERROR,
+    ) -> None:
+        self.bad_rows = list(bad_rows)
+        self.on_bad_row = on_bad_row
         self.sources = sources
         self.tasks = dict(tasks)
         self.pieces = [piece for of_source in pieces for piece in of_source]
@@ -110,13 +113,40 @@ class PairDataset(torch.utils.data.Dataset):
             (`{"array": (samples,) float32 mono in [-1, 1], "sampling_rate"}` or `None`), `a_key`, `b_key`
             (`content_key` of each side), `negatives` (list of `{"text", "images", "audio", "key"}`),
             `teacher_a`, `teacher_b` ((W,) float32 or `None`),
-            `image_placeholder`, `score` (or `None`), `group` (or `None`), `source` (index of the recipe's entry).
+            `image_placeholder`, `score` (or `None`), `group` (or `None`), `source` (index of the recipe's entry),
+            `replaces` (the `BadRow` in whose place it stands, or `None`).
 
         Raises:
-            RowError: an image or audio file cannot be decoded.
+            RowError: an image or audio file cannot be decoded, and such rows are not skipped.
         """
+        try:
+            return self._decoded(index)
+        except RowError as error:
+            if self.on_bad_row == ERROR:
+                raise
+            return self._another(index, error)
+
+    def _another(self, index: int, error: RowError) -> dict[str, Any]:
+        """Returns a row in place of one that cannot be read: which one depends on `index` alone."""
+        ends = np.cumsum(self.source_lengths)
+        source = int(np.searchsorted(ends, index, side="right"))
+        length = self.source_lengths[source]
+        others = np.random.default_rng(index).permutation(length) if length <= OTHERS else None
+        tried = others if others is not None else np.random.default_rng(index).integers(length, size=OTHERS)
+        place = self.place(index)
+        for other in (int(ends[source]) - length + tried).tolist():
+            if other != index and self.task_ids[other] == self.task_ids[index]:
+                try:
+                    row = self._decoded(other)
+                except RowError:
+                    continue  # it is counted in its turn
+                return {**row, "replaces": BadRow(place.file, place.row, place.id, error.cause, str(error))}
+        raise error
+
+    def _decoded(self, index: int) -> dict[str, Any]:
+        """Returns row `index` with decoded media."""
         number, row, place = self._read(index)
-        a, b = (_decoded(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
+        a, b = (_decode_side(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
         return {
             "id": row.id,
             "task": row.task,
@@ -128,13 +158,14 @@ class PairDataset(torch.utils.data.Dataset):
             "audio_b": b["audio"],
             "a_key": a["key"],
             "b_key": b["key"],
-            "negatives": [_decoded(each, "negatives", "negatives", place) for each in row.negatives],
+            "negatives": [_decode_side(each, "negatives", "negatives", place) for each in row.negatives],
             "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
             "score": row.score,
             "group": row.group,
             "teacher_a": self._teacher_vector(row, "a", row.teacher_a),
             "teacher_b": self._teacher_vector(row, "b", row.teacher_b),
             "source": self.piece_sources[number],
+            "replaces": None,
         }
 
     def task_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
@@ -175,11 +206,7 @@ class PairDataset(torch.utils.data.Dataset):
         """Returns the `group` of every row, without decoding media."""
         groups: list[str | None] = []
         for piece in self.pieces:
-            column = piece.reader.columns.get("group")
-            values = [None] * len(piece.table)
-            if column is not None:
-                values = piece.table.select_columns(column)[:][column].to_pylist()
-            groups.extend(None if value is None else str(value) for value in values)
+            groups.extend(piece.table.select_columns("group")[:]["group"].to_pylist())
         return groups
 
     def row(self, index: int) -> Row:
@@ -204,8 +231,7 @@ class PairDataset(torch.utils.data.Dataset):
         number = bisect.bisect_right(self.ends, index)
         piece = self.pieces[number]
         local = int(index) - (self.ends[number] - len(piece.table))
-        record = local if piece.records is None else int(piece.records[local])
-        row, place = piece.reader.read(piece.table[local].to_pylist()[0], record)
+        row, place = piece.reader.read(piece.table[local].to_pylist()[0])
         return number, row, place
 
 
@@ -213,40 +239,94 @@ def load_pairs(
     configs: Sequence[Mapping[str, Any]],
     tasks: Mapping[str, Task],
     min_audio_samples: int,
-    check_media: bool = True,
+    check_media: bool | str = True,
     without_tasks: Collection[str] = (),
     max_audio_seconds: float = math.inf,
+    room: TokenRoom | None = None,
+    on_bad_row: str = ERROR,
+    max_bad_rows: float = 0.01,
 ) -> PairDataset:
     """Loads a recipe's `train_data` or `eval_data` and checks every row.
 
-    `datasets` caches converted files and results of checks, so a second run with the same files and settings starts at
-    once. The cache does not cover media: an image that is deleted later raises an error when it is read.
+    Converted files and results of checks are cached under the content of the files and the settings, so a second run
+    starts at once. The cache does not cover media: an image that is deleted later raises an error when it is read.
 
     Args:
         configs: the recipe's entries, see `SourceConfig`.
-        tasks: the tasks in the order of their task ids, from `declare_data_types`.
+        tasks: the tasks in the order of their task ids, from `declare_tasks`.
         min_audio_samples: shortest audio that the speech encoder accepts, in samples at 16 kHz.
-        check_media: whether to read the header of every image and audio file.
+        check_media: header (or true): read the header of every image and audio file; full: decode it; none (or false).
         without_tasks: tasks whose rows are checked, then left out.
         max_audio_seconds: longest audio that the processor accepts, with `check_media`.
+        room: counts the tokens of images against the limit of an input, with `check_media`.
+        on_bad_row: error, or skip: unusable rows are left out and listed in `bad_rows`.
+        max_bad_rows: largest share of rows to skip.
 
     Raises:
         RowError: a row is unusable.
-        ValueError: a setting, file or column is wrong, or no row is left.
+        ValueError: a setting, file or column is wrong, too many rows are unusable, or no row is left.
     """
+    checker = Checker(dict(tasks), min_audio_samples, check_media, max_audio_seconds, room, on_bad_row)
     if not configs:
         raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
     sources = [SourceConfig.from_dict(config) for config in configs]
-    pieces = []
+    pieces: list[list[Piece]] = []
+    bad: list[BadRow] = []
     for source in sources:
         _check_tasks(source, tasks)
         pieces.append([])
-        for table, reader in read_source(source, tasks):
-            checker = RowChecker(reader, dict(tasks), min_audio_samples, check_media, max_audio_seconds)
-            pieces[-1].append(Piece(table, reader, *_check_rows(table, checker)))
+        for table, reader in read_source(source, checker):
+            good = good_rows(table)
+            if len(good) < len(table):
+                bad += [
+                    BadRow(reader.file, each["line"], each["id"], each["cause"], each["problem"])
+                    for each in bad_rows(table)
+                ]
+                if on_bad_row == ERROR:  # another run skipped it and left the rows in the cache
+                    raise RowError(bad[-1].problem, bad[-1].cause, bad[-1].id, bad[-1].row)
+                table = table.select(good)
+            if len(table):
+                pieces[-1].append(_piece(table, reader))
+    check_bad_rows(bad, len(bad) + sum(len(piece.table) for of_source in pieces for piece in of_source), max_bad_rows)
+    sources, pieces = _without_empty(sources, pieces)
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
-    return PairDataset(sources, pieces, tasks)
+    return PairDataset(sources, pieces, tasks, bad, on_bad_row)
+
+
+def check_bad_rows(bad: Sequence[BadRow], rows: int, max_bad_rows: float) -> None:
+    """Checks the share of unusable rows.
+
+    Raises:
+        ValueError: it is above `max_bad_rows`; the message counts them by cause and lists the first.
+    """
+    if not 0 <= max_bad_rows <= 1:
+        raise ValueError(f"`max_bad_rows` is {max_bad_rows!r}; it is a share of the rows in [0, 1].")
+    if len(bad) > max_bad_rows * rows:
+        causes = ", ".join(f"{count} {cause}" for cause, count in Counter(row.cause for row in bad).most_common())
+        listed = "\n".join(f"  {row.problem}" for row in bad[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise ValueError(
+            f"{len(bad)} of {rows} rows cannot be used ({causes}); the limit `max_bad_rows` is {max_bad_rows:g}. "
+            f"Repair them or raise the limit:\n{listed}{more}"
+        )
+
+
+def _piece(table: datasets.Dataset, reader: RowReader) -> Piece:
+    columns = table.select_columns(["task_id", "modalities"])[:]
+    return Piece(
+        table, reader, columns["task_id"].to_numpy().astype(np.int16), columns["modalities"].to_numpy().astype(np.int8)
+    )
+
+
+def _without_empty(
+    sources: list[SourceConfig], pieces: list[list[Piece]]
+) -> tuple[list[SourceConfig], list[list[Piece]]]:
+    """Drops sources without rows."""
+    left = [number for number, of_source in enumerate(pieces) if of_source]
+    if not left:
+        raise ValueError("No row of the data can be used; repair the rows that `max_bad_rows` let pass.")
+    return [sources[number] for number in left], [pieces[number] for number in left]
 
 
 def _leave_out(
@@ -267,8 +347,7 @@ def _leave_out(
     ]
     if not any(kept):
         raise ValueError(f"without_tasks: no row is left without {', '.join(left_out)}; leave fewer out.")
-    left = [number for number, of_source in enumerate(kept) if of_source]
-    return [sources[number] for number in left], [kept[number] for number in left]
+    return _without_empty(sources, kept)
 
 
 def content_key(text: str, media: Sequence[bytes] = ()) -> int:
@@ -289,33 +368,12 @@ def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
             )
 
 
-def _check_rows(table: datasets.Dataset, checker: RowChecker) -> tuple[np.ndarray, np.ndarray]:
-    """Checks every row; returns the task ids, (rows,) int16, and the modalities, (rows,) int8, see `Piece`."""
-    checked = table.map(
-        checker,
-        batched=True,
-        batch_size=256,
-        with_indices=True,
-        remove_columns=table.column_names,
-        features=datasets.Features({"task": datasets.Value("int16"), "modalities": datasets.Value("int8")}),
-        desc=f"Checking {checker.reader.file}",
-    )
-    columns = checked.with_format("arrow")[:]  # the numpy format would widen them to int64
-    return columns["task"].to_numpy(), columns["modalities"].to_numpy()
-
-
 def modality_name(bits: int) -> str:
     """Returns the modalities of a side as one name, from its three bits, see `Piece`: image before text, as shown."""
     return " + ".join(name for name in ("image", "audio", "text") if bits >> MODALITIES.index(name) & 1)
 
 
-def _modality_bits(row: Row) -> int:
-    """Returns the modalities of a row, see `Piece`."""
-    sides = [sum(1 << MODALITIES.index(name) for name in row.side(side).modalities) for side in ("a", "b")]
-    return sides[0] + 8 * sides[1] + 64 * any(negative.audio is not None for negative in row.negatives)
-
-
-def _decoded(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:
+def _decode_side(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:
     """Returns `text`, `images` and `audio` of a side with decoded media, and its `key`."""
     images = [_read_file(image, images_column, place) for image in content.images]
     is_path = isinstance(content.audio, str)
@@ -337,14 +395,16 @@ def _read_file(source: str | bytes, column: str, place: Place) -> bytes:
     try:
         return Path(source).read_bytes()
     except OSError as error:
-        raise place.error(column, source, f"it cannot be read: {error}. Restore it or drop the row.") from error
+        problem = f"it cannot be read: {error}. Restore it or drop the row."
+        raise place.error(column, source, problem, f"missing {column}") from error
 
 
 def _decode(decoder: Callable[[Any], Any], content: Any, column: str, source: Any, place: Place) -> Any:
     try:
         return decoder(content)
     except ValueError as error:
-        raise place.error(column, show_media(source), f"{error} Repair it or drop the row.") from error
+        problem = f"{error} Repair it or drop the row."
+        raise place.error(column, show_media(source), problem, f"unreadable {column}") from error
 
 
 def _load_audio(content: bytes | dict[str, Any]) -> dict[str, Any]:

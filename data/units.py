@@ -13,8 +13,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .readers import TEXT_READERS, SourceConfig, find_files, load_from_hub, load_saved, parse_object
+from .files import find_files, suffix_of
+from .records import TEXT_READERS
 from .schema import Place, RowError
+from .source_config import SourceConfig
+from .tables import load_from_hub, load_saved
 
 UNIT_ROWS = 4096
 
@@ -68,7 +71,7 @@ class UnitReader:
         Raises:
             ValueError: a column is missing, or the file cannot be read.
         """
-        suffix = Path(self.file).suffix
+        suffix = suffix_of(self.file)
         if suffix == ".parquet":
             yield from self._parquet_units()
         elif suffix in TEXT_READERS:
@@ -90,7 +93,7 @@ class UnitReader:
             for piece, first in enumerate(range(0, group.num_rows, self.unit_rows)):
 
                 def read(slices: _RowGroup = slices, piece: int = piece, first: int = start + first + 1) -> list[Any]:
-                    return self._rows(enumerate(slices.read(piece), start=first), columns)
+                    return self.rows(enumerate(slices.read(piece), start=first), columns)
 
                 rows = min(self.unit_rows, group.num_rows - first)
                 yield Unit(self._name(number), digest(f"{content} {first}"), rows, read)
@@ -98,13 +101,13 @@ class UnitReader:
             start += group.num_rows
 
     def _text_units(self, suffix: str) -> Iterator[Unit]:
-        records = _json_lines(self.file) if suffix == ".jsonl" else TEXT_READERS[suffix](self.file)
+        records = TEXT_READERS[suffix](self.file, self.source)
         for number, chunk in enumerate(_chunks(records, self.unit_rows)):
             existing = list(dict.fromkeys(name for _, record in chunk if isinstance(record, dict) for name in record))
             columns = self.columns(existing) if existing else {}
 
             def read(chunk: list[tuple[int, Any]] = chunk, columns: dict[str, str] = columns) -> list[Any]:
-                return self._rows(chunk, columns)
+                return self.rows(chunk, columns)
 
             key = digest(json.dumps(chunk, sort_keys=True, default=str))
             yield Unit(self._name(number), key, len(chunk), read)
@@ -116,12 +119,12 @@ class UnitReader:
             last = min(first + self.unit_rows, len(table))
 
             def read(first: int = first, last: int = last) -> list[Any]:
-                return self._rows(enumerate(table[first:last].to_pylist(), start=first + 1), columns)
+                return self.rows(enumerate(table[first:last].to_pylist(), start=first + 1), columns)
 
             yield Unit(self._name(number), digest(f"{table._fingerprint} {first} {last}"), last - first, read)
 
     def _open_table(self) -> datasets.Dataset:
-        if Path(self.file).suffix == ".arrow":
+        if suffix_of(self.file) == ".arrow":
             return datasets.Dataset.from_file(self.file)
         return load_saved(self.file, self.source) if os.path.isdir(self.file) else load_from_hub(self.source)
 
@@ -146,7 +149,8 @@ class UnitReader:
         root = self.source.media_root or (os.path.dirname(self.file) if os.path.isfile(self.file) else "")
         return os.path.abspath(os.path.expanduser(root))
 
-    def _rows(self, records: Iterable[tuple[int, Any]], columns: Mapping[str, str]) -> list[Any]:
+    def rows(self, records: Iterable[tuple[int, Any]], columns: Mapping[str, str]) -> list[Any]:
+        """Returns what numbered records become, an unusable one a `BadRow`."""
         return [self._row(number, record, columns) for number, record in records]
 
     def _row(self, number: int, record: Any, columns: Mapping[str, str]) -> Any:
@@ -198,18 +202,6 @@ def source_files(source: SourceConfig, unit_rows: int) -> dict[str, str]:
     files = find_files(source) or [source.path]
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
     return {file: os.path.relpath(file, folder or ".") for file in files}
-
-
-def _json_lines(file: str) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """Returns line numbers and records; a broken line is an error of that row, not of the file."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, parse_object(line, file, number)
-            except RowError as error:
-                yield number, error
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

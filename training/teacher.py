@@ -35,14 +35,14 @@ Teacher = Callable[[list[str]], np.ndarray]  # n texts -> (n, W) float
 class SideFacts:
     """Reads what the teacher needs to know of rows; `Dataset.map` caches the result under a hash of these fields."""
 
-    def __init__(self, reader: RowReader, records: np.ndarray | None) -> None:
-        self.reader, self.records, self.code = reader, records, CODE + THIS_CODE
+    def __init__(self, reader: RowReader) -> None:
+        self.reader, self.code = reader, CODE + THIS_CODE
 
-    def __call__(self, table: pa.Table, indices: list[int]) -> dict[str, list[int]]:
+    def __call__(self, table: pa.Table) -> dict[str, list[int]]:
         """Returns for each side the width of its vector and the key of its text if it has text only; 0 for none."""
         found: dict[str, list[int]] = {f"{name}_{side}": [] for name in ("width", "key") for side in SIDES}
-        for index, record in zip(indices, table.to_pylist(), strict=True):
-            row, _ = self.reader.read(record, index if self.records is None else int(self.records[index]))
+        for record in table.to_pylist():
+            row, _ = self.reader.read(record)
             for side, vector in zip(SIDES, (row.teacher_a, row.teacher_b), strict=True):
                 text = row.only_text(side)
                 found[f"width_{side}"].append(0 if vector is None else len(vector))
@@ -89,10 +89,9 @@ def _read_facts(pairs: PairDataset) -> tuple[np.ndarray, np.ndarray]:
     columns: dict[str, list[np.ndarray]] = {name: [] for name in features}
     for piece in pairs.pieces:
         facts = piece.table.map(
-            SideFacts(piece.reader, piece.records),
+            SideFacts(piece.reader),
             batched=True,
             batch_size=256,
-            with_indices=True,
             remove_columns=piece.table.column_names,
             features=datasets.Features(features),
             desc=f"Looking for a teacher's vectors in {piece.reader.file}",

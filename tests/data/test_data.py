@@ -14,9 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
 
+from vipolyqwen.data.cleaning import clean_row
 from vipolyqwen.data.collator import MixedBatchCollator, interleave
 from vipolyqwen.data.sampler import MixtureSampler
-from vipolyqwen.data.schema import TASKS, Place, Row, RowError, Task, clean_row, declare_tasks
+from vipolyqwen.data.schema import TASKS, Place, Row, RowError, Task, declare_tasks
 from vipolyqwen.data.sources import PairDataset, SourceConfig, content_key, load_pairs
 from vipolyqwen.training.microbatches import row_lengths, take_rows
 

@@ -1,0 +1,185 @@
+"""Reads the records of text files: JSON lines, JSON arrays, CSV and TSV in any encoding."""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from .schema import RowError
+from .source_config import SourceConfig
+
+csv.field_size_limit(2**31 - 1)  # characters of a cell; the default, 131072, is less than a long document
+BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+DELIMITERS = ",;\t|"
+WRAPPERS = ("data", "rows", "train", "validation", "test")  # keys of an object around the rows of a JSON file
+Numbered = Iterator[
+    tuple[int, dict[str, Any] | RowError]
+]  # number of the row, or its line, and the record or its fault
+
+
+def encoding_of(head: bytes, given: str | None = None) -> str:
+    """Returns the encoding of a text file by its byte order mark; without one `given`, by default UTF-8."""
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), given or "utf-8")
+
+
+def _open(file: str, source: SourceConfig | None) -> TextIO:
+    """Opens a text file; bytes that are not UTF-8 become lone surrogates, so that they spoil their row alone."""
+    with open(file, "rb") as binary:
+        encoding = encoding_of(binary.read(4), None if source is None else source.encoding)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return open(file, encoding=encoding, errors=errors, newline="\n")
+
+
+def parse_object(line: str | bytes, file: str, number: int) -> dict[str, Any]:
+    """Parses a line of JSON; anything but an object is a `RowError` that names file and line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        problem = f"{file}, line {number}: invalid JSON: {error}. Repair or drop the line."
+        raise RowError(problem, "invalid JSON", row=number) from error
+    if not isinstance(record, dict):
+        raise _not_an_object(f"{file}, line {number}", record, number)
+    return record
+
+
+def _not_an_object(place: str, record: Any, number: int) -> RowError:
+    problem = f"{place}: {record!r:.100} is not a JSON object; write {{column: value, …}}."
+    return RowError(problem, "invalid JSON", row=number)
+
+
+def json_lines(file: str, source: SourceConfig | None = None) -> Numbered:
+    """Yields line numbers and objects; a line that cannot be parsed is an error of that row."""
+    with _open(file, source) as lines:
+        yield from _parsed(lines, file)
+
+
+def _parsed(lines: Iterable[str], file: str) -> Numbered:
+    numbered = _decoded(lines, file)
+    for number, line in numbered:
+        if line.strip():
+            try:
+                yield number, parse_object(line, file, number)
+            except RowError as error:
+                yield number, error
+
+
+def _decoded(lines: Iterable[str], file: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines with their numbers; an encoding that does not fit is an error of the file.
+
+    Raises:
+        RowError: the file is not in the encoding that its byte order mark or the source names.
+    """
+    numbers, iterator = itertools.count(1), iter(lines)
+    while True:
+        number = next(numbers)
+        try:
+            line = next(iterator)
+        except StopIteration:
+            return
+        except UnicodeError as error:
+            problem = f"{file}, line {number}: {error}; name its `encoding` or write the file as UTF-8."
+            raise RowError(problem, "invalid encoding", row=number) from error
+        yield number, line
+
+
+def json_records(file: str, source: SourceConfig | None = None) -> Numbered:
+    """Yields the objects of a JSON array, of an array inside an object (`{"data": […]}`), or of JSON lines."""
+    content = Path(file).read_bytes()
+    encoding = encoding_of(content, None if source is None else source.encoding)
+    try:
+        text = content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
+    except UnicodeError as error:
+        problem = f"{file}: {error}; name its `encoding` or write the file as UTF-8."
+        raise RowError(problem, "invalid encoding") from error
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise RowError(f"{file}: invalid JSON: {error}. Repair it.", "invalid JSON") from error
+        yield from _parsed(io.StringIO(text, newline="\n"), file)
+        return
+    if isinstance(records, dict):
+        wrapped = [records[key] for key in WRAPPERS if isinstance(records.get(key), list)]
+        records = wrapped[0] if wrapped else [records]
+    if not isinstance(records, list):
+        raise _not_an_object(f"{file}, row 1", records, 1)
+    for number, record in enumerate(records, start=1):
+        is_object = isinstance(record, dict)
+        yield number, record if is_object else _not_an_object(f"{file}, row {number}", record, number)
+
+
+def csv_records(file: str, source: SourceConfig | None = None) -> Numbered:
+    """Yields the rows of a CSV or TSV file by its header; a row that cannot be read is an error of that row.
+
+    Raises:
+        RowError: a quote is never closed, or the file is in another encoding.
+        ValueError: two columns have one name.
+    """
+    delimiter = None if source is None else source.delimiter
+    with _open(file, source) as opened:
+        lines = (line for _, line in _decoded(opened, file))
+        head = next(lines, "")
+        if head.lower().startswith("sep=") and len(head.strip()) == 5:  # as Excel writes it
+            delimiter, head = delimiter or head.strip()[4], next(lines, "")
+        delimiter = delimiter or _delimiter(head, file)
+        quoting = csv.QUOTE_MINIMAL if source is None or source.quotes else csv.QUOTE_NONE
+        reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, quoting=quoting, strict=True)
+        yield from _csv_rows(reader, file)
+
+
+def _csv_rows(reader: Any, file: str) -> Numbered:
+    names: list[str] | None = None
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = _csv_error(file, reader.line_num, str(error))
+            if names is None or "unexpected end" in str(error):  # the rest of the file is inside the quotes
+                raise fault from error
+            yield reader.line_num, fault
+            continue
+        if names is None:
+            names = [name.strip() for name in fields]
+            _check_header(names, file)
+        elif len(fields) > len(names) and any(fields[len(names) :]):
+            problem = f"{fields[len(names) :]!r:.100} is beyond the last column; quote fields that hold commas"
+            yield reader.line_num, _csv_error(file, reader.line_num, problem)
+        elif fields:
+            padded = [*fields, *[None] * (len(names) - len(fields))]
+            yield reader.line_num, dict(zip(names, padded, strict=False))
+
+
+def _csv_error(file: str, line: int, problem: str) -> RowError:
+    return RowError(
+        f"{file}, line {line}: invalid CSV: {problem}. Repair it, or set `delimiter` or `quotes: false`.",
+        "invalid CSV",
+        row=line,
+    )
+
+
+def _check_header(names: list[str], file: str) -> None:
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise ValueError(f"{file}: the columns {twice} occur twice; rename them.")
+
+
+def _delimiter(head: str, file: str) -> str:
+    """Returns the delimiter of a header: the most frequent one outside quotes; a tab in a .tsv file."""
+    if Path(file).suffix.lower() == ".tsv":
+        return "\t"
+    outside = "".join(head.split('"')[::2])
+    return max(DELIMITERS, key=outside.count)
+
+
+TEXT_READERS = {".jsonl": json_lines, ".json": json_records, ".csv": csv_records, ".tsv": csv_records}

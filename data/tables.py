@@ -1,0 +1,200 @@
+"""Opens Parquet and Arrow files, saved folders and Hub datasets as batches of records."""
+
+import glob
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import cache_folder, content_digest, suffix_of
+from .source_config import SourceConfig
+
+BATCH = 1000  # records converted at once
+MEDIA_COLUMNS = ("images_a", "audio_a", "images_b", "audio_b", "negatives", "negative_images", "negative_audio")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with the columns that a source uses.
+
+    Attributes:
+        file: its file, folder or Hub id.
+        existing: names of all columns, also of those not used.
+        digest: changes with the content.
+        rows: the rows by number if they may hold media themselves, otherwise `None`.
+        labels: column -> names of its classes.
+        opened: the file or table that `records` reads.
+        used: names of the used columns.
+    """
+
+    file: str
+    existing: list[str]
+    digest: str
+    rows: datasets.Dataset | None
+    labels: Mapping[str, list[str]]
+    opened: pq.ParquetFile | datasets.Dataset
+    used: list[str]
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the number of each row, from 1, and its record, classes by name.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        number = 0
+        try:
+            for batch in self._batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, self.named(record)
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(self.file, error) from error
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Returns the record of row `number`, from 1, of a table that may hold media."""
+        return self.named(self.rows[number - 1].to_pylist()[0])
+
+    def named(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Replaces numbers of classes by their names."""
+        return name_classes(record, self.labels)
+
+    def _batches(self) -> Iterator[Any]:
+        if isinstance(self.opened, pq.ParquetFile):
+            yield from self.opened.iter_batches(BATCH, columns=self.used)
+        else:
+            for first in range(0, len(self.opened), BATCH):
+                yield self.opened[first : first + BATCH]
+
+
+def unreadable(file: str, error: Exception) -> ValueError:
+    """Returns the error of a file that is damaged or of another format."""
+    return ValueError(f"{file}: not readable as a table: {error}. Write the file again.")
+
+
+def no_rows(file: str) -> ValueError:
+    """Returns the error of a file without rows."""
+    return ValueError(f"{file} has no rows; add rows or drop the source.")
+
+
+def open_table(file: str, source: SourceConfig) -> Table:
+    """Opens a Parquet or Arrow file, a saved folder or a Hub dataset.
+
+    Raises:
+        ValueError: it cannot be read, or has no rows.
+    """
+    try:
+        return _open_parquet(file, source) if suffix_of(file) == ".parquet" else _open_dataset(file, source)
+    except pa.ArrowException as error:
+        raise unreadable(file, error) from error
+
+
+def _open_parquet(file: str, source: SourceConfig) -> Table:
+    opened = pq.ParquetFile(file)
+    schema, digest = opened.schema_arrow, content_digest(file)
+    if opened.metadata.num_rows == 0:  # `datasets` cannot load it
+        raise no_rows(file)
+    used = source.used_columns(schema.names)
+    rows = None
+    if any(_holds_media(schema.field(name).type) for name in _media_columns(schema.names, source)):
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=glob.escape(file),
+            split="train",
+            columns=used,
+            cache_dir=str(cache_folder() / digest),
+        ).with_format("arrow")
+    labels = _labels(datasets.Features.from_arrow_schema(schema), used)
+    return Table(file, schema.names, digest, rows, labels, opened if rows is None else rows, used)
+
+
+def _open_dataset(file: str, source: SourceConfig) -> Table:
+    if suffix_of(file) == ".arrow":
+        table = datasets.Dataset.from_file(file)
+    else:
+        table = load_saved(file, source) if os.path.isdir(file) else load_from_hub(source)
+    if len(table) == 0:
+        raise no_rows(file)
+    digests = [content_digest(each["filename"]) for each in table.cache_files]
+    used = source.used_columns(table.column_names)
+    labels = _labels(table.features, used)
+    schema = table.features.arrow_schema
+    has_media = any(_holds_media(schema.field(name).type) for name in _media_columns(table.column_names, source))
+    opened = table.select_columns(used).with_format("arrow")
+    digest = repr((digests or table._fingerprint, table._indices is not None and table._fingerprint))
+    return Table(file, table.column_names, digest, opened if has_media else None, labels, opened, used)
+
+
+def class_names(file: str, source: SourceConfig) -> dict[str, list[str]]:
+    """Returns the names of the classes of each used column that has classes; none in text files."""
+    if suffix_of(file) in (".jsonl", ".json", ".csv", ".tsv"):
+        return {}
+    if suffix_of(file) == ".parquet":
+        schema = pq.read_schema(file)
+        return _labels(datasets.Features.from_arrow_schema(schema), source.used_columns(schema.names))
+    return dict(_open_dataset(file, source).labels)
+
+
+def name_classes(record: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Replaces numbers of classes in a record by their names."""
+    return {**record, **{column: _label(record[column], names) for column, names in labels.items()}}
+
+
+def load_saved(folder: str, source: SourceConfig) -> datasets.Dataset:
+    """Loads the source's split of a folder written by `save_to_disk`; a missing one is a ValueError."""
+    loaded = datasets.load_from_disk(folder)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if source.split not in loaded:
+        raise ValueError(f"{folder}: unknown split {source.split!r}; known: {list(loaded)}.")
+    return loaded[source.split]
+
+
+def load_from_hub(source: SourceConfig) -> datasets.Dataset:
+    """Loads a dataset of the Hub; if that fails, a ValueError says so."""
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source.path}: not a local file or folder, and loading from the Hub failed (name "
+            f"{source.name!r}, split {source.split!r}, revision {source.revision!r}): {error}"
+        ) from error
+
+
+def _media_columns(existing: list[str], source: SourceConfig) -> list[str]:
+    """Returns the columns of a table that may hold media or name their files."""
+    names = source.column_names(existing)
+    of = [names[name] for name in MEDIA_COLUMNS if name in names]
+    of += [] if source.conversation is None else [source.conversation.column]
+    columns = [each for entry in of for each in ([entry] if isinstance(entry, str) else entry)]
+    roots = {each if each in existing else each.partition(".")[0] for each in columns}
+    return [name for name in existing if name in roots]
+
+
+def _holds_media(kind: pa.DataType) -> bool:
+    """Returns whether values of a type may contain the bytes of files or samples."""
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_floating(kind):
+        return True
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    return any(_holds_media(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _labels(features: datasets.Features, used: list[str]) -> dict[str, list[str]]:
+    """Returns the names of the classes of each used column that has classes."""
+    found = {}
+    for column in used:
+        feature = features[column]
+        feature = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(feature, datasets.ClassLabel):
+            found[column] = feature.names
+    return found
+
+
+def _label(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_label(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
