@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -24,6 +25,7 @@ from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
 from vipolyqwen.training.output_folder import occupy
 from vipolyqwen.training.run_record import write_record
+from vipolyqwen.training.run_settings import describe_settings
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 
@@ -55,13 +57,17 @@ def run(arguments: Arguments) -> None:
         train_collator=build_collator(processor, tasks, data_args, args, training=True, teacher_width=teacher_width),
         eval_collator=build_collator(processor, tasks, data_args, args, training=False),
     )
-    if args.should_save:
-        write_record(Path(args.output_dir), arguments, train_pairs, eval_pairs)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
+    [trainer.settings] = broadcast_object_list(
+        [describe_settings(arguments, model, processor, train_pairs, eval_pairs)]
+    )
+    checkpoint = None if train_pairs is None else trainer.choose_checkpoint(args.resume_from_checkpoint)
+    if args.should_save:
+        write_record(Path(args.output_dir), arguments, train_pairs, eval_pairs, trainer.history)
     if train_pairs is not None:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
     if eval_pairs is not None and (train_pairs is None or args.eval_strategy == "no"):

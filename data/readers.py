@@ -19,6 +19,7 @@ from .checks import Checker
 from .cleaning import clean_name, clean_row
 from .files import cache_folder, content_digest, find_files, suffix_of
 from .records import TEXT_READERS, Numbered
+from .row_keys import KEYS, row_keys
 from .schema import MODALITIES, Content, Place, Row, RowError, canonical_task, row_id
 from .shapes import ShapeError, conversation_pairs, pick_lists, take
 from .source_config import FORMER_COLUMNS, SourceConfig
@@ -26,10 +27,11 @@ from .stored_rows import SCHEMA, media_slots, restored, stored
 from .tables import BATCH, Table, no_rows, open_table
 
 # Part of every cache key: results of an earlier version of the reading or checking code are not reused.
+CODE_FILES = "schema cleaning checks readers records row_keys shapes source_config sources stored_rows tables"
 CODE = hashlib.blake2b(
     b"".join(
         Path(__file__).with_name(f"{name}.py").read_bytes()
-        for name in "schema cleaning checks readers records shapes source_config sources stored_rows tables".split()
+        for name in CODE_FILES.split()
     ),
     digest_size=16,
 ).hexdigest()
@@ -253,6 +255,7 @@ def _stored_pair(
         ],
         "task_id": checker.task_ids[row.task],
         "modalities": _modality_bits(row),
+        **dict(zip(KEYS, row_keys(row, records.root), strict=True)),
     }
 
 

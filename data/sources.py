@@ -18,6 +18,7 @@ from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
 from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source
+from .row_keys import hash_parts
 from .schema import (
     MODALITIES,
     Content,
@@ -48,6 +49,10 @@ class Piece:
     def only(self, kept: np.ndarray) -> "Piece":
         """Returns the piece of the rows with the given numbers."""
         return Piece(self.table.select(kept), self.reader, self.task_ids[kept], self.modalities[kept])
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns a column of numbers of the stored rows, (rows,); a missing score is NaN."""
+        return self.table.select_columns(name)[:][name].to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,13 @@ class PairDataset(torch.utils.data.Dataset):
                 show_media(content.audio),
                 "the model has no speech encoder. Leave the rows with audio out, or build a model with `audio`.",
             )
+
+    def fingerprints(self) -> list[str]:
+        """Returns a hash of the content of each source, in the order of its rows; media count by their paths."""
+        digests = [hashlib.blake2b(digest_size=16) for _ in self.sources]
+        for number, piece in zip(self.piece_sources, self.pieces, strict=True):
+            digests[number].update(piece.column("row_key").tobytes())
+        return [digest.hexdigest() for digest in digests]
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
@@ -352,11 +364,7 @@ def _leave_out(
 
 def content_key(text: str, media: Sequence[bytes] = ()) -> int:
     """Returns a hash in [−2⁶³, 2⁶³) of a side: equal for equal text (NFC) and equal bytes of media."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (unicodedata.normalize("NFC", text).encode(), *media):
-        digest.update(len(part).to_bytes(8))
-        digest.update(part)
-    return int.from_bytes(digest.digest(), signed=True)
+    return hash_parts([unicodedata.normalize("NFC", text).encode(), *media])
 
 
 def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:

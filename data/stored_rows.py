@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ..waveforms_vipolyqwen import load_audio
 from .cleaning import listed
+from .row_keys import KEYS
 from .schema import Content, Place, Row, row_id
 
 IMAGES = pa.list_(pa.string())  # a path; null for bytes that stand in the table of origin
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         "inline": pa.bool_(),  # whether the table of origin holds media of the row
         "task_id": pa.int16(),
         "modalities": pa.int16(),
+        **{name: pa.int64() for name in KEYS},
         "problem": pa.string(),  # of a row that cannot be used
         "cause": pa.string(),
     }

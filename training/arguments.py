@@ -245,11 +245,16 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "delete the run or repository that the output folder holds, and start anew"}
     )
+    resume_with: list[str] | None = field(
+        default=None,
+        metadata={"help": "settings that may differ from those of the checkpoint to resume from, by name"},
+    )
     remove_unused_columns: bool = False  # the collator needs every column
     logging_nan_inf_filter: bool = False  # log a NaN as NaN, not as 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for invalid values of the arguments above."""
+        self.resume_with = _split_names(self.resume_with)
         if self.on_nan not in ("error", "skip"):
             raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
         for name, unit in (("embed_chunk", "rows"), ("embed_chunk_tokens", "tokens")):

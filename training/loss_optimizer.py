@@ -104,10 +104,11 @@ class LossOptimizer(TrainerCallback):
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Restores the output of `state_dict`."""
+        """Restores the output of `state_dict`, of the parameters that this run has."""
         names = list(self.parameters)
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for entry, value in saved.items():
             name, _, key = entry.rpartition(".")
-            state[names.index(name)][key] = value
+            if name in names:
+                state[names.index(name)][key] = value
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": dict(state)})

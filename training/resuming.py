@@ -26,6 +26,17 @@ from .checkpoints import (
     newest_intact_checkpoint,
     publish_checkpoint,
 )
+from .run_settings import (
+    BEST,
+    ORDER,
+    check_differences,
+    check_names,
+    find_differences,
+    read_settings,
+    recorded,
+    show_table,
+    write_settings,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -45,19 +56,43 @@ class ResumingTrainer(Trainer):
         self._unfinished: Path | None = None  # parent of the checkpoint being written
         self._resumed: dict[str, Any] | None = None  # SAMPLER_STATE of the checkpoint to resume from
         self._epoch_start = (0, 0)  # current epoch, and the step at which this run began it
+        self._chosen: str | None = None  # the checkpoint that `choose_checkpoint` has compared
+        self.settings: dict[str, Any] | None = None  # of `describe_settings`, saved in each checkpoint
+        self.history: list[dict[str, Any]] = []  # changes of settings at each resumption so far
+        self.changed: set[str] = set()  # settings that this resumption changes
+        self.group_names: list[list[str]] = []  # parameters of each group of the optimizer
+        self.saved_groups: list[list[str]] = []  # the same of the optimizer in the checkpoint
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; `True` resumes from the newest intact checkpoint, or starts if there is none yet."""
+        if resume_from_checkpoint is None or resume_from_checkpoint != self._chosen:
+            resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
+        self._chosen = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """Chooses the checkpoint to resume from, and compares the run that wrote it with this one.
+
+        Args:
+            wanted: a checkpoint, or `True` for the newest intact one.
+
+        Returns:
+            the checkpoint; `None` to start a new run.
+
+        Raises:
+            DamagedCheckpointError: no checkpoint is intact, or not the one that is wanted.
+            ValueError: settings, data or launch differ from those of the run that wrote it.
+        """
         if self.args.should_save:
             delete_unfinished(Path(self.args.output_dir))
-        checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-        self._resumed = None
-        if checkpoint is not None:
-            place = self._read_place(Path(checkpoint))
-            self._resumed = None if self.args.ignore_data_skip else place
-        return super().train(checkpoint, *args, **kwargs)
+        self._resumed, self.history, self.changed = None, [], set()
+        check_names(self.args.resume_with)
+        self._chosen = self._find_checkpoint(wanted)
+        if self._chosen is not None:
+            self._compare(Path(self._chosen))
+        return self._chosen
 
-    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+    def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
         """Returns the checkpoint to resume from, the same on all ranks; rank 0 compares it with its manifest."""
         chosen: list[str | None] = [None]
         if wanted and self.args.process_index == 0:
@@ -71,27 +106,58 @@ class ResumingTrainer(Trainer):
                 chosen = [str(wanted)]
         return broadcast_object_list(chosen)[0]
 
-    def _read_place(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns the position of a checkpoint in its run.
+    def _compare(self, checkpoint: Path) -> None:
+        """Compares this run with the one that wrote a checkpoint; sets the position in the data and the history.
 
         Raises:
-            ValueError: this run was launched in another way or has other data, so it cannot resume from there.
+            ValueError: this run was launched in another way, or has other settings or data that are not accepted.
         """
         place = json.loads((checkpoint / SAMPLER_STATE).read_text(encoding="utf-8"))
+        self._check_launch_of(checkpoint, place)
+        saved = None if self.settings is None else read_settings(checkpoint)
+        differences = {} if saved is None else find_differences(saved["settings"], self.settings)
+        accepted = {*self.args.resume_with, *(ORDER if self.args.ignore_data_skip else ())}
+        now = self._get_train_sampler().identity()
+        if place["order"] != now and not accepted & ORDER:
+            table = f"\n{show_table(differences)}" if differences else ""
+            raise ValueError(
+                f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its position in "
+                "the data does not apply. Give the same sources, weights and seed; or restart the epoch with "
+                f"`--ignore_data_skip true`; or start a new run with `--model CHECKPOINT`.{table}"
+            )
+        if self.settings is not None and saved is None:
+            logger.warning(
+                f"{checkpoint} was written by an earlier version, without the settings of its run: learning rates, "
+                "losses, tasks, model and the content of the data cannot be compared. Make sure they are the same."
+            )
+        check_differences(checkpoint, differences, accepted, self._sharded())
+        self._take_over(saved, differences, place["step"])
+        if place["order"] != now:
+            self.args.ignore_data_skip = True
+        self._resumed = None if self.args.ignore_data_skip else place
+
+    def _take_over(self, saved: dict[str, Any] | None, differences: dict[str, tuple[Any, Any]], step: int) -> None:
+        """Takes over the history of a run, and adds the changes at this resumption."""
+        if saved is None:
+            return
+        self.changed, self.saved_groups, self.history = set(differences), saved["optimizer_groups"], saved["history"]
+        if differences:
+            changes = {name: [recorded(value) for value in pair] for name, pair in differences.items()}
+            self.history = [*self.history, {"step": step, "changed": changes}]
+            logger.warning(f"From step {step} on, other settings apply:\n{show_table(differences)}")
+
+    def _sharded(self) -> str | None:
+        """Returns the launcher that shards the optimizer's state; `None` for none."""
+        return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+
+    def _check_launch_of(self, checkpoint: Path, place: dict[str, Any]) -> None:
+        """Raises ValueError if the optimizer state of a checkpoint has the format of another launch."""
         launch = place.get("launch", "an earlier version of this code")
         if launch != self._launch():
             raise ValueError(
                 f"{checkpoint} was written by {launch}, and this run is {self._launch()}, which cannot read that "
                 "optimizer state. Launch it as before, or start a new run from its weights with `--model CHECKPOINT`."
             )
-        now = self._get_train_sampler().identity()
-        if place["order"] != now and not self.args.ignore_data_skip:
-            raise ValueError(
-                f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its position in "
-                "the data does not apply. Give the same sources, weights and seed; or restart the epoch with "
-                "`--ignore_data_skip true`; or start a new run with `--model CHECKPOINT`."
-            )
-        return place
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns the stock loader on `MixtureBatches`, which split every batch between the ranks."""
@@ -148,6 +214,9 @@ class ResumingTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Returns the epoch and the number of batches to count as taken in it, from rows instead of steps."""
         stock = super()._init_training_state(*args, **kwargs)
+        self.state.compute_steps(self.args, self.state.max_steps)  # of this run, not of the checkpoint's
+        if self.changed & BEST:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self._resumed is None:
             return stock
         return self._resumed["epoch"], self._batches.begin(self._resumed["epoch"])[1]
@@ -185,6 +254,8 @@ class ResumingTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             (written / SAMPLER_STATE).write_text(json.dumps(self._place(), indent=2) + "\n", encoding="utf-8")
+            if self.settings is not None:
+                write_settings(written, self.settings, self.history, self.group_names)
         self.accelerator.wait_for_everyone()  # every rank writes its random state
         if self.args.should_save:
             publish_checkpoint(written, final)

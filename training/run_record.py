@@ -27,7 +27,13 @@ ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 
 
-def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, held_out: PairDataset | None) -> None:
+def write_record(
+    folder: Path,
+    arguments: Arguments,
+    train: PairDataset | None,
+    held_out: PairDataset | None,
+    history: list[dict[str, Any]] | None = None,
+) -> None:
     """Writes `training.json`.
 
     Args:
@@ -35,6 +41,7 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
         arguments: arguments of the run.
         train: pairs to train on.
         held_out: pairs to evaluate on.
+        history: the steps at which the run was resumed with other settings, and these.
     """
     model_args, data_args, loss_args, args = arguments
     values = {**vars(model_args), **vars(data_args), **vars(loss_args), **args.to_dict()}
@@ -47,6 +54,7 @@ def write_record(folder: Path, arguments: Arguments, train: PairDataset | None, 
     record = {
         **_origin(model_args),
         "settings": {"processes": args.world_size, **settings},
+        **({"resumed": history} if history else {}),
         "train_data": [] if train is None else describe_pairs(train),
         "eval_data": [] if held_out is None else describe_pairs(held_out),
         "hardware": _hardware(args.world_size, args.device),

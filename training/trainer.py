@@ -35,7 +35,9 @@ from .loss_optimizer import LossOptimizer
 from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
 from .mixed_loss import MixedLoss
 from .parts import plain_name
+from .restoring import fitting_state, group_values, restore_by_name, restore_rates, restore_schedule
 from .resuming import ResumingTrainer
+from .run_settings import OPTIMIZER, SCHEDULE
 from .speedups import compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
@@ -264,9 +266,13 @@ class ViPolyQwenTrainer(ResumingTrainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+            names: dict[tuple[float, bool], list[str]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups[self._learning_rate_of(plain_name(name)), name in decayed].append(parameter)
+                    key = (self._learning_rate_of(plain_name(name)), name in decayed)
+                    groups[key].append(parameter)
+                    names[key].append(plain_name(name))
+            self.group_names = list(names.values())
             self.optimizer = optimizer_class(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
@@ -355,20 +361,38 @@ class ViPolyQwenTrainer(ResumingTrainer):
             save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir) / LOSS_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also loads the state of the loss and of the monitor."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            path = Path(checkpoint) / LOSS_STATE
-            if not path.is_file():  # a complete checkpoint of `save_only_model`
-                raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
-            parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "optimizer": {}, "start": {}, "discard": {}}
-            for name, value in load_file(path).items():
-                part, _, rest = name.partition(".")
-                parts[part][rest] = value
-            self.mixed_loss.load_state_dict(parts["loss"])
-            self.loss_optimizer.load_state_dict(parts["optimizer"])
-            self.monitor.start = parts["start"]
-            self.discard.count = int(parts["discard"]["count"])
+        """Also applies changed settings, and loads the state of the loss and of the monitor."""
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / LOSS_STATE
+        if not path.is_file():  # a complete checkpoint of `save_only_model`
+            raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
+        if not self.changed & (OPTIMIZER | SCHEDULE) or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif self.is_fsdp_enabled:
+            fresh = group_values(self.optimizer)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            restore_rates(self.optimizer, fresh)
+            restore_schedule(self.lr_scheduler, Path(checkpoint), 1.0)
+        else:
+            fits = not self.changed & {"optim", "optim_args", "optim_target_modules"}
+            groups = (self.saved_groups, self.group_names)
+            restore_by_name(self.optimizer, self.lr_scheduler, Path(checkpoint), *groups, with_state=fits)
+        self._load_loss(path)
+
+    def _load_loss(self, path: Path) -> None:
+        """Loads the state of the loss, except where changed settings let it start anew."""
+        parts: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "optimizer": {}, "start": {}, "discard": {}}
+        for name, value in load_file(path).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        state = fitting_state("state", self.mixed_loss, parts["loss"], self.changed, path)
+        kept = {name for name, value in state.items() if parts["loss"].get(name) is value}
+        moments = {name: value for name, value in parts["optimizer"].items() if name.rpartition(".")[0] in kept}
+        self.mixed_loss.load_state_dict(state)
+        self.loss_optimizer.load_state_dict(moments)
+        self.monitor.start = parts["start"]
+        self.discard.count = int(parts["discard"]["count"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Saves checkpoints as full repositories or adapters, and the final model always as a full repository."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vipolyqwen.training.checkpoints import MANIFEST, UNFINISHED, publish_checkpoint
 from vipolyqwen.training.resuming import SAMPLER_STATE
+from vipolyqwen.training.run_settings import SETTINGS_FILE
 from vipolyqwen.training.trainer import LOSS_STATE
 
 RUN = [*PLAIN, "--learnable_temperature", "true", "--task_weighting", "uncertainty", "--loss_learning_rate", "0.1"]
@@ -54,16 +55,18 @@ def as_earlier(checkpoint: Path, folder: Path, position: dict) -> Path:
     (written / SAMPLER_STATE).write_text(json.dumps(position), encoding="utf-8")
     (written / "audio_vipolyqwen.py").unlink()  # was part of modeling_vipolyqwen.py
     (written / "training_args.bin").write_bytes(ARGUMENTS)
+    (written / SETTINGS_FILE).unlink()
     (written / MANIFEST).unlink()
     publish_checkpoint(written, folder / checkpoint.name)
     return folder / checkpoint.name
 
 
 def test_a_checkpoint_of_the_flat_layout_resumes_to_the_same_weights(
-    world: Path, straight: Path, tmp_path: Path
+    world: Path, straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", POSITION)
     train_run(world, tmp_path / "resumed", *RUN, "--resume_from_checkpoint", str(checkpoint))
+    assert "earlier version" in caplog.text and "cannot be compared" in caplog.text
     assert same_weights(straight, tmp_path / "resumed")
     before, after = (load_file(folder / "checkpoint-4" / LOSS_STATE) for folder in (straight, tmp_path / "resumed"))
     assert before.keys() == after.keys() == LOSS_NAMES
@@ -75,6 +78,15 @@ def test_a_checkpoint_without_its_launch_is_refused_in_words(world: Path, straig
     checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", position)
     with pytest.raises(ValueError, match=r"checkpoint-2 was written by an earlier version .*`--model CHECKPOINT`"):
         train_run(world, tmp_path / "resumed", *RUN, "--resume_from_checkpoint", str(checkpoint))
+
+
+def test_another_loss_than_that_of_an_earlier_checkpoint_is_refused_in_words(
+    world: Path, straight: Path, tmp_path: Path
+) -> None:
+    checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", POSITION)
+    flags = [*RUN, "--task_weighting", "none", "--resume_from_checkpoint", str(checkpoint)]
+    with pytest.raises(ValueError, match=r"loss_state.* holds the state of another loss .*log_variances.*`distil`"):
+        train_run(world, tmp_path / "resumed", *flags)
 
 
 def test_no_pickle_of_a_checkpoint_names_a_module_of_the_package(straight: Path) -> None:
