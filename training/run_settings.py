@@ -48,12 +48,12 @@ APPLIED |= {"fsdp_config", "parallelism_config", "accelerator_config", "auto_fin
 APPLIED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"}
 APPLIED |= {"activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 APPLIED |= {"use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps", "use_cache"}
-APPLIED |= {"average_tokens_across_devices"}
+APPLIED |= {"average_tokens_across_devices", "seed"}  # the order of the rows is that of `data_seed`
 
 # Shapes of the model and what its weights came from: another one is another run.
 FIXED = {"model", "prefixes", "lora_rank", "lora_alpha", "lora_targets", "use_dora", "load_in_4bit", *CHOICES}
 # The position of a run in its data depends on these; `ignore_data_skip` gives it up.
-ORDER = {"train_data", "seed", "data_seed", "batching", "mixture_temperature"}
+ORDER = {"train_data", "data_seed", "batching", "mixture_temperature"}
 # Decide the groups of the optimizer and its state.
 GROUPING = {"freeze", "optim", "optim_args", "optim_target_modules"}
 GROUPING |= {"vision_learning_rate", "audio_learning_rate", "head_learning_rate"}
@@ -89,6 +89,7 @@ def describe_settings(
     pixels = processor.image_processor.size
     settings |= {
         "processes": args.world_size,
+        "data_seed": args.seed if args.data_seed is None else args.data_seed,
         "max_length": processor.tokenizer.model_max_length,
         "min_pixels": pixels["shortest_edge"],
         "max_pixels": pixels["longest_edge"],
