@@ -10,7 +10,6 @@ import numpy as np
 
 from .schema import Content, Row
 
-
 KEYS = ("row_key", "a_key", "b_key", "group_key")  # columns of the stored rows, see `row_keys`
 
 
@@ -48,7 +47,7 @@ def _medium(medium: str | bytes, root: str) -> bytes:
     if isinstance(medium, bytes):
         return medium
     below = os.path.join(root, "")
-    return medium.removeprefix(below).encode()
+    return medium.removeprefix(below).encode("utf-8", "surrogatepass")
 
 
 def _audio(audio: Any, root: str) -> list[bytes]:

@@ -35,6 +35,7 @@ FREE |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "save_strategy",
 FREE |= {"save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"}
 FREE |= {"hub_strategy", "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint"}
 FREE |= {"remove_unused_columns", "label_names", "length_column_name", "ignore_data_skip", "check_media"}
+FREE |= {"on_bad_row", "max_bad_rows"}  # rows count by content
 FREE |= {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"}
 FREE |= {"dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters"}
 FREE |= {"ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "deepspeed"}
