@@ -22,11 +22,11 @@ from demo_runs import write_base
 from result_files import claim, write_result
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.data.sides import embed
 from vipolyqwen.demo.report import scene_sides
 from vipolyqwen.demo.world import read_rows, write_corpus
 from vipolyqwen.demo_vipolyqwen import TEXT_ONLY, TEXT_WEIGHTS, WARM_UP
 from vipolyqwen.evaluation.metrics import six_directions
-from vipolyqwen.evaluation.search import embed
 
 ROOT = Path(__file__).parent.parent
 TASK = "image_audio"

@@ -2,11 +2,13 @@
 
     inspect RECIPE [--page FILE.html]     what the pairs are, and the faults in them
     prepare RECIPE --out DIR              checked rows with their media, decoded and scaled, as Parquet shards
+    mine RECIPE --model M --out DIR       hard negatives: wrong answers that the model M finds close
 
 RECIPE is a YAML file with `train_data`, `eval_data` and `tasks`, or a file of pairs. `COMMAND --help` lists options.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ from .faults import find_faults
 from .folder_lock import lock_folder
 from .inspection import inspect_recipe
 from .inspection_report import terminal_report, write_page
+from .mining_options import MiningOptions
 from .prepare import PrepareOptions, prepare
 from .recipes import DataRecipe, read_data_recipe
 
@@ -39,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_inspect(commands.add_parser("inspect", help="table and page of the pairs, and the faults in them"))
     _add_prepare(commands.add_parser("prepare", help="checked rows with their media, as Parquet shards"))
+    _add_mine(commands.add_parser("mine", help="fills `negatives` with wrong answers that a model finds close"))
     return parser
 
 
@@ -94,6 +98,30 @@ def _prepare(recipe: DataRecipe, options: argparse.Namespace) -> int:
         print(f"{source['folder']}: {rows} rows ({copies} repeat another), {dropped} dropped, of {source['path']}")
         for cause, found in source["causes"].items():
             print(f"    {found['rows']:,}  {cause}\n           {found['example']}")
+    print(f"Train with: python train_vipolyqwen.py {options.out / 'recipe.yaml'}")
+    return 0
+
+
+def _add_mine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe, or file of pairs")
+    parser.add_argument("--model", required=True, help="sentence-transformers model: a folder or the id of one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished run is continued")
+    parser.add_argument("--batch_size", type=int, default=32, help="inputs that pass the model together (default: 32)")
+    for field in dataclasses.fields(MiningOptions):
+        text = f"see data/mining.py (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
+    parser.set_defaults(run=_mine)
+
+
+def _mine(recipe: DataRecipe, options: argparse.Namespace) -> int:
+    from .mining import mine
+    from .sides import encoder_of
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(MiningOptions)}
+    encode, state = encoder_of(options.model, options.batch_size)
+    with lock_folder(options.out, "mine"):
+        counts = mine(recipe, options.out, state, encode, MiningOptions(**given), _bar)
+    print(f"{counts['mined']:,} of {counts['rows']:,} rows have {counts['negatives']:,} mined negatives.")
     print(f"Train with: python train_vipolyqwen.py {options.out / 'recipe.yaml'}")
     return 0
 

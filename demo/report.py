@@ -18,11 +18,12 @@ from markupsafe import Markup
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from ..data.sides import Side, embed, prompt_name
 from ..evaluation.charts import Points, line_chart
 from ..evaluation.figures import STYLE, show, views
 from ..evaluation.metrics import pair_retrieval, six_directions
 from ..evaluation.pooling_weights import inspect_pooling
-from ..evaluation.search import Side, embed, prompt_name, read_pairs, read_sides
+from ..evaluation.search import read_pairs, read_sides
 from .world import read_rows
 
 STAGES = ("text", "warmup", "run")  # folders of the training stages, in order

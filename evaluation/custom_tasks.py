@@ -27,8 +27,8 @@ from mteb.types import PromptType
 
 from ..data.readers import SourceConfig
 from ..data.schema import Row, Task
+from ..data.sides import MIN_AUDIO_SAMPLES, Side, SidePrompt
 from ..data.sources import load_pairs
-from .search import MIN_AUDIO_SAMPLES, Side, SidePrompt
 
 MODALITIES = ("text", "image", "audio")
 CUTOFFS = (1, 5, 10)

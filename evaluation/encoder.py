@@ -20,9 +20,9 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from ..data.collator import message_parts
+from ..data.sides import PLAIN_TEXT, SidePrompt, prefix_sides, takes_plain_text
 from ..waveforms_vipolyqwen import load_audio, resample
 from .memory import CLEAR_REFS, peak_host, reset_peaks
-from .search import PLAIN_TEXT, SidePrompt, prefix_sides, takes_plain_text
 
 MODALITIES = ("image", "audio", "text", "video")  # order within an input: an image precedes its question
 AUDIO_RATE = 16_000  # Hz, as in mteb; sentence-transformers requires one rate per batch

@@ -16,11 +16,12 @@ import torch
 from markupsafe import Markup
 from sentence_transformers import SentenceTransformer
 
+from ..data.sides import Side, embed
 from ..media_vipolyqwen import check_is_text
 from .figures import STYLE, show, views
 from .metrics import query_ranks
 from .pooling_weights import PoolingWeights, inspect_pooling
-from .search import Search, Side, embed, read_pairs, read_sides, searches
+from .search import Search, read_pairs, read_sides, searches
 from .templates import ENVIRONMENT
 
 AUDIO_ENDINGS = (".mp3", ".wav", ".ogg", ".flac", ".aac")

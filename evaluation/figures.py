@@ -7,10 +7,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from ..data.sides import Side
 from ..data.templates import audio_player, image_uri
 from ..images_vipolyqwen import load_image
 from .pooling_weights import FrameWeights, PoolingWeights, TokenSpan
-from .search import Side
 from .templates import ENVIRONMENT
 
 HEAT = (232, 89, 12)

@@ -10,7 +10,7 @@ import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..audio_vipolyqwen import receptive_field
-from .search import Side
+from ..data.sides import Side
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE's symbol -> byte
 

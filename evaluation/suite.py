@@ -24,8 +24,8 @@ from mteb.types import PromptType
 
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import Task, declare_tasks
+from ..data.sides import SidePrompt
 from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
-from .search import SidePrompt
 
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"  # package data, beside the rooms in both kinds of install
 TASKS = {task.metadata.name for task in TASK_LIST}

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.atomic import UNFINISHED, flush_file, flush_folder
+from ..data.nearest import new_index
 from ..data.precision import pack, unpack
 from .shards import AnotherModelError, count_rows, read_manifest, read_shards, shard_key, shard_names
 
@@ -33,7 +34,6 @@ except ModuleNotFoundError as error:
 
 KINDS = ("flat", "hnsw", "binary")
 INDEX, SETTINGS, FAISS_FILE, IDS_FILE, RESCORE_FILE = "index", "index.json", "vectors.faiss", "ids.parquet", "int8.npy"
-LINKS = 32  # of a node of HNSW
 CANDIDATES = 10  # times k, that are scored again or visited
 
 
@@ -161,9 +161,7 @@ def _write_vectors(folder: Path, written: Path, settings: dict[str, Any]) -> Non
 def _new_index(kind: str, width: int) -> Any:
     if kind == "binary":
         return faiss.IndexBinaryFlat(width)
-    if kind == "hnsw":
-        return faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
-    return faiss.IndexFlatIP(width)
+    return new_index(kind, width)
 
 
 def read_index(folder: str | Path, fingerprint: str | None = None) -> VectorIndex:

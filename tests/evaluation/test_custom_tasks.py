@@ -21,6 +21,7 @@ from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
 from vipolyqwen.data.schema import declare_tasks  # noqa: E402
+from vipolyqwen.data.sides import SidePrompt  # noqa: E402
 from vipolyqwen.evaluation.custom_tasks import custom_tasks  # noqa: E402
 from vipolyqwen.evaluation.encoder import (  # noqa: E402
     MeasuredEncoder,
@@ -29,7 +30,6 @@ from vipolyqwen.evaluation.encoder import (  # noqa: E402
     prompt_keys,
 )
 from vipolyqwen.evaluation.loading import load_encoder  # noqa: E402
-from vipolyqwen.evaluation.search import SidePrompt  # noqa: E402
 
 TASKS = declare_tasks()
 

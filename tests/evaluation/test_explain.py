@@ -15,13 +15,14 @@ from helpers import random_audio, random_image, save_tiny_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.data.sides import Side
 from vipolyqwen.data.templates import image_uri
 from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.evaluation.explain import explain, read_input, worst
 from vipolyqwen.evaluation.figures import heat_map, shaded_tokens, views
 from vipolyqwen.evaluation.metrics import query_ranks
 from vipolyqwen.evaluation.pooling_weights import PoolingWeights, TokenSpan, inspect_pooling
-from vipolyqwen.evaluation.search import Side, read_pairs, searches
+from vipolyqwen.evaluation.search import read_pairs, searches
 
 SCRIPT = "<script>alert('ở')</script> & <image>"
 

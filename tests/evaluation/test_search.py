@@ -7,8 +7,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.data.sides import embed
 from vipolyqwen.evaluation.explain import Neighbours
-from vipolyqwen.evaluation.search import embed, read_pairs, searches
+from vipolyqwen.evaluation.search import read_pairs, searches
 
 
 @pytest.fixture

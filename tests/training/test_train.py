@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer
 
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import Task, declare_tasks
+from vipolyqwen.data.sides import prefix_sides
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.evaluation.search import prefix_sides, searches
+from vipolyqwen.evaluation.search import searches
 from vipolyqwen.training.arguments import read_arguments, read_recipe
 from vipolyqwen.training.build import build_loss, build_tasks
 from vipolyqwen.training.microbatches import take_rows
