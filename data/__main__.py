@@ -107,9 +107,13 @@ def _add_mine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="sentence-transformers model: a folder or the id of one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished run is continued")
     parser.add_argument("--batch_size", type=int, default=32, help="inputs that pass the model together (default: 32)")
-    for field in dataclasses.fields(MiningOptions):
-        text = f"see data/mining.py (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
+    parser.add_argument("--count", type=int, default=5, help="negatives of a row at most (default: 5)")
+    parser.add_argument("--skip", type=int, default=0, help="nearest candidates to leave out (default: 0)")
+    parser.add_argument("--within", type=int, default=100, help="last rank that is considered (default: 100)")
+    parser.add_argument("--margin", type=float, default=0.05, help="cosine below the right answer (default: 0.05)")
+    parser.add_argument("--same", type=float, default=0.95, help="cosine to side b of its equals (default: 0.95)")
+    parser.add_argument("--min_score", type=float, default=0.5, help="of rows that get negatives (default: 0.5)")
+    parser.add_argument("--unit_rows", type=int, default=1024, help="rows of a shard at most (default: 1024)")
     parser.set_defaults(run=_mine)
 
 
