@@ -1,5 +1,6 @@
 """Tools for the data of a recipe: python -m vipolyqwen.data COMMAND RECIPE.
 
+    check RECIPE [--reachable]            the mixture: sources, shares, licences; which can be reached
     inspect RECIPE [--page FILE.html]     what the pairs are, and the faults in them
     prepare RECIPE --out DIR              checked rows with their media, decoded and scaled, as Parquet shards
     mine RECIPE --model M --out DIR       hard negatives: wrong answers that the model M finds close
@@ -23,6 +24,7 @@ from .inspection import inspect_recipe
 from .inspection_report import terminal_report, write_page
 from .mining_options import MiningOptions
 from .prepare import PrepareOptions, prepare
+from .reachable import OK, first_of_hub, shapes_of, table_of
 from .recipes import DataRecipe, read_data_recipe
 
 
@@ -40,10 +42,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_check(commands.add_parser("check", help="sources of the mixture, shares, licences; which can be reached"))
     _add_inspect(commands.add_parser("inspect", help="table and page of the pairs, and the faults in them"))
     _add_prepare(commands.add_parser("prepare", help="checked rows with their media, as Parquet shards"))
     _add_mine(commands.add_parser("mine", help="fills `negatives` with wrong answers that a model finds close"))
     return parser
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe")
+    parser.add_argument(
+        "--reachable", action="store_true", help="read the first row of each source, also from the Hub"
+    )
+    parser.set_defaults(run=_check)
+
+
+def _check(recipe: DataRecipe, options: argparse.Namespace) -> int:
+    shapes = shapes_of(recipe, first_of_hub if options.reachable else None)
+    print(table_of(shapes))
+    return int(any(shape.state == "on" and shape.reached not in ("", OK) for shape in shapes))
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

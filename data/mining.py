@@ -24,7 +24,7 @@ from .mining_options import MiningOptions
 from .nearest import index_of, search
 from .pair_units import PairRow, pair_units
 from .prepare import KEPT_KEYS, KEY
-from .recipes import SPLITS, DataRecipe
+from .recipes import SPLITS, DataRecipe, enabled_entries
 from .schema import Content
 from .sides import Side, side_of
 from .units import Unit, digest
@@ -270,7 +270,7 @@ def _delete_former(out: Path, names: set[str]) -> None:
 
 def _write_recipe(out: Path, recipe: DataRecipe) -> None:
     """Writes the recipe with the mined pairs as its training data."""
-    entries = recipe.settings[SPLITS["train"]]
+    entries = enabled_entries(recipe.settings, "train")
     sources = [
         {"path": str(out / f"train/{number:03d}"), "media_root": ROOT}
         | {key: entry[key] for key in KEPT_KEYS if key in entry}

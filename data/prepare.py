@@ -26,7 +26,7 @@ from .atomic import UNFINISHED, write_atomically
 from .media_facts import content_hash
 from .pair_units import PairRow, pair_units
 from .prepared_media import prepare_audio, prepare_image
-from .recipes import SPLITS, DataRecipe, read_data_recipe
+from .recipes import SPLITS, DataRecipe, enabled_entries, read_data_recipe
 from .schema import ENCODER_RATE, Content, Place, Row, RowError
 from .units import BadRow, Unit, digest
 
@@ -35,7 +35,14 @@ CODE = hashlib.blake2b(
     digest_size=8,
 ).hexdigest()
 KEY = b"vipolyqwen.unit"  # of a shard's metadata: unit and settings
-KEPT_KEYS = ("weight", "image_placeholder", "max_visits", "augment")  # of a source, beside where and what its rows are
+KEPT_KEYS = (
+    "weight",
+    "max_visits",
+    "image_placeholder",
+    "augment",
+    "language",
+    "licence",
+)  # of a source, beside its rows
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 SHARES = 4  # for each process, so that a slow one is left with little at the end
 DROPPED, REPORT = "dropped", "report.json"
@@ -318,6 +325,6 @@ def _new_recipe(out: Path, recipe: DataRecipe) -> dict[str, Any]:
         if recipe.sources[split]:
             changed[key] = [
                 {"path": str(out / split / f"{number:03d}")} | {key: entry[key] for key in KEPT_KEYS if key in entry}
-                for number, entry in enumerate(recipe.settings[key])
+                for number, entry in enumerate(enabled_entries(recipe.settings, split))
             ]
     return changed

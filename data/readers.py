@@ -98,8 +98,7 @@ class RecordReader:
         row = clean_row(values, place, self.root)
         task = self.source.task or row.task
         row.task = canonical_task(self.source.map.get(task, task))
-        if row.score is not None:
-            row.score = self.source.scale(row.score, place)
+        row.score = self.source.default_score if row.score is None else self.source.scale(row.score, place)
         return row
 
 

@@ -13,8 +13,8 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "bing", "answer"), ASSISTANT),
     "system": SYSTEM,
 }
-ALL, FIRST, LAST, RANDOM = "all", "first", "last", "random"
-PICKS = (ALL, FIRST, RANDOM)  # of a column with a list: a pair for each entry, or one entry
+ALL, FIRST, LAST, RANDOM, JOIN = "all", "first", "last", "random", "join"
+PICKS = (ALL, FIRST, RANDOM, JOIN)  # of a column with a list: a pair for each entry, one entry, or all as one text
 TURNS = (ALL, FIRST, LAST)  # answers of a conversation that become pairs
 NEXT = object()  # a message part that stands for the next image of the record
 MEDIA_KEYS = ("image", "image_url", "audio", "audio_url", "input_audio", "url", "path", "bytes")
@@ -70,6 +70,8 @@ def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[dict[st
         if pick == RANDOM and len(entries) > 1:
             digest = hashlib.blake2b(repr((column, values)).encode("utf-8", "replace"), digest_size=8).digest()
             entries = [entries[int.from_bytes(digest) % len(entries)]]
+        if pick == JOIN and all(isinstance(each, str) for each in entries):
+            entries = ["\n".join(entries)]
         choices.append((entries if pick == ALL else entries[:1]) or [None])
     return [{**values, **dict(zip(picks, chosen, strict=True))} for chosen in itertools.product(*choices)]
 

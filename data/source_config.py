@@ -31,12 +31,19 @@ class SourceConfig:
             for side a's; null: none). Rows of one group are not negatives of each other; negatives are wrong answers;
             teacher_a and teacher_b are a teacher's vectors of the sides, for distillation. `answers.text` is a column
             inside another; a list of names or a pattern such as `negative_*` joins several columns.
-        lists: column -> all (a pair for each entry of a list), first or random (one entry, which depends on the row).
+        lists: column -> all (a pair for each entry of a list), first or random (one entry, which depends on the row),
+            or join (the entries as one text, a line each).
         conversation: the column with turns, or `{column, pairs: all | first | last, system: false}`; each answer
             becomes a pair with the dialogue before it.
         media_root: folder of relative media paths (default: the folder of the file that names them).
         outside_media_root: whether absolute paths, `..` and symbolic links may leave that folder.
         weight: visits of each row in an epoch.
+        max_visits: most visits of all rows together in an epoch (default: no limit).
+        enabled: whether training reads the source; `false` keeps its entry in the recipe.
+        default_score: score, from 0 to 1, of the rows that have none, such as 1 for translations.
+        language: of the rows, shown by `python -m vipolyqwen.data check`; likewise
+        licence: of the rows, and
+        gated: whether the Hub asks for consent before the first download.
         split: split of a Hub dataset or a folder.
         name: configuration of a Hub dataset, or a folder inside the path.
         revision: branch, tag or commit of a Hub dataset.
@@ -57,6 +64,12 @@ class SourceConfig:
     media_root: str | None = None
     outside_media_root: bool = False
     weight: float = 1.0
+    max_visits: int | None = None
+    enabled: bool = True
+    default_score: float | None = None
+    language: str | None = None
+    licence: str | None = None
+    gated: bool = False
     split: str = "train"
     name: str | None = None
     revision: str | None = None
@@ -81,9 +94,12 @@ class SourceConfig:
         self._check_columns()
         object.__setattr__(self, "conversation", _conversation(self.conversation, self.path))
         self._check_reading()
-        is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
-        if not is_number or not 0 < self.weight < math.inf:
+        if not _is_number(self.weight) or not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: the weight is {self.weight!r}; it must be above 0 (or drop the source).")
+        if self.max_visits is not None and (type(self.max_visits) is not int or self.max_visits < 1):
+            raise ValueError(f"{self.path}: max_visits is {self.max_visits!r}; write a whole number of at least 1.")
+        if self.default_score is not None and not (_is_number(self.default_score) and 0 <= self.default_score <= 1):
+            raise ValueError(f"{self.path}: default_score is {self.default_score!r}; write a number in [0, 1].")
         if not _is_range(self.score_range):
             raise ValueError(
                 f"{self.path}: score_range is {self.score_range!r}; write [LOWEST, HIGHEST], such as [0, 5]."
@@ -115,7 +131,7 @@ class SourceConfig:
         return (score - low) / (high - low)
 
     def _check_reading(self) -> None:
-        for name in ("outside_media_root", "quotes"):
+        for name in ("outside_media_root", "quotes", "enabled", "gated"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}; write true or false.")
         if self.delimiter is not None and (not isinstance(self.delimiter, str) or len(self.delimiter) != 1):
@@ -197,6 +213,8 @@ class SourceConfig:
     ) -> set[str]:
         """Returns the columns of the schema that the tasks of the source need."""
         required = {"task"} if self.task is None else set(tasks[canonical_task(self.task)].needed())
+        if self.default_score is not None:
+            required.discard("score")
         for side in ("a", "b"):
             media = [each for name in ("images", "audio") for each in _several(names.get(f"{name}_{side}", ()))]
             if not any(_exists(each, existing) for each in media):
@@ -249,6 +267,10 @@ def _conversation(given: Any, path: str) -> ConversationShape | None:
             f"{path}: conversation is {given!r}; `pairs` is one of {', '.join(TURNS)}, `system` true or false."
         )
     return shape
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_range(value: Any) -> bool:

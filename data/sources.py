@@ -101,6 +101,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.piece_sources = [index for index, of_source in enumerate(pieces) for _ in of_source]
         self.source_lengths = [sum(len(piece.table) for piece in of_source) for of_source in pieces]
         self.source_weights = [float(source.weight) for source in sources]
+        self.source_caps = [source.max_visits for source in sources]
         self.ends = np.cumsum([len(piece.table) for piece in self.pieces]).tolist()
         self.task_ids = np.concatenate([piece.task_ids for piece in self.pieces])  # (rows,) int16
         self.modalities = np.concatenate([piece.modalities for piece in self.pieces])  # (rows,) int8, see `Piece`
@@ -281,7 +282,9 @@ def load_pairs(
     checker = Checker(dict(tasks), min_audio_samples, check_media, max_audio_seconds, room, on_bad_row)
     if not configs:
         raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
-    sources = [SourceConfig.from_dict(config) for config in configs]
+    sources = [source for source in map(SourceConfig.from_dict, configs) if source.enabled]
+    if not sources:
+        raise ValueError("Every data source has `enabled: false`; enable at least one.")
     pieces: list[list[Piece]] = []
     bad: list[BadRow] = []
     for source in sources:

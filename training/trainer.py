@@ -255,6 +255,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             dataset.source_weights,
             seed,
             self.args.mixture_temperature,
+            dataset.source_caps,
             batching=self.args.batching,
             batch_rows=self._train_batch_size * self.args.world_size,
         )
