@@ -175,7 +175,8 @@ def _opened(key: str, rows: Callable[[], Iterator[dict[str, Any]]], file: str) -
 
 def _write(path: Path, rows: Callable[[], Iterator[dict[str, Any]]], file: str) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        progress = datasets.utils.tqdm(rows(), desc=f"Checking {file}", unit=" rows")
+        # `iter` once: a second iterator of tqdm would begin with a closed generator, and the file would end there
+        progress = iter(datasets.utils.tqdm(rows(), desc=f"Checking {file}", unit=" rows"))
         while batch := list(islice(progress, BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
 
