@@ -1,6 +1,6 @@
 """Publishes a trained model as a repository: weights, code, processor, sentence-transformers files, card.
 
-    python publish_vipolyqwen.py CHECKPOINT (--repo_id ORG/NAME | --out DIR)
+    python publish_vipolyqwen.py CHECKPOINT (--repo_id ORG/NAME | --out DIR) [--space DIR]
 
 CHECKPOINT is the output folder of a run, or of a PEFT adapter. The model is loaded and saved again, so that optimizer
 states and the like stay behind. A checkpoint that is incomplete or that a fresh process cannot use is refused.
@@ -28,6 +28,7 @@ from vipolyqwen.publishing.repository import (
     save_repository,
     write_json,
 )
+from vipolyqwen.publishing.space import write_space
 
 ROOT = Path(__file__).parent
 READER_PACKAGES = ("torch", "transformers", "sentence-transformers", "soundfile", "scipy", "pillow", "numpy")
@@ -56,14 +57,18 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--adapter", metavar="BASE", help="publish a PEFT adapter as it is, for BASE on the Hub; default: merge it"
     )
+    parser.add_argument(
+        "--space", type=Path, metavar="DIR", help="also write the folder of a Space with a page to try it"
+    )
     return parser.parse_args(argv)
 
 
 def publish(options: argparse.Namespace) -> None:
     """Builds in a temporary folder, which is moved or uploaded only after all checks have passed."""
     out = options.out
-    if out is not None and out.exists():
-        raise PublishError(f"{out} exists; remove it, or name another folder.")
+    for folder in (out, options.space):
+        if folder is not None and folder.exists():
+            raise PublishError(f"{folder} exists; remove it, or name another folder.")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vipolyqwen_", dir=out and out.parent) as scratch:
@@ -77,9 +82,15 @@ def publish(options: argparse.Namespace) -> None:
         if out is not None:
             folder.rename(out)
             print(f"The repository: {out}")
+            if options.space is not None:
+                write_space(options.space, out.name, repository=out)
         else:
             done = upload(folder, options.repo_id, PUBLISHED, options.tag, options.private)
             print(f"{done.repo_id}, revision {done.tag} (commit {done.commit})")
+            if options.space is not None:
+                write_space(options.space, done.repo_id, done.tag)
+    if options.space is not None:
+        print(f"The Space: {options.space}; upload it with `hf upload ORG/NAME {options.space} --repo-type space`")
 
 
 def build_repository(

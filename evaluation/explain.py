@@ -79,10 +79,15 @@ def _read_json(given: str) -> Input:
     for path in (*images, *([values["audio"]] if "audio" in values else [])):
         if not os.path.isfile(path):
             raise ValueError(f"{given!r}: no file {path!r} found; correct the path.")
-    text, placeholder = values.get("text", ""), "<image>"
-    while placeholder in text:  # text is literal: it places no image
+    return Input(literal_side(values.get("text", ""), images, values.get("audio")), values.get("task"))
+
+
+def literal_side(text: str, images: tuple[str, ...] = (), audio: str | None = None) -> Side:
+    """Returns a side whose text places no image, whatever it says: images come first."""
+    placeholder = "<image>"
+    while placeholder in text:
         placeholder = f"<{placeholder}>"
-    return Input(Side(text, images, values.get("audio"), placeholder), values.get("task"))
+    return Side(text, images, audio, placeholder)
 
 
 def explain(
