@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from vipolyqwen import __version__
-from vipolyqwen.demo.space import CSS, Page, SearchedCorpus, build_page, embed_items, read_rows
 from vipolyqwen.serving.loading import load_model
 
 HERE = Path(__file__).parent
@@ -23,6 +22,12 @@ CORPORA = (HERE / "corpus.jsonl", DEMO / "corpus/trimodal.jsonl")
 def main(argv: list[str] | None = None) -> None:
     """Loads the model, embeds the corpus and serves the page."""
     options = read_options(argv)
+    try:
+        from vipolyqwen.demo.space import CSS, Page, SearchedCorpus, build_page, embed_items, read_rows
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The page needs {error.name}; install it with: pip install -e '.[demo-app]'", name=error.name
+        ) from error
     model = load_model(
         options.model, options.device, revision=options.revision, trust_remote_code=options.trust_remote_code
     )

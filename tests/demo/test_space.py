@@ -151,8 +151,15 @@ def test_a_space_holds_the_app_and_all_that_it_imports(folder: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_app_of_a_space_runs_the_code_beside_it(tmp_path: Path) -> None:
     write_space(tmp_path / "space", "you/viPolyQwen-mine", "v2")
-    program = "import runpy, sys; sys.path.insert(0, '.'); app = runpy.run_path('app.py'); import vipolyqwen as v"
+    program = (
+        "import runpy, sys; sys.path.insert(0, '.'); app = runpy.run_path('app.py'); import vipolyqwen.demo.space as v"
+    )
     program += "; o = app['read_options']([]); print(v.__file__, o.model, o.revision, o.trust_remote_code)"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "space", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "space/vipolyqwen/__init__.py"), "you/viPolyQwen-mine", "v2", "True"]
+    assert done.stdout.split() == [
+        str(tmp_path / "space/vipolyqwen/demo/space.py"),
+        "you/viPolyQwen-mine",
+        "v2",
+        "True",
+    ]
