@@ -12,16 +12,15 @@ rows that cannot be embedded. Each rank of a launch takes its share of the units
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.data.names import rename_old_keys
 from vipolyqwen.data.precision import PRECISIONS
 from vipolyqwen.data.schema import OLD_COLUMNS
+from vipolyqwen.data.yaml_files import read_yaml
 from vipolyqwen.serving.corpus_run import CorpusOptions, Summary, embed_corpus
 from vipolyqwen.serving.loading import load_model
 
@@ -69,7 +68,7 @@ def read_source_keys(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the keys of the source: those of INPUT if it is a YAML file, and the options."""
     source: dict[str, Any] = {"path": options.input}
     if Path(options.input).suffix in (".yaml", ".yml"):
-        source = yaml.safe_load(Path(options.input).read_text(encoding="utf-8"))
+        source = read_yaml(Path(options.input))
         if not isinstance(source, dict):
             raise ValueError(f"{options.input} holds {source!r:.80}; write the keys of one source: `path: …`.")
     columns = {name.format(options.side): getattr(options, option) for name, option in COLUMNS.items()}
@@ -137,7 +136,4 @@ def device_of_rank(local_rank: int) -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.data.precision import PRECISIONS
 from vipolyqwen.evaluation.dimensions import measure_dimensions, write_dimensions
 from vipolyqwen.evaluation.explain import explain, read_input
@@ -137,7 +138,4 @@ def load(options: argparse.Namespace) -> SentenceTransformer:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

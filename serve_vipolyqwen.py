@@ -9,10 +9,10 @@ published vectors, `/ready` says whether it is loaded. Every answer carries the 
 
 import argparse
 import socket
-import sys
 from pathlib import Path
 
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.serving.limits import Load
 from vipolyqwen.serving.loading import fingerprint_of
 from vipolyqwen.serving.requests import Bounds
@@ -144,7 +144,4 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.training.arguments import Arguments, read_arguments, read_paths
 from vipolyqwen.training.build import (
     build_collator,
@@ -23,7 +24,7 @@ from vipolyqwen.training.build import (
 )
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
-from vipolyqwen.training.output_folder import occupy
+from vipolyqwen.training.output_folder import describe_result, occupy
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.run_settings import describe_settings
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
@@ -32,7 +33,13 @@ from vipolyqwen.training.trainer import ViPolyQwenTrainer
 def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains, evaluates and saves a repository to `output_dir`."""
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
-    with occupy(arguments[-1], read_paths(arguments)):
+    _, data_args, _, args = arguments
+    if data_args.train_data is None and data_args.eval_data is None:
+        raise ValueError(
+            "`train_data` and `eval_data` are both missing, so nothing would be trained or evaluated. Name pairs in a "
+            "recipe: `train_data: [{path: pairs.jsonl}]` (docs/training.md)."
+        )
+    with occupy(args, read_paths(arguments)):
         run(arguments)
 
 
@@ -70,6 +77,8 @@ def run(arguments: Arguments) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
+        if trainer.is_world_process_zero():
+            print(describe_result(args, trainer.state), flush=True)
     if eval_pairs is not None and (train_pairs is None or args.eval_strategy == "no"):
         trainer.save_metrics("eval", trainer.evaluate())
 
@@ -81,6 +90,11 @@ def end_processes() -> None:
     PartialState().destroy_process_group()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command and ends all ranks together."""
     main()
     end_processes()
+
+
+if __name__ == "__main__":
+    run_command(command)

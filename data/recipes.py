@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .names import rename_old_keys
 from .readers import SourceConfig
 from .schema import SIDES_OF_TASKS, Task, declare_tasks, with_ready_tasks
+from .yaml_files import read_yaml
 
 SPLITS = {"train": "train_data", "eval": "eval_data"}
 
@@ -40,10 +39,7 @@ def read_data_recipe(path: Path) -> DataRecipe:
     """
     settings: Mapping[str, Any] = {"train_data": [{"path": str(path)}]}
     if path.suffix in (".yaml", ".yml"):
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        settings = read_yaml(path)
         if not isinstance(settings, Mapping):
             raise ValueError(f"{path} holds {type(settings).__name__}; a recipe is a mapping of `key: value` lines.")
         settings = rename_old_keys(settings, str(path))

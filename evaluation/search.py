@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sentence_transformers import SentenceTransformer
 
 from ..data.names import rename_old_keys
 from ..data.schema import Row, declare_tasks
 from ..data.sides import MIN_AUDIO_SAMPLES, Side, embed, prompt_name, sides_of
 from ..data.sources import PairDataset, load_pairs
+from ..data.yaml_files import read_yaml
 from .metrics import pair_search
 
 
@@ -55,7 +55,7 @@ def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
     """
     recipe: Mapping[str, Any] = {"eval_data": [{"path": str(path)}]}
     if path.suffix in (".yaml", ".yml"):
-        recipe = rename_old_keys(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        recipe = rename_old_keys(read_yaml(path), str(path))
         if "eval_data" not in recipe:
             raise ValueError(f"{path} has no `eval_data`; it has {sorted(recipe)}. Name the held-out pairs there.")
     tasks = declare_tasks(recipe.get("tasks"))

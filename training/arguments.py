@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
+from ..configuration_vipolyqwen import CHOICES
 from ..data.mixing import BATCHING
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import SIDES_OF_TASKS, declare_tasks
+from ..data.yaml_files import read_yaml
 from ..publishing.repository import ADAPTER_CONFIG
+from .argument_checks import refuse_loader_options, refuse_without_effect, typed
 from .parts import TOWERS
 
 
@@ -94,7 +96,19 @@ class ModelArguments:
                 f"`model` is {self.model!r}, an adapter. Resume it with `resume_from_checkpoint`, or merge it with "
                 f"`python publish_vipolyqwen.py {self.model} --out FOLDER` and continue from FOLDER."
             )
+        self._check_choices()
         self._check_adapter()
+
+    def _check_choices(self) -> None:
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(known)}.")
+        for name in ("max_length", "min_pixels", "max_pixels", "max_audio_seconds", "max_audio_windows"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}; it must be above 0.")
+        check_pixels(self.min_pixels, self.max_pixels)
 
     def _check_adapter(self) -> None:
         given = self.lora_targets is not None
@@ -117,6 +131,15 @@ class ModelArguments:
                     "frozen tower would never learn. Drop it from `freeze`, or name others of "
                     f"{', '.join(TOWERS)} in `lora_targets`."
                 )
+
+
+def check_pixels(lowest: int | None, highest: int | None) -> None:
+    """Raises ValueError if no number of pixels is allowed."""
+    if lowest is not None and highest is not None and lowest > highest:
+        raise ValueError(
+            f"`max_pixels` is {highest}, below `min_pixels`, which is {lowest}; raise `max_pixels` or lower "
+            "`min_pixels`."
+        )
 
 
 def _split_names(names: list[str] | str | None) -> list[str]:
@@ -272,7 +295,9 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
             raise ValueError(f"`monitor_steps` is {self.monitor_steps}; give a number of steps, or 0 for never.")
         if self.on_nan == "skip":
             self.logging_nan_inf_filter = True  # average the loss over the steps that were not skipped
+        refuse_without_effect(self)
         super().__post_init__()
+        refuse_loader_options(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # it needs an accelerator; torch would warn
 
@@ -318,10 +343,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The recipe {str(path)!r} does not exist; see recipes/ for examples.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}; a recipe is a mapping of `key: value` lines.")
     recipe = rename_old_keys(recipe, str(path))
@@ -330,6 +352,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if key not in known:
             hint = did_you_mean(key, known) or " See docs/training.md, or --help, for the keys."
             raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}).{hint}")
+    recipe = typed(recipe, ARGUMENT_CLASSES, str(path))
     try:
         declare_tasks(recipe.get("tasks"), recipe.get("prefix_sides", SIDES_OF_TASKS))
     except ValueError as error:

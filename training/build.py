@@ -31,7 +31,7 @@ from ..packing_vipolyqwen import choose_attn_implementation
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import check_audio_prefix
 from .adapters import add_adapter, check_installed, continued, load_in_4bit, untrained_towers, write_base
-from .arguments import DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments
+from .arguments import DataArguments, LossArguments, ModelArguments, ViPolyQwenTrainingArguments, check_pixels
 from .distillation import Distillation
 from .losses import COMPONENTS, LOSS_TABLES, TaskLoss, check_weight
 from .mixed_loss import MixedLoss
@@ -212,6 +212,8 @@ def _bound_inputs(processor: ViPolyQwenProcessor, model_args: ModelArguments) ->
         processor.image_processor.size["shortest_edge"] = model_args.min_pixels
     if model_args.max_pixels is not None:
         processor.image_processor.size["longest_edge"] = model_args.max_pixels
+    pixels = processor.image_processor.size
+    check_pixels(pixels["shortest_edge"], pixels["longest_edge"])
     if model_args.max_audio_seconds is not None:
         processor.max_audio_seconds = model_args.max_audio_seconds
     if model_args.max_audio_windows is not None:

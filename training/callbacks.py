@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,31 +15,57 @@ from .loss_optimizer import LossOptimizer
 
 
 class RateCallback(TrainerCallback):
-    """Measures pairs and tokens per second."""
+    """Measures pairs and tokens per second of training; evaluation and saving do not count.
+
+    Tokens are added up on the device, so that no step waits for a transfer to the host.
+    """
 
     def __init__(self) -> None:
+        self.total_pairs, self.total_seconds = 0, 0.0  # since training began
         self._reset()
 
     def _reset(self) -> None:
-        self.pairs, self.tokens, self.since = 0, 0, time.perf_counter()
+        self.pairs, self.since, self.paused = 0, time.perf_counter(), 0.0
+        self.tokens: torch.Tensor | int = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock."""
+        self.total_pairs, self.total_seconds = 0, 0.0
         self._reset()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock inside the context."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused += time.perf_counter() - started
 
     def count(self, pairs: int, inputs: dict[str, Any]) -> None:
         """Adds one batch: pairs of all ranks, tokens of this rank."""
         self.pairs += pairs
-        self.tokens += int(inputs["attention_mask"].sum())
+        self.tokens = self.tokens + inputs["attention_mask"].sum()
 
     def rates(self) -> dict[str, float]:
         """Returns pairs (of all ranks) and tokens (of this rank) per second since the last call."""
-        seconds = time.perf_counter() - self.since
-        rates = {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds}
+        seconds = max(time.perf_counter() - self.since - self.paused, 1e-9)
+        rates = {"pairs_per_second": self.pairs / seconds, "tokens_per_second": int(self.tokens) / seconds}
+        self.total_pairs, self.total_seconds = self.total_pairs + self.pairs, self.total_seconds + seconds
         self._reset()
         return rates
+
+    def of_run(self, steps: int) -> dict[str, float]:
+        """Returns the stock figures of a run, pairs and steps per second, by the time that training took.
+
+        Args:
+            steps: optimizer steps of the run.
+        """
+        self.rates()
+        samples, rate = self.total_pairs / self.total_seconds, steps / self.total_seconds
+        return {"train_samples_per_second": round(samples, 3), "train_steps_per_second": round(rate, 3)}
 
 
 class DiscardCallback(TrainerCallback):

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data.atomic import UNFINISHED
@@ -14,7 +15,7 @@ from ..data.folder_lock import lock_folder
 from ..publishing.repository import ADAPTER_CONFIG, SENTENCE_TRANSFORMERS_FILES, TRAINING_FILE
 from .adapters import ADAPTER, BASE
 from .arguments import ViPolyQwenTrainingArguments
-from .checkpoints import list_checkpoints
+from .checkpoints import list_checkpoints, step_of
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +100,18 @@ def delete_results(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for path in [*list_checkpoints(folder), *(folder / name for name in (BASE, ADAPTER, UNFINISHED))]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def describe_result(args: ViPolyQwenTrainingArguments, state: TrainerState) -> str:
+    """Says at the end of a run where the model is, of which step its weights are, and which checkpoints there are."""
+    folder, best = Path(args.output_dir), state.best_model_checkpoint
+    of_step = f"of step {state.global_step}"
+    if args.load_best_model_at_end and best is not None:
+        metric = f"{args.metric_for_best_model} {state.best_metric:.4g}"
+        of_step = f"of step {state.best_global_step}, the best by {metric}"
+    kept = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(folder))
+    checkpoints = f" Checkpoints of steps {kept} are there too." if kept else ""
+    return f"Trained to step {state.global_step}. The model is in {folder}, with the weights {of_step}.{checkpoints}"
 
 
 def _deletes(folder: Path, path: Path) -> bool:

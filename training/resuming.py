@@ -56,6 +56,7 @@ class ResumingTrainer(Trainer):
         self._unfinished: Path | None = None  # parent of the checkpoint being written
         self._resumed: dict[str, Any] | None = None  # SAMPLER_STATE of the checkpoint to resume from
         self._epoch_start = (0, 0)  # current epoch, and the step at which this run began it
+        self._began_from: Path | None = None  # the checkpoint that this run resumed from
         self._chosen: str | None = None  # the checkpoint that `choose_checkpoint` has compared
         self.settings: dict[str, Any] | None = None  # of `describe_settings`, saved in each checkpoint
         self.history: list[dict[str, Any]] = []  # changes of settings at each resumption so far
@@ -68,6 +69,7 @@ class ResumingTrainer(Trainer):
         if resume_from_checkpoint is None or resume_from_checkpoint != self._chosen:
             resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._chosen = None
+        self._began_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def choose_checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -215,11 +217,29 @@ class ResumingTrainer(Trainer):
         """Returns the epoch and the number of batches to count as taken in it, from rows instead of steps."""
         stock = super()._init_training_state(*args, **kwargs)
         self.state.compute_steps(self.args, self.state.max_steps)  # of this run, not of the checkpoint's
-        if self.changed & BEST:
-            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        self._find_best()
         if self._resumed is None:
             return stock
         return self._resumed["epoch"], self._batches.begin(self._resumed["epoch"])[1]
+
+    def _find_best(self) -> None:
+        """Finds the best checkpoint so far, whose folder may have moved or be spelled in another way.
+
+        The stock Trainer compares paths as they are written: it would delete the best checkpoint, or not find it at
+        the end of the run.
+        """
+        step = self.state.best_global_step
+        if self._began_from is None or not step:
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        folders = (self._began_from.parent, Path(self.args.output_dir))
+        found = next((folder / name for folder in folders if (folder / name).is_dir()), None)
+        if self.changed & BEST or found is None:
+            reason = "is not comparable" if found is not None else f"is neither in {folders[0]} nor in {folders[1]}"
+            logger.warning(f"The best checkpoint so far, {name}, {reason}; the best one is chosen among later ones.")
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        else:
+            self.state.best_model_checkpoint = str(found)
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Runs the stock epoch, unless the run was resumed from its last checkpoint and is complete."""

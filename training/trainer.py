@@ -12,7 +12,7 @@ from accelerate.utils import DynamoBackend, gather_object
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ..data.collator import MixedBatchCollator
@@ -30,6 +30,7 @@ from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
 from .distributed import unsharded_class, unsharded_loading
 from .joined_batch import join_batches
+from .learning import LearningCallback, check_that_it_learns
 from .loss_figures import MixedLossOutput
 from .loss_optimizer import LossOptimizer
 from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
@@ -101,7 +102,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         self.loss_optimizer = LossOptimizer(self.mixed_loss, args)
         self.loss_optimizer.adamw.register_step_post_hook(lambda *_: self.mixed_loss.keep_bounds())
         self.rates, self.monitor, self.discard = RateCallback(), BalanceMonitor(), DiscardCallback(self.loss_optimizer)
-        for callback in (self.rates, self.monitor, self.discard):
+        self.learning = LearningCallback()
+        for callback in (self.rates, self.monitor, self.discard, self.learning):
             self.add_callback(callback)
         if self.loss_optimizer.parameters:
             self.add_callback(self.loss_optimizer)
@@ -160,6 +162,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         else:
             self._refuse_non_finite(output, embeddings, inputs["ids"])
         self.rates.count(len(inputs["ids"]) * self.args.world_size, inputs)
+        self.learning.watch(embeddings)
         self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
         return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
 
@@ -245,7 +248,29 @@ class ViPolyQwenTrainer(ResumingTrainer):
             logs.update(self.monitor.summary(model, self.state, logs.get("grad_norm")))
             logs["skipped_steps"] = self.discard.count
             self.figures.clear()
+            self.learning.check()
+        elif "train_samples_per_second" in logs:
+            logs.update(self.rates.of_run(self.state.global_step - self.learning.first_step))
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Runs the evaluation, whose time is no training time."""
+        with self.rates.pause():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves a checkpoint, which is no training time either."""
+        with self.rates.pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, unless nothing could be learned."""
+        names = [plain_name(name) for name, value in self.model.named_parameters() if value.requires_grad]
+        loss_rate = self.loss_optimizer.rate if self.loss_optimizer.parameters else 0.0
+        rows = self.args.per_device_train_batch_size * self.args.world_size
+        rates = [self.rate_of(name) for name in names]
+        check_that_it_learns([*rates, loss_rate], bool(names), self.mixed_loss, self.train_dataset, rows)
+        return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -270,7 +295,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             names: dict[tuple[float, bool], list[str]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    key = (self._learning_rate_of(plain_name(name)), name in decayed)
+                    key = (self.rate_of(plain_name(name)), name in decayed)
                     groups[key].append(parameter)
                     names[key].append(plain_name(name))
             self.group_names = list(names.values())
@@ -284,7 +309,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.loss_optimizer.model_rate = max(rate for rate, _ in groups)
         return self.optimizer
 
-    def _learning_rate_of(self, name: str) -> float:
+    def rate_of(self, name: str) -> float:
+        """Returns the learning rate of a parameter, before any schedule."""
         rates = {
             "vlm.visual.": self.args.vision_learning_rate,
             "vlm.": None,

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from vipolyqwen.training.checkpoints import (
     publish_checkpoint,
 )
 from vipolyqwen.training.parts import NEW_PARTS, TOWERS, freeze_towers
-from vipolyqwen.training.resuming import SAMPLER_STATE
+from vipolyqwen.training.resuming import SAMPLER_STATE, ResumingTrainer
 
 ROOT = Path(__file__).parents[2]
 PARTS = set(NEW_PARTS) - {"audio_fusion"}  # the base fuses by the mean
@@ -314,6 +315,41 @@ def test_the_best_checkpoint_is_recorded_under_its_final_path(world: Path, tmp_p
     state = json.loads((kept / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["best_model_checkpoint"] == str(kept)
     assert same_weights(kept, tmp_path)
+
+
+FIRST_IS_BEST = ["--metric_for_best_model", "text_pair_candidates", "--save_steps", "1", "--eval_steps", "1"]
+
+
+def test_the_best_checkpoint_survives_a_moved_folder_and_another_spelling_of_its_path(
+    world: Path, tmp_path: Path
+) -> None:
+    flags = [*FIRST_IS_BEST, "--save_total_limit", "2", "--per_device_train_batch_size", "2"]
+    train_run(world, tmp_path / "run", *flags, "--max_steps", "2")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    os.utime(tmp_path / "moved" / "checkpoint-1", (9e9, 9e9))
+    resume = ["--resume_from_checkpoint", "true", "--max_steps", "4"]
+    train_run(world, tmp_path / "moved" / ".." / "link", *flags, *resume)
+    state = json.loads((tmp_path / "moved" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_global_step"] == 1 and Path(state["best_model_checkpoint"]).samefile(
+        tmp_path / "moved" / "checkpoint-1"
+    )
+    assert same_weights(tmp_path / "moved", tmp_path / "moved" / "checkpoint-1")
+    assert newest_intact_checkpoint(tmp_path / "moved") == tmp_path / "moved" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("changed", [set(), {"eval_data"}])
+def test_a_best_checkpoint_that_is_lost_or_not_comparable_is_forgotten_in_words(
+    tmp_path: Path, changed: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    state = SimpleNamespace(best_global_step=1, best_metric=0.5, best_model_checkpoint="gone/checkpoint-1")
+    if changed:
+        (tmp_path / "checkpoint-1").mkdir()
+    args = SimpleNamespace(output_dir="elsewhere")
+    run = SimpleNamespace(state=state, changed=changed, args=args, _began_from=tmp_path / "checkpoint-2")
+    ResumingTrainer._find_best(run)
+    assert state.best_metric is state.best_global_step is state.best_model_checkpoint is None
+    assert "checkpoint-1" in caplog.text and ("not comparable" if changed else "elsewhere") in caplog.text
 
 
 # Frozen towers
