@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from pair_vectors import ALL, Search, cells, collate, embed, load_grouped, search
+from pair_vectors import ALL, Search, cells, collate, embed, load_groups, search
 from result_files import versions
 
 from vipolyqwen.data.collator import MixedBatchCollator
@@ -208,11 +208,11 @@ def left_out(what: str, tasks: Mapping[str, Task]) -> list[str]:
 class HeldOut:
     """The held-out pairs of a study, and retrieval among them."""
 
-    def __init__(self, study: Study, group_by: str | None, min_samples: int = 1) -> None:
+    def __init__(self, study: Study, group_by: str | Sequence[str] | None, min_samples: int = 1) -> None:
         recipe, self.keeps = study.recipe, bool(study.bases)
         self.tasks = study.tasks
         self.min_score = recipe.get("nce_min_score", 0.5)
-        self.pairs, groups = load_grouped(recipe["eval_data"], group_by, self.tasks, min_samples)
+        self.pairs, groups = load_groups(recipe["eval_data"], group_by, self.tasks, min_samples)
         names = list(self.tasks)
         self.row_tasks = [names[number] for number in self.pairs.task_ids]
         found = cells(self.row_tasks, groups)
@@ -243,13 +243,19 @@ class HeldOut:
             tasks = with_prefix_sides(self.tasks, sides)
             key = digest({name: task.prefix_sides for name, task in tasks.items()})
             vectors = made[key] = made.get(key) or embed(model, self.batches(processor, tasks))
-            ranks = {
-                cell: found.ranks(vectors["a"][found.queries] @ vectors["b"][found.candidates].T)
-                for cell, found in self.searches.items()
-            }
-            figures[view] = {"ranks": {"/".join(cell): rank.tolist() for cell, rank in ranks.items()}}
-            figures[view]["spearman"] = self.correlations(vectors)
+            figures[view] = self.measure(vectors)
         return figures | {"seconds_of_embedding": time.perf_counter() - started}
+
+    def measure(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Ranks by cell and ρ by task of one embedding of all pairs, as `embed` returns it."""
+        ranks = {
+            cell: found.ranks(vectors["a"][found.queries] @ vectors["b"][found.candidates].T)
+            for cell, found in self.searches.items()
+        }
+        return {
+            "ranks": {"/".join(cell): rank.tolist() for cell, rank in ranks.items()},
+            "spearman": self.correlations(vectors),
+        }
 
     def batches(self, processor: ViPolyQwenProcessor, tasks: Mapping[str, Task]) -> Iterable[dict[str, Any]]:
         """The pairs as model inputs; on the demo world they are kept, since all its runs see the same ones."""

@@ -46,6 +46,16 @@ def load_grouped(
     return pairs, pairs.groups() if group_by is not None else [None] * len(pairs)
 
 
+def load_groups(
+    sources: Sequence[Mapping[str, Any]], group_by: str | Sequence[str] | None, tasks: Mapping[str, Task], samples: int
+) -> tuple[PairDataset, list[str | None]]:
+    """As `load_grouped`, of one column or of several, whose values are joined by a space."""
+    if group_by is None or isinstance(group_by, str):
+        return load_grouped(sources, group_by, tasks, samples)
+    loaded = [load_grouped(sources, column, tasks, samples) for column in group_by]
+    return loaded[0][0], [" ".join(map(str, values)) for values in zip(*(groups for _, groups in loaded), strict=True)]
+
+
 def collate(pairs: PairDataset, collator: MixedBatchCollator, batch_size: int) -> Iterator[dict[str, Any]]:
     """All pairs in their order as batches of both sides."""
     for start in range(0, len(pairs), batch_size):

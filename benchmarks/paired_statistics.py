@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import permutation_test, t, ttest_1samp
+from scipy.stats import nct, permutation_test, t, ttest_1samp
 
 RESAMPLES = 4999
 Hits = Sequence[Sequence[np.ndarray]]  # seeds, each of cells, each (queries,) float
@@ -67,6 +67,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return -math.inf, math.inf
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def power(deviation: float, seeds: int, effect: float) -> float:
+    """Chance that the paired t-test at 5 %, two-sided, shows a true mean difference, by the noncentral t.
+
+    Args:
+        deviation: standard deviation of the differences over seeds; without any, every effect is shown.
+        seeds: number of differences; fewer than two show nothing.
+        effect: the true mean difference.
+    """
+    if seeds < 2:
+        return 0.0
+    if deviation == 0:
+        return 1.0
+    critical = t.ppf(0.975, seeds - 1)
+    shift = effect / deviation * math.sqrt(seeds)
+    return float(nct.sf(critical, seeds - 1, shift) + nct.cdf(-critical, seeds - 1, shift))
+
+
+def seeds_needed(deviation: float, effect: float, wanted: float = 0.8, most: int = 1000) -> int | None:
+    """Returns the fewest seeds whose power reaches `wanted`; `None` if `most` are too few."""
+    return next((seeds for seeds in range(2, most + 1) if power(deviation, seeds, effect) >= wanted), None)
 
 
 def paired_t(differences: Sequence[float]) -> float:

@@ -191,6 +191,10 @@ class LossArguments:
         default=None,
         metadata={"help": "exclude negatives whose similarity exceeds the positive's by more than this margin"},
     )
+    triplet_negatives: str = field(
+        default="hardest",
+        metadata={"help": "negative of the triplet: hardest, or semi_hard (less similar than the positive)"},
+    )
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Matryoshka dimensions to train, such as 1024 512 256"}
     )

@@ -250,6 +250,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
         false_negative_margin=loss_args.false_negative_margin,
         matryoshka_dims=loss_args.matryoshka_dims,
         distillation=_build_distillation(loss_args, losses),
+        triplet_negatives=loss_args.triplet_negatives,
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 COMPONENTS = ("nce", "mse", "rank", "cosine", "triplet", "distil")
 TEMPERATURES = (1e-3, 100.0)  # beyond, float32 no longer tells S/T of two rows apart, or no gradient is left
 SCORE_COMPONENTS = ("mse", "rank")  # regress the score
+TRIPLET_NEGATIVES = ("hardest", "semi_hard")
 POSITIVE_COMPONENTS = ("nce", "cosine", "triplet")  # pull a pair together; `distil` follows a teacher instead
 
 
@@ -138,16 +139,28 @@ def cosine_distance(cosines: Tensor) -> Tensor:
 
 
 def hardest_triplet(
-    similarities: Tensor, temperature: float | Tensor, margin: float | Tensor = 0.2, mask: Tensor | None = None
+    similarities: Tensor,
+    temperature: float | Tensor,
+    margin: float | Tensor = 0.2,
+    mask: Tensor | None = None,
+    semi_hard: bool = False,
 ) -> Tensor:
     """Triplet with the hardest negative (STW paper §4.2.3): (B,) >= 0, and 0 for a row without any negative.
 
-    Triplet_i = max(0, max_{j≠i} S_ij/T_i - S_ii/T_i + m).
+    Triplet_i = max(0, max_{j≠i} S_ij/T_i - S_ii/T_i + m). With `semi_hard` the maximum is over the negatives that are
+    less similar than the positive, and a row without such a one takes its easiest negative (Schroff et al. 2015):
+    the hardest negative draws the vectors of a model that knows nothing together.
     """
     logits = similarities / _column(temperature)
     excluded = _diagonal_mask(logits) if mask is None else mask | _diagonal_mask(logits)
+    positives = logits.diagonal()
     hardest = logits.masked_fill(excluded, -torch.inf).amax(dim=1)
-    return (hardest - logits.diagonal() + margin).relu()
+    if semi_hard:
+        below = ~excluded & (logits < positives[:, None])
+        easiest = logits.masked_fill(excluded, torch.inf).amin(dim=1)
+        chosen = logits.masked_fill(~below, -torch.inf).amax(dim=1).where(below.any(dim=1), easiest)
+        hardest = chosen.where(~excluded.all(dim=1), -torch.inf)
+    return (hardest - positives + margin).relu()
 
 
 def _column(values: float | Tensor) -> float | Tensor:

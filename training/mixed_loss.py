@@ -16,6 +16,7 @@ from .losses import (
     POSITIVE_COMPONENTS,
     SCORE_COMPONENTS,
     TEMPERATURES,
+    TRIPLET_NEGATIVES,
     TaskLoss,
     check_temperature,
     check_weight,
@@ -62,6 +63,7 @@ class MixedLoss(nn.Module):
         matryoshka_dims: the loss is the mean of those of the vectors' first dims, each brought to unit length
             (Kusupati et al. 2022). None uses the full vector.
         distillation: loss against a teacher, for tasks with a weight of distil.
+        triplet_negatives: negative of Triplet: hardest, or semi_hard (less similar than the positive).
     """
 
     def __init__(
@@ -76,12 +78,18 @@ class MixedLoss(nn.Module):
         matryoshka_dims: Sequence[int] | None = None,
         learnable_temperature: bool = False,
         distillation: Distillation | None = None,
+        triplet_negatives: str = "hardest",
     ) -> None:
         super().__init__()
         if nce_min_score is not None and not 0 <= nce_min_score <= 1:
             raise ValueError(f"nce_min_score is {nce_min_score}; it must lie in [0, 1], or be None for off.")
         if false_negative_margin is not None:
             check_weight(false_negative_margin, "false_negative_margin")
+        if triplet_negatives not in TRIPLET_NEGATIVES:
+            raise ValueError(
+                f"`triplet_negatives` is {triplet_negatives!r}; it must be one of {', '.join(TRIPLET_NEGATIVES)}."
+            )
+        self.semi_hard = triplet_negatives == "semi_hard"
         self.tasks = list(tasks)
         self.weighting = UniformWeighting(self.tasks) if weighting is None else weighting
         if self.weighting.tasks != self.tasks:
@@ -240,7 +248,7 @@ class MixedLoss(nn.Module):
             "mse": score_mse(cosines, scores),
             "rank": pairwise_rank(cosines, scores.where(ranked, torch.nan), rank_margins),
             "cosine": cosine_distance(cosines),
-            "triplet": hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask),
+            "triplet": hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask, self.semi_hard),
             "distil": torch.zeros_like(cosines),
         }
         if self.distillation is not None and teaching is not None:

@@ -166,6 +166,23 @@ def test_triplet_mask_moves_on_to_the_next_negative() -> None:
     assert hardest_triplet(S, T, 6.0, mask).tolist() == near([3, 1, 3])
 
 
+def test_a_semi_hard_triplet_takes_the_hardest_negative_below_the_positive() -> None:
+    # Row 1 passes over 4 > 3: 0 - 3 + 4; row 2: 4 - 5 + 4; row 3: 0 - 3 + 4
+    assert hardest_triplet(S, T, 4.0, semi_hard=True).tolist() == near([1, 3, 1])
+
+
+def test_a_semi_hard_triplet_takes_the_easiest_negative_where_none_is_below_the_positive() -> None:
+    above = torch.tensor([[0.1, 0.3, 0.2], [0.0, 0.5, 0.6], [0.0, 0.0, 0.9]])
+    mask = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
+    # Row 1: 0.2 - 0.1 + 0.1; row 2: 0.6 - 0.5 + 0.1, the only one left; row 3 has none.
+    assert hardest_triplet(above, 1.0, 0.1, mask, semi_hard=True).tolist() == near([0.2, 0.2, 0])
+
+
+def test_a_semi_hard_triplet_equal_to_the_positive_is_not_below_it() -> None:
+    equal = torch.full((2, 2), 0.5)
+    assert hardest_triplet(equal, 1.0, 0.1, semi_hard=True).tolist() == near([0.1, 0.1])
+
+
 def test_rank_is_the_mean_over_ordered_pairs_at_every_scored_row() -> None:
     cosines = torch.tensor([0.6, 1.0, 0.6])
     assert pairwise_rank(cosines, SCORES, 0.05).tolist() == near(RANK)

@@ -63,6 +63,12 @@ def test_a_wide_margin_leaves_nothing_out() -> None:
 # --- groups
 
 
+def test_semi_hard_negatives_are_chosen_by_name() -> None:
+    hard = TaskLoss(triplet=1.0, triplet_margin=4.0)
+    assert values(hard) == near([4 - 3 + 4, 4 - 5 + 4, 0 - 3 + 4])
+    assert values(hard, triplet_negatives="semi_hard") == near([0 - 3 + 4, 4 - 5 + 4, 0 - 3 + 4])
+
+
 def test_rows_of_one_group_are_no_negatives_and_rows_without_group_are() -> None:
     groups = torch.tensor([7, 0, 7])
     expected = [nce([3, 0], [3, 4]), nce([5, 4, 0], [5, 0, 0]), nce([3, 0], [3, 0])]
@@ -179,6 +185,7 @@ OPTIONS = {
     "temperature": {"text-text": 0.2, "image-text": 0.1, "audio-text": 0.3},
     "learnable_temperature": True,
     "false_negative_margin": 0.05,
+    "triplet_negatives": "semi_hard",
     "matryoshka_dims": [8, 4],
     "weighting": "gradnorm",
 }
@@ -200,7 +207,7 @@ def random_batch(rows: int, extra: int) -> tuple[tuple[Tensor, ...], dict[str, o
 
 
 @pytest.mark.parametrize(
-    "chosen", [names for size in (1, 2, 5) for names in itertools.combinations(OPTIONS, size)], ids="+".join
+    "chosen", [names for size in (1, 2, len(OPTIONS)) for names in itertools.combinations(OPTIONS, size)], ids="+".join
 )
 def test_options_compose(chosen: tuple[str, ...]) -> None:
     settings: dict = {name: OPTIONS[name] for name in chosen}
@@ -240,6 +247,7 @@ def test_row_order_does_not_matter_under_all_options() -> None:
         ({"temperature": {"text-text": 0.1, "image": 0.1}}, "unknown image; give one for text-text, image-text, "),
         ({"temperature": {"text-text": 0.1, "image-text": 0, "audio-text": 1}}, "image-text: temperature is 0"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"triplet_negatives": "easy"}, "`triplet_negatives` is 'easy'"),
         ({"false_negative_margin": -0.1}, "false_negative_margin is -0.1"),
         ({"matryoshka_dims": []}, r"matryoshka_dims is \[\]"),
         ({"matryoshka_dims": [0, 8]}, r"matryoshka_dims is \[0, 8\]"),

@@ -1,0 +1,187 @@
+"""Studies: power by the tables, verdicts, heads that equal the model they come from, and a study of two variants."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import studies
+import torch
+import yaml
+from frozen_heads import Heads, head_vectors, tower_states
+from pair_vectors import collate, embed
+from paired_statistics import power, seeds_needed
+from space_geometry import geometry, uniformity
+from study_report import Question, answer, is_at_chance, verdict
+from tiny_base import start_from_teacher, whitened
+
+from vipolyqwen.data.collator import MixedBatchCollator
+from vipolyqwen.data.schema import declare_tasks
+from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+
+
+def test_power_is_that_of_the_tables_of_the_paired_t_test() -> None:
+    # Cohen (1988), d = 1, two-sided 5 %: 10 pairs give 80.3 %; d = 0.5: 34 pairs give 80.8 %.
+    assert power(0.02, 10, 0.02) == pytest.approx(0.803, abs=5e-4)
+    assert seeds_needed(0.02, 0.02) == 10 and seeds_needed(0.02, 0.01) == 34
+    assert power(0.02, 5, 0.0) == pytest.approx(0.05)  # nothing to show: the level of the test
+    assert power(0.02, 1, 0.01) == 0.0 and power(0.0, 2, 0.01) == 1.0
+    assert seeds_needed(10.0, 0.01) is None
+
+
+def test_a_verdict_reads_the_interval_in_both_directions() -> None:
+    assert verdict(0.001, 0.02) == "held" and verdict(-0.02, -0.001).startswith("contradicted")
+    assert verdict(-0.009, 0.009) == "no difference of 0.01 or more" and verdict(-0.02, 0.02) == "not shown"
+    assert verdict(None, None).startswith("not answered")
+
+
+def results(hits: dict[str, list[int]]) -> dict[str, Any]:
+    """Two cells of 100 queries and 50 candidates; hits of each seed in the first, one in the second."""
+
+    def run(count: int) -> dict[str, Any]:
+        cells = {"ocr/vi": [1] * count + [9] * (100 - count), "ocr/zh": [1, *[9] * 99]}
+        return {view: {"ranks": cells, "rho": {}} for view in ("own", "bare")}
+
+    sizes = {cell: (100, 0.02) for cell in ("ocr/vi", "ocr/zh")}
+    return {
+        "runs": {name: [run(count) for count in counts] for name, counts in hits.items()},
+        "chance": {cell: chance for cell, (_, chance) in sizes.items()},
+        "queries": {cell: queries for cell, (queries, _) in sizes.items()},
+    }
+
+
+def test_a_cell_at_chance_is_left_out_and_named() -> None:
+    found = results({"one": [50, 52, 54], "other": [40, 43, 44]})
+    assert is_at_chance(found, "one", "own", "ocr/zh") and not is_at_chance(found, "one", "own", "ocr/vi")
+    said = answer(found, Question("H1", "one finds more", "one", "other"))
+    assert said.excluded == ["ocr/zh"] and said.by_seed == pytest.approx([0.10, 0.09, 0.10])
+    assert said.verdict == "held" and said.power == pytest.approx(power(np.std([10, 9, 10], ddof=1) / 100, 3, 0.01))
+    assert answer(found, Question("H1", "Chinese", "one", "other", groups=["zh"])) is None
+    single = answer(results({"one": [50], "other": [40]}), Question("H1", "one", "one", "other"))
+    assert single.low is None and single.power == 0.0
+
+
+def test_geometry_of_four_corners() -> None:
+    corners = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    # Squared distances: 4 twice, 2 four times.
+    assert uniformity(corners) == pytest.approx(math.log((2 * math.exp(-8) + 4 * math.exp(-4)) / 6))
+    vectors = {"a": corners[[0, 2]], "b": corners[[0, 3]]}
+    found = geometry(vectors, ["ocr", "ocr"], torch.tensor([True, True]))["ocr"]
+    assert found["alignment"] == pytest.approx((0 + 4) / 2) and found["gap"] == pytest.approx(1.0)
+    assert geometry(vectors, ["ocr", "ocr"], torch.tensor([True, False])) == {}  # one pair has no spread
+
+
+def test_heads_of_a_model_on_its_states_embed_as_the_model_does(world: Path) -> None:
+    model = ViPolyQwenModel.from_pretrained(world / "base").eval()
+    processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
+    tasks = declare_tasks(None)
+    for task in tasks.values():
+        processor.add_task(task.name, task.prefix, task.prefix_sides)
+    model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
+    batches = list(collate(pairs, MixedBatchCollator(processor, tasks, prefix_dropout=0.0), 7))
+    states = tower_states(model, batches)
+    assert len(states) == len(pairs) and states.is_audio.any() and not states.is_audio.all()
+    found, expected = head_vectors(Heads(model, {}, fresh=False), states, 5), embed(model, batches)
+    for side in ("a", "b"):
+        torch.testing.assert_close(found[side], expected[side], atol=2e-3, rtol=0)  # states are float16
+    assert torch.equal(found["b_keys"], expected["b_keys"])
+    fresh = head_vectors(Heads(model, {"pooling": "mean", "projection": "mlp"}, fresh=True), states)
+    assert not torch.allclose(fresh["a"], expected["a"], atol=0.1)
+
+
+def test_token_embeddings_start_from_a_teachers_vectors(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "counted.py").write_text(
+        "import numpy as np\ncalls = []\n"
+        "def embed(texts):\n    calls.append(len(texts))\n"
+        "    return np.array([[len(t), ord(t[0]) % 7, ord(t[-1]) % 5, 1.0] for t in texts])\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, processor = ViPolyQwenModel(tiny[0].config), tiny[1]
+    scale = model.vlm.language_model.layers[0].mlp.down_proj.weight.detach().clone()
+    start_from_teacher(model, processor.tokenizer, "counted:embed", None)
+    weight = model.get_input_embeddings().weight
+    known = weight.abs().sum(dim=1) > 0
+    assert known.sum() > 100 and not known[processor.tokenizer.all_special_ids].any()
+    assert weight[known, :3].square().mean(dim=0).tolist() == pytest.approx([1, 1, 1], abs=0.01)
+    assert weight[:, 3:].abs().max() < 1e-6  # the fourth, constant column tells nothing
+    torch.testing.assert_close(model.vlm.language_model.layers[0].mlp.down_proj.weight, 0.1 * scale)
+    start_from_teacher(model, processor.tokenizer, "counted:embed", None)
+    assert len(sys.modules["counted"].calls) == 1  # out of the cache
+
+
+def test_whitened_components_are_uncorrelated() -> None:
+    found = whitened(np.random.default_rng(0).normal(size=(50, 3)) @ np.array([[5.0, 1, 0], [0, 1, 2], [0, 0, 0.1]]))
+    assert found.T @ found / 50 == pytest.approx(np.eye(3), abs=1e-6) and found.mean(axis=0) == pytest.approx(0)
+
+
+def write_study(world: Path, folder: Path, **changes: Any) -> Path:
+    """A study of two losses and of a pooling on the world's pairs."""
+    pairs = [{"path": str(world / "pairs.jsonl"), "media_root": str(world)}]
+    recipe = {"model": str(world / "base"), "train_data": pairs, "eval_data": pairs, "learning_rate": 0.001}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    question = {"hypothesis": "H2", "claim": "a loss for each task finds more", "ours": "mixed", "theirs": "nce"}
+    study = {
+        "recipe": str(folder / "recipe.yaml"),
+        "base": str(world / "base"),
+        "settings": {"max_steps": 2, "per_device_train_batch_size": 8, "prefix_dropout": 1.0, "check_media": False},
+        "variants": {"mixed": {}, "nce": {"loss_table": "nce"}, "gradnorm": {"task_weighting": "gradnorm"}},
+        "questions": [question],
+    }
+    path = folder / "small.yaml"
+    path.write_text("# A small study\n" + yaml.safe_dump(study | changes, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_a_study_of_heads_reports_and_uses_what_it_has_measured(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made: list[tuple[str, int]] = []
+    original = studies.FrozenBase.run
+
+    def run(self: studies.FrozenBase, name: str, seed: int) -> dict[str, Any]:
+        made.append((name, seed))
+        return original(self, name, seed)
+
+    monkeypatch.setattr(studies.FrozenBase, "run", run)
+    study = write_study(world, tmp_path)
+    arguments = [str(study), "--output_dir", str(tmp_path / "runs"), "--out", str(tmp_path / "r"), "--seeds"]
+    for seeds in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["studies.py", *arguments, seeds])
+        studies.main()
+    assert made == [(name, seed) for seed in (0, 1) for name in ("mixed", "nce", "gradnorm")]
+    figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    [found] = figures["answers"]
+    assert len(found["by_seed"]) == 2 and found["hypothesis"] == "H2" and 0 <= found["power"] <= 1
+    assert figures["seeds"] == 2 and set(figures["runs"]["nce"][0]["own"]["recall@1"]) == set(figures["chance"])
+    report = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert report.startswith("# A small study") and "**H2**" in report and "gradnorm: gradient share" in report
+    assert (tmp_path / "r.svg").read_text(encoding="utf-8").startswith("<svg xmlns")
+
+
+def test_faulty_studies_are_refused_by_name(world: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"train": "towers"}, "`train` is 'towers'"),
+        ({"seeds": 3}, "unknown keys \\['seeds'\\]"),
+        ({"questions": [{"ours": "mixed", "theirs": "dle"}]}, "theirs 'dle' is none of mixed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            studies.read_study(write_study(world, tmp_path, **changes), None, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(Path(studies.__file__).parent.parent.glob("recipes/studies/*.yaml")))
+def test_the_studies_of_the_repository_build_their_losses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent.parent.parent)
+    study = studies.read_study(path, None, Path("unused"))
+    for name in study.variants:
+        settings = study.settings(name)
+        data = studies.DataArguments(**studies._known(studies.DataArguments, settings))
+        loss = studies.LossArguments(**studies._known(studies.LossArguments, settings))
+        assert list(studies.build_loss(loss, data.tasks, list(studies.build_tasks(data))).tasks)
