@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Measured, fingerprint, hash_files, save_fingerprint
 from vipolyqwen.publishing.card import model_card, read_training
 from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
@@ -145,4 +146,4 @@ def build_repository(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

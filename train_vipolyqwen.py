@@ -67,9 +67,10 @@ def run(arguments: Arguments) -> None:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
-    [trainer.settings] = broadcast_object_list(
-        [describe_settings(arguments, model, processor, train_pairs, eval_pairs)]
-    )
+    described = None  # other ranks may hold no weights yet
+    if args.process_index == 0:
+        described = describe_settings(arguments, model, processor, train_pairs, eval_pairs)
+    [trainer.settings] = broadcast_object_list([described])
     checkpoint = None if train_pairs is None else trainer.choose_checkpoint(args.resume_from_checkpoint)
     if args.should_save:
         write_record(Path(args.output_dir), arguments, train_pairs, eval_pairs, trainer.history)

@@ -11,13 +11,13 @@ RECIPE is a YAML file with `train_data`, `eval_data` and `tasks`, or a file of p
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from .command_line import run_command
 from .faults import find_faults
 from .folder_lock import lock_folder
 from .inspection import inspect_recipe
@@ -163,7 +163,4 @@ def _token_counter(model: str) -> Callable[[Sequence[str]], list[int]]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

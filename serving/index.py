@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.atomic import UNFINISHED, flush_file, flush_folder
+from ..data.command_line import run_command
 from ..data.nearest import new_index
 from ..data.precision import pack, unpack
 from .shards import AnotherModelError, count_rows, read_manifest, read_shards, shard_key, shard_names
@@ -216,7 +216,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

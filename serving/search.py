@@ -8,12 +8,12 @@ one that embedded DIR. Prints cosine and id of the nearest rows.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.command_line import run_command
 from .embedding import PLAIN_TEXT, embed
 from .index import VectorIndex, read_index
 from .loading import LoadedModel, load_model
@@ -97,7 +97,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

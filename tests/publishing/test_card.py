@@ -86,6 +86,15 @@ def test_the_text_shows_settings_data_hardware_and_results(tiny: tuple, checkpoi
     assert "built from a configuration" not in text
 
 
+def test_the_card_tells_what_changed_while_the_model_was_trained(tiny: tuple, checkpoint: Path) -> None:
+    changed = {"learning_rate": [1e-2, 1e-6], "freeze": [[], ["vision"]]}
+    (checkpoint / "training.json").write_text(json.dumps({**TRAINING, "resumed": [{"step": 20, "changed": changed}]}))
+    text = str(model_card("org/name", *tiny, checkpoint))
+    line = "The table shows the last settings. From step 20 on: `learning_rate` 1e-06 (before: 0.01); `freeze` "
+    assert line in text and text.index(line) < text.index("| data | rows |")
+    assert "\n\n| data | rows |" in text
+
+
 def test_the_card_says_on_which_sides_prompts_stand(tiny: tuple, tmp_path: Path) -> None:
     model, processor = tiny[0], copy.deepcopy(tiny[1])
     processor.add_task("text_pair", "<text_pair>", "both")
