@@ -216,9 +216,9 @@ class FrozenBase:
         torch.manual_seed(seed)
         heads = Heads(self.model, settings, self.study.fresh)
         loss = build_loss(LossArguments(**_known(LossArguments, settings)), data.tasks, list(tasks))
-        views = self.states(tasks, "train"), self.states(bare, "train")
         started = time.perf_counter()
         if settings["max_steps"]:
+            views = self.states(tasks, "train"), self.states(bare, "train")
             rows = self.mixture(settings, views[0])
             share = sum(map(len, rows.sources)) / sum(map(len, self.sources)) if settings.get("without_tasks") else 1
             size = max(2, round(settings["per_device_train_batch_size"] * share))

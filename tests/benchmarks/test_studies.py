@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import studies
+import study_report
 import torch
 import yaml
 from frozen_heads import Heads, head_vectors, tower_states
@@ -141,7 +142,7 @@ def write_study(world: Path, folder: Path, **changes: Any) -> Path:
 
 
 def test_a_study_of_heads_reports_and_uses_what_it_has_measured(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, int]] = []
     original = studies.FrozenBase.run
@@ -151,6 +152,7 @@ def test_a_study_of_heads_reports_and_uses_what_it_has_measured(
         return original(self, name, seed)
 
     monkeypatch.setattr(studies.FrozenBase, "run", run)
+    monkeypatch.setattr(study_report, "AT_CHANCE", 1.0)  # four queries a cell
     study = write_study(world, tmp_path)
     arguments = [str(study), "--output_dir", str(tmp_path / "runs"), "--out", str(tmp_path / "r"), "--seeds"]
     for seeds in ("1", "2"):
