@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, Qwen2VLModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .audio_vipolyqwen import (
     PaddedAudio,
@@ -29,6 +29,8 @@ from .pooling_vipolyqwen import (
     ZeroLinear,
     unit_vectors,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -255,7 +257,29 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                 "one clip for each of these rows."
             )
         kept = {key: extras[key] for key in extras if output_pooling_weights or not key.endswith("pooling_weights")}
-        return ViPolyQwenOutput(embeddings=self._fuse(routes, batch), **kept)
+        embeddings = self._fuse(routes, batch)
+        self._refuse_broken_weights(embeddings)
+        return ViPolyQwenOutput(embeddings=embeddings, **kept)
+
+    def _refuse_broken_weights(self, embeddings: torch.Tensor) -> None:
+        """Raises FloatingPointError if encoding gave a vector that is not finite because a weight is not.
+
+        Training names the rows instead; an input may also overflow float16, which whoever encodes it has to see.
+        """
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or embeddings.isfinite().all():
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # weights may be shards
+            return
+        broken = [name for name, value in self.named_parameters() if not value.isfinite().all()]
+        if broken:
+            raise FloatingPointError(
+                f"{len(broken)} weights of the model have NaN or infinite values, the first {broken[0]!r}, so its "
+                "vectors mean nothing. Download the repository again, or take an earlier checkpoint."
+            )
+        logger.warning(
+            f"Vectors of this batch have NaN or infinite values in {self.dtype}, though all weights are finite. "
+            "Encode with `dtype=torch.bfloat16` or float32."
+        )
 
     def _embed_text(
         self,

@@ -24,6 +24,7 @@ from vipolyqwen.training.build import (
 )
 from vipolyqwen.training.callbacks import CompactProgressCallback
 from vipolyqwen.training.distributed import unsharded_loading
+from vipolyqwen.training.faults import StoppedRun
 from vipolyqwen.training.output_folder import describe_result, occupy
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.run_settings import describe_settings
@@ -40,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
             "recipe: `train_data: [{path: pairs.jsonl}]` (docs/training.md)."
         )
     with occupy(args, read_paths(arguments)):
-        run(arguments)
+        try:
+            run(arguments)
+        except StoppedRun as stopped:
+            print(stopped, file=sys.stderr)
+            end_processes()
+            raise
 
 
 def run(arguments: Arguments) -> None:

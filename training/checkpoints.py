@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -40,7 +41,8 @@ def publish_checkpoint(written: Path, final: Path) -> None:
         for path, digest in zip(files, digests, strict=True)
     }
     manifest = written / MANIFEST
-    manifest.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    entries[MANIFEST] = _entry_of(entries)
+    manifest.write_text(_as_text(entries), encoding="utf-8")
     _flush_and_digest(manifest)
     for folder in (written, *(path for path in written.rglob("*") if path.is_dir())):
         flush_folder(folder)
@@ -69,11 +71,14 @@ def check_checkpoint(folder: Path) -> None:
 def find_faults(folder: Path) -> list[str]:
     """Lists the faults of a checkpoint; empty if it is intact. Contents are read only if names and sizes are right."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        entries = json.loads(text)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing, so writing it was interrupted"]
     except ValueError as error:
         return [f"{MANIFEST} is not valid JSON ({error})"]
+    if not _is_intact(entries, text):
+        return [f"the content of {MANIFEST} has changed"]
     faults = []
     for name, entry in entries.items():
         path = folder / name
@@ -90,6 +95,26 @@ def find_faults(folder: Path) -> list[str]:
             for (name, entry), digest in zip(entries.items(), digests, strict=True)
             if digest != entry["sha256"]
         ]
+
+
+def _as_text(entries: dict[str, Any]) -> str:
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def _entry_of(entries: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest's entry for itself: size and digest of the text of all other entries."""
+    text = _as_text(entries).encode()
+    return {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def _is_intact(entries: Any, text: str) -> bool:
+    """Returns whether a manifest is as it was written, byte by byte; removes its entry for itself from `entries`."""
+    if not isinstance(entries, dict) or _as_text(entries) != text:
+        return False
+    itself = entries.pop(MANIFEST, None)  # earlier versions wrote none
+    if itself is not None and itself != _entry_of(entries):
+        return False
+    return all(isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in entries.values())
 
 
 def newest_intact_checkpoint(output_dir: Path) -> Path | None:

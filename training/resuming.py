@@ -26,6 +26,7 @@ from .checkpoints import (
     newest_intact_checkpoint,
     publish_checkpoint,
 )
+from .faults import StopCallback, StoppedRun, explained_workers, saving
 from .run_settings import (
     BEST,
     ORDER,
@@ -63,14 +64,22 @@ class ResumingTrainer(Trainer):
         self.changed: set[str] = set()  # settings that this resumption changes
         self.group_names: list[list[str]] = []  # parameters of each group of the optimizer
         self.saved_groups: list[list[str]] = []  # the same of the optimizer in the checkpoint
+        self.stop = StopCallback()
+        self.add_callback(self.stop)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains; `True` resumes from the newest intact checkpoint, or starts if there is none yet."""
+        """Trains; `True` resumes from the newest intact checkpoint, or starts if there is none yet.
+
+        Raises:
+            StoppedRun: SIGTERM arrived; a checkpoint is saved.
+            OSError: a checkpoint could not be saved.
+        """
         if resume_from_checkpoint is None or resume_from_checkpoint != self._chosen:
             resume_from_checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._chosen = None
         self._began_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.stop.listening(), explained_workers():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         """Chooses the checkpoint to resume from, and compares the run that wrote it with this one.
@@ -264,6 +273,22 @@ class ResumingTrainer(Trainer):
         output_dir = Path(self._get_output_dir(trial))
         final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written = output_dir / UNFINISHED / final.name
+        need = self._checkpoint_bytes() if self.args.should_save else 0
+        with saving(final, need, [written] if self.args.should_save else []):
+            self._write_checkpoint(model, trial, written, final)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep = {final} if best is None else {final, Path(best)}
+            steps = paper_steps(self.state.max_steps)
+            delete_old_checkpoints(output_dir, self.args.save_total_limit, keep, steps)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.stop.agreed:
+            raise StoppedRun(final)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path, final: Path) -> None:
+        """Writes the stock checkpoint and the position in the data to `written`, then renames it."""
         self._unfinished = written.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -279,13 +304,26 @@ class ResumingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every rank writes its random state
         if self.args.should_save:
             publish_checkpoint(written, final)
-            best = self.state.best_model_checkpoint
-            keep = {final} if best is None else {final, Path(best)}
-            steps = paper_steps(self.state.max_steps)
-            delete_old_checkpoints(output_dir, self.args.save_total_limit, keep, steps)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; of one that finds no room, no truncated weights are left."""
+        if _internal_call or not self.args.should_save:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        weights = [folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")]
+        with saving(folder / "model.safetensors", self._weights_bytes(), weights):
+            super().save_model(output_dir)
+
+    def _checkpoint_bytes(self) -> int:
+        """Returns the size of weights and optimizer state, about that of a checkpoint."""
+        if self.args.save_only_model or self.optimizer is None:
+            return self._weights_bytes()
+        values = [value for moments in self.optimizer.state.values() for value in moments.values()]
+        return self._weights_bytes() + sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def _weights_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # otherwise `_save_checkpoint` calls it after the renaming

@@ -29,6 +29,7 @@ from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
 from .distributed import unsharded_class, unsharded_loading
+from .faults import StepState
 from .joined_batch import join_batches
 from .learning import LearningCallback, check_that_it_learns
 from .loss_figures import MixedLossOutput
@@ -85,6 +86,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.embed_chunk = args.embed_chunk  # halved where memory runs out
         self.in_chunks = args.embed_chunk is not None or args.embed_chunk_tokens is not None
         self._check_launch()
         for dataset in (train_dataset, eval_dataset):
@@ -133,11 +135,31 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 DynamoBackend.NO
             )  # otherwise accelerate compiles the full model
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs the stock step; under DeepSpeed with chunks, the engine runs the backward of each chunk."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs the stock step, with half as large micro-batches again where memory runs out.
+
+        Under DeepSpeed with chunks, the engine runs the backward of each chunk.
+        """
         if self.in_chunks and self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
-        return super().training_step(model, *args, **kwargs)
+        while True:
+            before = StepState(self)
+            try:
+                return super().training_step(model, inputs, *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                self._halve_microbatches(inputs, before, error)
+            before.restore()  # not above, where the exception still holds the activations
+
+    def _halve_microbatches(self, inputs: dict[str, Any], before: StepState, error: torch.OutOfMemoryError) -> None:
+        """Halves the micro-batch; raises if that cannot help, or if the step cannot be taken again."""
+        rows = max(map(len, self._microbatches(inputs))) if self.in_chunks else _row_count(inputs)
+        half = rows // 2
+        advice = f"Set `embed_chunk: {max(half, 1)}` or less, or `gradient_checkpointing: true`."
+        if half < 1 or self.args.world_size > 1 or self.is_deepspeed_enabled or before.accumulated:
+            raise torch.OutOfMemoryError(f"{error}\nA micro-batch of {rows} rows does not fit. {advice}") from error
+        step = self.state.global_step
+        logger.warning(f"Step {step}: no memory for {rows} rows at once; from here on {half} at once. {advice}")
+        self.embed_chunk, self.in_chunks = half, True
 
     def compute_loss(
         self,
@@ -195,7 +217,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         frames, windows = self._audio_sizes(inputs)
         columns = (row_lengths(inputs), frames, first_images(inputs), windows)
         sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
-        limit = MicrobatchLimit(self.args.embed_chunk, self.args.embed_chunk_tokens, self.packing)
+        limit = MicrobatchLimit(self.embed_chunk, self.args.embed_chunk_tokens, self.packing)
         microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
         if self.in_chunks:
             count = torch.tensor([len(microbatches)], device=inputs["attention_mask"].device)
@@ -436,6 +458,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
             save_adapter(model, self.processing_class, folder / ADAPTER, state_dict)
             with unsharded_loading(self.args):  # only this rank reads the base
                 save_repository(*load_adapter(folder / ADAPTER), folder)  # base as before any quantisation
+
+    def _weights_bytes(self) -> int:
+        """Returns the size of the weights of a checkpoint: of an adapter alone, if the model has one."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return sum(value.nbytes for value in model.parameters() if value.requires_grad or not is_adapted(model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Checks the adapter before the stock loading, which would silently load one of another shape in part."""
