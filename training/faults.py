@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-if TYPE_CHECKING:
-    from .trainer import ViPolyQwenTrainer
+from .balance import BalanceMonitor
+from .callbacks import RateCallback
 
 STOPPED = 128 + signal.SIGTERM  # exit status 143, as a shell reports a process that SIGTERM ended
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -135,27 +136,50 @@ def explained_workers() -> Iterator[None]:
 
 
 class StepState:
-    """What a training step changes before its backward ends, so that it can be taken again."""
+    """What a training step changes before its backward ends, so that it can be taken again.
 
-    def __init__(self, trainer: "ViPolyQwenTrainer") -> None:
-        self.trainer = trainer
-        self.accumulated = any(parameter.grad is not None for parameter in trainer.model.parameters())
-        self.random = torch.get_rng_state(), get_device_states(torch.empty(0, device=trainer.args.device))
-        self.loss = {name: value.clone() for name, value in trainer.mixed_loss.state_dict().items()}
-        self.figures, self.losses = len(trainer.figures), list(trainer.monitor.losses)
-        self.counts = trainer.rates.pairs, trainer.rates.tokens
+    Args:
+        model: the model.
+        mixed_loss: the loss, whose weighting observes each batch.
+        figures: of the batches since the last log.
+        rates: pairs and tokens since the last log.
+        monitor: losses of the last batches.
+        device: device of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mixed_loss: nn.Module,
+        figures: list[torch.Tensor],
+        rates: RateCallback,
+        monitor: BalanceMonitor,
+        device: torch.device,
+    ) -> None:
+        self.model, self.mixed_loss, self.figures, self.rates, self.monitor = (
+            model,
+            mixed_loss,
+            figures,
+            rates,
+            monitor,
+        )
+        self.device = device
+        self.accumulated = any(parameter.grad is not None for parameter in model.parameters())
+        self.random = torch.get_rng_state(), get_device_states(torch.empty(0, device=device))
+        self.loss = {name: value.clone() for name, value in mixed_loss.state_dict().items()}
+        self.batches, self.losses = len(figures), list(monitor.losses)
+        self.counts = rates.pairs, rates.tokens
 
     def restore(self) -> None:
         """Goes back to the beginning of the step; only if no gradient had been accumulated before it."""
-        trainer, device = self.trainer, self.trainer.args.device
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.loss_optimizer.zero_grad()
-        trainer.mixed_loss.load_state_dict(self.loss)
+        self.model.zero_grad(set_to_none=True)
+        self.mixed_loss.zero_grad(set_to_none=True)
+        self.mixed_loss.load_state_dict(self.loss)
         torch.set_rng_state(self.random[0])
-        set_device_states(*self.random[1], device_type=device.type)
-        del trainer.figures[self.figures :]
-        trainer.monitor.losses.clear()
-        trainer.monitor.losses.extend(self.losses)
-        trainer.rates.pairs, trainer.rates.tokens = self.counts
-        if device.type == "cuda":
+        set_device_states(*self.random[1], device_type=self.device.type)
+        del self.figures[self.batches :]
+        self.monitor.losses.clear()
+        self.monitor.losses.extend(self.losses)
+        self.rates.pairs, self.rates.tokens = self.counts
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()

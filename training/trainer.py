@@ -143,7 +143,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if self.in_chunks and self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
         while True:
-            before = StepState(self)
+            parts = (self.model, self.mixed_loss, self.figures, self.rates, self.monitor, self.args.device)
+            before = StepState(*parts)
             try:
                 return super().training_step(model, inputs, *args, **kwargs)
             except torch.OutOfMemoryError as error:
