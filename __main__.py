@@ -30,6 +30,7 @@ COMMANDS = {
     "index": Command("serving.index", "search", "an index of these shards"),
     "search": Command("serving.search", "search", "searches it with a text, an image or audio"),
     "serve": Command("serve_vipolyqwen", "serve", "a server with OpenAI's /v1/embeddings"),
+    "export": Command("export_vipolyqwen", "export", "the text route to ONNX"),
     "app": Command("app", "demo-app", "a page to try a model"),
     "doctor": Command("doctor", None, "checks a repository against its fingerprint"),
     "demo": Command("demo_vipolyqwen", "train", "trains a toy on a generated world, and searches with it"),

@@ -211,7 +211,7 @@ def demo_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("block", named(blocks("python")))
 def test_every_python_example_runs(block: Block, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = compile(block.text, block.page, "exec")
-    if "ORG/NAME" in block.text:  # a repository on the Hub
+    if "ORG/NAME" in block.text or "import onnxruntime" in block.text:  # on the Hub; run by tests/house/test_export.py
         return
     for package in OPTIONAL:
         if f"import {package}\n" in block.text or f"from {package} import" in block.text:
