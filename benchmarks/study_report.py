@@ -155,7 +155,7 @@ def write_report(results: Results, out: Path) -> None:
         "seeds": len(next(iter(results["runs"].values()))),
         "runs": {name: [_without_ranks(run) for run in runs] for name, runs in results["runs"].items()},
     }
-    text = json.dumps(_rounded(figures), indent=1, ensure_ascii=False)
+    text = json.dumps(rounded(figures), indent=1, ensure_ascii=False)
     out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
     page = "\n".join(markdown(results, answers, out.name))
@@ -177,13 +177,13 @@ def _without_ranks(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, **views}
 
 
-def _rounded(found: Any) -> Any:
+def rounded(found: Any) -> Any:
     """Five digits; NaN, which JSON does not have, as null."""
     if isinstance(found, float):
         return round(found, 5) if math.isfinite(found) else None
     if isinstance(found, Mapping):
-        return {name: _rounded(one) for name, one in found.items()}
-    return [_rounded(one) for one in found] if isinstance(found, list | tuple) else found
+        return {name: rounded(one) for name, one in found.items()}
+    return [rounded(one) for one in found] if isinstance(found, list | tuple) else found
 
 
 def plot(results: Results) -> str:

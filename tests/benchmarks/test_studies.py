@@ -18,6 +18,7 @@ from paired_statistics import power, seeds_needed
 from space_geometry import geometry, uniformity
 from study_report import Question, answer, is_at_chance, verdict
 from tiny_base import start_from_teacher, whitened
+from verdicts import from_recalls
 
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_tasks
@@ -187,3 +188,19 @@ def test_the_studies_of_the_repository_build_their_losses(path: Path, monkeypatc
         data = studies.DataArguments(**studies._known(studies.DataArguments, settings))
         loss = studies.LossArguments(**studies._known(studies.LossArguments, settings))
         assert list(studies.build_loss(loss, data.tasks, list(studies.build_tasks(data))).tasks)
+
+
+def test_verdicts_of_the_quick_ablations_count_the_hits_of_each_seed() -> None:
+    given = {
+        "recall@1": {
+            "base": {"instr/vi": [0.5, 0.625], "ocr/zh": [0.0, 0.0]},
+            "other": {"instr/vi": [0.25, 0.5], "ocr/zh": [0.0, 0.0]},
+        },
+        "chance": {"instr/vi": 0.02, "ocr/zh": 0.02},
+        "candidates": {"instr/vi": 50, "ocr/zh": 50},
+    }
+    found = from_recalls(given)
+    assert found["queries"] == {"instr/vi": 8, "ocr/zh": 8}
+    assert found["runs"]["other"][1]["own"]["ranks"]["instr/vi"].count(1) == 4
+    said = answer(found, Question("H1", "more", "base", "other"))
+    assert said.excluded == ["ocr/zh"] and said.by_seed == pytest.approx([0.25, 0.125])
