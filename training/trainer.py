@@ -465,11 +465,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return sum(value.nbytes for value in model.parameters() if value.requires_grad or not is_adapted(model))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Checks the adapter before the stock loading, which would silently load one of another shape in part."""
+    def _compare(self, checkpoint: Path) -> None:
+        """Compares the adapter first: the stock loading would silently load one of another shape in part."""
         if not self.is_fsdp_enabled:
-            check_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
+        super()._compare(checkpoint)
 
 
 def every_tower(processor: ViPolyQwenProcessor, with_audio: bool) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def test_pairs_without_text_are_trained_and_evaluated(world: Path, tmp_path: Pat
     rows = [{"images_a": str(world / f"{n}.png"), "audio_b": str(world / f"{n}.wav")} for n in range(4)]
     rows[0]["negatives"] = ["im lặng", {"audio": rows[1]["audio_b"]}]
     (tmp_path / "spoken.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    spoken = {"path": str(tmp_path / "spoken.jsonl"), "task": "image_audio"}
+    spoken = {"path": str(tmp_path / "spoken.jsonl"), "task": "image_audio", "media_root": str(world)}
     needs = {"needs_image": True, "needs_audio_b": True}
     tasks = {"image_audio": {"prefix": "<image_audio>", "loss": {"nce": 1.0}, **needs}}
     data = {"train_data": [spoken, {"path": str(world / "pairs.jsonl")}], "eval_data": [spoken], "tasks": tasks}
