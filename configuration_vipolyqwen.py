@@ -1,8 +1,14 @@
 """Configuration of the model: its two backbones, the pooling, the projection and the fusion of their vectors."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2VLConfig
+
+if TYPE_CHECKING:
+    # Never runs. transformers keeps one model class for each configuration class, and one configuration class for the
+    # hash of this file and of those named here: without this line a second folder of the same name, with other code
+    # beside an equal configuration, would run the code of the first.
+    from .modeling_vipolyqwen import ViPolyQwenModel  # noqa: F401
 
 POOLINGS = ("attention", "mean", "last")
 PROJECTIONS = ("linear", "mlp")

@@ -188,7 +188,7 @@ def _part_content(part: Any) -> tuple[str, Any]:
         given = ", ".join(map(str, part))
         raise ValueError(f"A {kind} part with {given:.80} only; it needs one of {', '.join(PART_KEYS[kind])}.")
     if part[keys[0]] is None and kind != "text":
-        raise ValueError(f"A {kind} part whose {keys[0]} is None; leave it out.")
+        raise ValueError(f"An {kind} part whose {keys[0]} is None; leave it out.")
     return kind, part[keys[0]]
 
 
@@ -198,14 +198,57 @@ def join_clips(clips: list[Any]) -> Any:
     Raises:
         ValueError: the input has several.
     """
-    if len(clips) == 2 and is_array_with_rate(clips):  # sentence-transformers takes (array, rate) apart
-        return clips[0], clips[1]
+    if is_array_with_rate(clips):  # sentence-transformers takes (array, rate) apart
+        return tuple(clips)
     if len(clips) > 1:
         raise ValueError(f"{len(clips)} audio clips in one input; the limit is 1. Join them or embed each alone.")
     return clips[0] if clips else None
 
 
 # --- arguments of a call -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Arguments of a call, one entry an input; `None` where an argument was not passed.
+
+    Attributes:
+        size: number of inputs.
+        texts: texts.
+        images: images of each input.
+        clips: clip of each input.
+    """
+
+    size: int
+    texts: Sequence[Any] | None
+    images: list[list[Any]] | None
+    clips: list[Any] | None
+
+    def row(self, number: int) -> tuple[Sequence[Any], list[Any], Any]:
+        """Returns the texts (one or none), images and clip of an input."""
+        texts = [] if self.texts is None else self.texts[number : number + 1]
+        return texts, self.images[number] if self.images else [], self.clips[number] if self.clips else None
+
+
+def read_columns(text: Any, images: Any, audio: Any) -> Columns:
+    """Arranges the arguments of a call as one entry an input.
+
+    Raises:
+        ValueError: they hold nothing or differ in length.
+    """
+    if text is None and images is None and audio is None:
+        raise ValueError("The inputs hold nothing to embed: pass `text`, `images` or `audio`.")
+    texts = text if text is None or isinstance(text, (list, tuple)) else [text]
+    image_lists = nest_images(images, None if texts is None else len(texts))
+    given = {"text": texts, "images": image_lists, "audio": as_batch(audio)}
+    sizes = {name: len(column) for name, column in given.items() if column is not None}
+    size = next(iter(sizes.values()))
+    for name, entries in sizes.items():
+        if entries != size:
+            raise ValueError(f"`{name}` has {entries} entries for a batch of {size}; give one entry an input.")
+    if size == 0:
+        raise ValueError("The batch is empty; pass at least one input.")
+    return Columns(size, *given.values())
 
 
 def as_batch(audio: Any) -> list[Any] | None:
@@ -239,6 +282,7 @@ def as_list(entry: Any) -> list[Any]:
 
 
 __all__ = [
+    "Columns",
     "EmbeddingInput",
     "as_batch",
     "as_list",
@@ -246,6 +290,7 @@ __all__ = [
     "in_defined_order",
     "join_clips",
     "nest_images",
+    "read_columns",
     "read_conversations",
     "read_parts",
 ]

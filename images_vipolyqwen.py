@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from .media_vipolyqwen import LIMITS, MAX_ASPECT_RATIO, Limits, open_source, unreadable, unwrap
 
@@ -21,6 +21,21 @@ FORMATS = tuple(
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+ORIENTATION = 0x0112  # EXIF tag, and how to turn an image of each of its values
+TURNS = dict(
+    enumerate(
+        [
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ],
+        start=2,
+    )
+)
 SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a smaller copy of another page
 
 
@@ -33,9 +48,9 @@ def load_image(source: Any, allow_urls: bool | str = False, rescale: bool = True
     """Opens an image and checks its size and, for an array, the range of its pixels.
 
     Args:
-        source: a path, the bytes of a file, base64, a data URL, `{"bytes", "path"}`, a PIL image, or an array or
-            tensor of 0 … 255, (height, width), (height, width, channels) or (channels, height, width) with 1 to 4
-            channels; a URL with `allow_urls`.
+        source: a path, an open file, the bytes of a file, base64, a data URL, `{"bytes", "path"}`, a PIL image, or an
+            array or tensor of 0 … 255, (height, width), (height, width, channels) or (channels, height, width) with
+            1 to 4 channels; a URL with `allow_urls`.
         allow_urls: fetch `http(s)://` sources; see `download`.
         rescale: whether the image processor divides by 255; if not, an array may be of 0 … 1.
         limits: bounds of file and pixels.
@@ -83,7 +98,10 @@ def _open_image(file: BinaryIO) -> Any:
     file.seek(0)
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head:
         return _open_heif(file)
-    return Image.open(file, formats=FORMATS)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is of none of the formats {', '.join(FORMATS)}; convert it to PNG") from error
 
 
 def _open_heif(file: BinaryIO) -> Any:
@@ -120,8 +138,19 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 def _finish(image: Any, limits: Limits) -> Image.Image:
     """Decodes an opened image as upright RGB on white."""
     _check_size(*image.size, limits)
-    decoded = image if isinstance(image, Image.Image) else image.to_pillow()
-    return on_white(_eight_bits(ImageOps.exif_transpose(decoded)))
+    if not isinstance(image, Image.Image):
+        return on_white(_eight_bits(image.to_pillow()))  # pillow-heif has turned it
+    image.load()
+    return on_white(_eight_bits(_upright(image)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns a decoded image as its EXIF orientation says; damaged EXIF data says nothing."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # noqa: BLE001  Pillow raises several kinds; the pixels are sound
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -139,7 +168,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image)
     if image.mode.startswith("I;16"):
-        return Image.fromarray((pixels >> 8).astype(np.uint8))
+        shift = 0 if pixels.max(initial=0) < 256 else 8  # values of 8 bits in 16, which would all be black
+        grey = Image.fromarray((pixels >> shift).astype(np.uint8))
+        if "transparency" in image.info:
+            grey.putalpha(Image.fromarray(np.where(pixels == image.info["transparency"], 0, 255).astype(np.uint8)))
+        return grey
     _check_range(pixels.astype(np.float64), rescale=True)
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -202,7 +235,7 @@ def _check_range(pixels: np.ndarray, rescale: bool) -> None:
         raise ValueError(
             f"its pixels are {low:g} … {high:g}; they must be 0 … 255: scale them, or undo a normalisation"
         )
-    if rescale and pixels.dtype.kind in "fb" and 0 < high <= 1:
+    if rescale and 0 < high <= 1:
         raise ValueError(f"its pixels are {low:g} … {high:g} and would be divided by 255 again; multiply them by 255")
 
 

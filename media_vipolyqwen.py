@@ -9,6 +9,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ MEDIA_ENDINGS = (
     "flv mkv webm mpg mpeg 3gp"
 ).split()
 MEDIA_PATH = re.compile(rf".+\.({'|'.join(MEDIA_ENDINGS)})", re.IGNORECASE)
+FILE_URL = re.compile(r"file://(localhost)?(?=/)", re.IGNORECASE)
 DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]+)*,", re.IGNORECASE)
+ADDRESS_IN_TEXT = re.compile(r"\s\S*https?://", re.IGNORECASE)  # a sentence that ends with an address
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 # Endings by which sentence-transformers opens a bare string as an image or as audio.
 SENTENCE_TRANSFORMERS_OPENS = tuple(".jpg .jpeg .png .gif .bmp .tiff .webp .mp3 .wav .ogg .flac .aac".split())
@@ -114,7 +117,7 @@ def unwrap(source: Any) -> Any:
 
 
 def open_source(source: Any, allow_urls: bool | str = False, limits: Limits = LIMITS) -> BinaryIO:
-    """Opens a path, the bytes of a file, base64, a data URL or, if allowed, a URL.
+    """Opens a path, an open file, the bytes of a file, base64, a data URL or, if allowed, a URL.
 
     Args:
         source: one of these.
@@ -128,7 +131,10 @@ def open_source(source: Any, allow_urls: bool | str = False, limits: Limits = LI
     if is_url(source):
         source = download(source, allow_urls, limits.download_bytes, limits.download_seconds)
     elif isinstance(source, str):
-        source = _decode_base64(source, limits) or source
+        data = _decode_base64(source, limits)
+        source = _local_path(source) if data is None else data
+    elif is_open_file(source):
+        source = _read_open_file(source, limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) > limits.file_bytes:
             raise ValueError(_too_large(len(source), limits))
@@ -136,6 +142,25 @@ def open_source(source: Any, allow_urls: bool | str = False, limits: Limits = LI
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"a {type(source).__name__} is neither a path nor the bytes of a file; pass one of them")
     return _open_file(source, limits)
+
+
+def is_open_file(source: Any) -> bool:
+    """Returns whether `source` is an open file or another object with its `read`, such as `io.BytesIO`."""
+    return callable(getattr(source, "read", None)) and callable(getattr(source, "seek", None))
+
+
+def _read_open_file(file: Any, limits: Limits) -> bytes:
+    """Reads an open file from its beginning; it stays open."""
+    file.seek(0)
+    data = file.read(limits.file_bytes + 1)
+    if not isinstance(data, bytes):
+        raise ValueError(f"its `read` gives {type(data).__name__}, not bytes; open the file in mode 'rb'")
+    return data
+
+
+def _local_path(text: str) -> str:
+    """Returns the path of a `file://` URL of this machine; any other text as it is."""
+    return unquote(urlsplit(text).path) if FILE_URL.match(text) else text
 
 
 def _open_file(path: str | os.PathLike, limits: Limits) -> BinaryIO:
@@ -177,6 +202,7 @@ def is_file(path: str) -> bool:
     """Returns whether a string names an existing file (or device), not a folder."""
     if len(path) > MAX_PATH or "\0" in path:
         return False
+    path = _local_path(path)
     return os.path.exists(path) and not os.path.isdir(path)
 
 
@@ -195,6 +221,8 @@ def check_is_text(text: str) -> None:
     if len(text) > MAX_PATH or "\n" in text or not MEDIA_PATH.fullmatch(text):
         return
     exists = is_file(text)
+    if not exists and ADDRESS_IN_TEXT.search(text):
+        return
     if not exists and "/" not in text and "\\" not in text:
         return
     if (exists or is_url(text)) and text.lower().endswith(SENTENCE_TRANSFORMERS_OPENS):
@@ -213,6 +241,7 @@ __all__ = [
     "Limits",
     "check_is_text",
     "is_file",
+    "is_open_file",
     "open_source",
     "show_source",
     "unreadable",

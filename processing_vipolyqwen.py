@@ -1,5 +1,6 @@
 """Processor: turns text, images, audio and a task into tensors, and keeps content from forging special tokens."""
 
+import difflib
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,10 @@ from transformers.utils import logging
 
 from .conversations_vipolyqwen import (
     EmbeddingInput,
-    as_batch,
     clean_text,
     in_defined_order,
     join_clips,
-    nest_images,
+    read_columns,
     read_conversations,
     read_parts,
 )
@@ -37,6 +37,12 @@ TASK_PREFIXES = {
     "audio": "<audio>",
 }
 PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
+MODALITIES = {
+    "text_kwargs": "tokenizer",
+    "images_kwargs": "image_processor",
+    "audio_kwargs": "feature_extractor",
+    "videos_kwargs": "video_processor",
+}
 NO_TENSORS: dict[str, Any] = {"return_tensors": None, "return_attention_mask": False}  # lists, not padded
 TEXT_SHARE = 0.25  # of an input's tokens that images leave to its text
 RETRIEVAL_SIDES = ("query", "document")  # sentence-transformers passes them as tasks; they select no prefix
@@ -225,29 +231,17 @@ class ViPolyQwenProcessor(ProcessorMixin):
             raise ValueError(
                 "`videos` were passed, but this model embeds text, images and audio; pass frames as images."
             )
-        if text is None and images is None and audio is None:
-            raise ValueError("The inputs hold nothing to embed: pass `text`, `images` or `audio`.")
-        merged = self._merge(kwargs)
-        texts = text if text is None or isinstance(text, (list, tuple)) else [text]
-        image_lists = nest_images(images, None if texts is None else len(texts))
-        clips = as_batch(audio)
-        size = len(next(given for given in (texts, image_lists, clips) if given is not None))
-        for name, given in (("text", texts), ("images", image_lists), ("audio", clips)):
-            if given is not None and len(given) != size:
-                raise ValueError(f"`{name}` has {len(given)} entries for a batch of {size}; give one entry an input.")
-        if size == 0:
-            raise ValueError("The batch is empty; pass at least one input.")
-        limits = self._limits
+        merged, limits = self._merge(kwargs), self._limits
+        columns = read_columns(text, images, audio)
 
         def build(number: int) -> EmbeddingInput:
-            images = image_lists[number] if image_lists else []
+            texts, images, clip = columns.row(number)
             if len(images) > limits.input_parts:
                 raise ValueError(f"{len(images)} images in an input; the limit `input_parts` is {limits.input_parts}.")
-            parts = [self._load_image(image, merged) for image in images]
-            parts += [clean_text(entry, limits) for entry in texts[number : number + 1]] if texts else []
-            return EmbeddingInput(parts, self._prepare_audio(clips[number] if clips else None, merged)).check()
+            parts = [*(self._load_image(image, merged) for image in images), *(clean_text(t, limits) for t in texts)]
+            return EmbeddingInput(parts, self._prepare_audio(clip, merged)).check()
 
-        inputs = [_named(build, number, size) for number in range(size)]
+        inputs = [_named(build, number, columns.size) for number in range(columns.size)]
         return self._encode(self._set_tasks(inputs, task), merged)
 
     def apply_chat_template(
@@ -277,7 +271,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
             return_tensors: such as `"pt"`.
             processor_kwargs: keyword arguments of `__call__`.
             task: as in `__call__`, for conversations without a system message.
-            plain_text: embed a text that looks like the path of an image or audio file; otherwise it is an error.
+            plain_text: embed a text alone that looks like the path of an image or audio file; otherwise it is an
+                error. Beside other parts a text is always a text.
             share_images: prepare images of equal content once. `pixel_values` and `image_grid_thw` are then of the
                 different images, and `image_indices` (slots,) long gives the image of each slot.
             **kwargs: further keyword arguments of `__call__`.
@@ -312,16 +307,40 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return encoded if return_dict else encoded["input_ids"]
 
     def _merge(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sorts keyword arguments by modality; one that would be ignored, such as `image=`, is a ValueError."""
+        known = self._known_kwargs()
+        for name, value in kwargs.items():
+            if name in known:
+                if not isinstance(value, Mapping):
+                    raise ValueError(f"`{name}` is {value!r:.80}; pass a dict of keyword arguments.")
+                _refuse_unknown(value, known[name], f" of `{name}`")
+        flat = set().union(known, *known.values(), ViPolyQwenProcessorKwargs.__annotations__)
+        _refuse_unknown(kwargs, flat, "")
         return self._merge_kwargs(
             ViPolyQwenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
 
+    def _known_kwargs(self) -> dict[str, set[str]]:
+        """Returns the keyword arguments of each modality, and of `common_kwargs` those of all."""
+        known = {}
+        for name, part in MODALITIES.items():
+            accepted = getattr(getattr(self, part, None), "valid_kwargs", None)
+            known[name] = {*ViPolyQwenProcessorKwargs.__annotations__[name].__annotations__}
+            known[name] |= set(accepted.__annotations__) if accepted is not None else set()
+        return {**known, "common_kwargs": set().union(*known.values())}
+
     def _set_tasks(self, inputs: list[EmbeddingInput], task: str | list[str | None] | None) -> list[EmbeddingInput]:
         """Sets the prefix of each input to that of its task."""
         tasks = [task] * len(inputs) if task is None or isinstance(task, str) else task
+        if not isinstance(tasks, (list, tuple)):
+            raise ValueError(
+                f"`task` is a {type(task).__name__}, {task!r:.80}; pass a name, or a list of one an input."
+            )
         if len(tasks) != len(inputs):
             raise ValueError(f"`task` has {len(tasks)} entries for a batch of {len(inputs)}; give one entry an input.")
         for item, name in zip(inputs, tasks, strict=True):
+            if not isinstance(name, str | None):
+                raise ValueError(f"A task is a {type(name).__name__}, {name!r:.80}; pass its name.")
             if name is None or (name in RETRIEVAL_SIDES and name not in self.task_prefixes):
                 continue
             if name == AUTO_TASK:
@@ -338,13 +357,15 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """Reads one conversation as one input."""
         result = EmbeddingInput()
         clips = []
-        for role, kind, source in read_parts(messages, self._limits):
+        parts = read_parts(messages, self._limits)
+        is_bare = len([role for role, *_ in parts if role != "system"]) == 1  # not beside others, so perhaps a path
+        for role, kind, source in parts:
             if kind == "text" and role == "system":
                 result.prefix, source = self._split_prefix(clean_text(source, self._limits))
                 result.parts.extend([source] if source else [])
             elif kind == "text":
                 result.parts.append(clean_text(source, self._limits))
-                if not plain_text:
+                if is_bare and not plain_text:
                     check_is_text(source)
             elif kind == "image":
                 result.parts.append(self._load_image(source, merged))
@@ -545,6 +566,15 @@ class ViPolyQwenProcessor(ProcessorMixin):
             patches = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
             data = {"num_image_tokens": [count // merge**2 for count in patches], "num_image_patches": patches}
         return MultiModalData(**data)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: set[str], place: str) -> None:
+    """Raises ValueError for a keyword argument that nothing reads."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), [*known, "text", "images", "audio", "task"], n=1)
+            hint = f"do you mean `{near[0]}`?" if near else "drop it."
+            raise ValueError(f"The processor takes no argument `{name}`{place}, which would be ignored; {hint}")
 
 
 def _share(images: list[Any], bounds: list[int | None]) -> tuple[list[Any], list[int | None], list[int]]:

@@ -3,7 +3,6 @@
 import math
 import numbers
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 from transformers.utils import is_av_available, is_scipy_available, is_soundfile_available
 
-from .media_vipolyqwen import LIMITS, Limits, open_source, show_source, unreadable, unwrap
+from .headers_vipolyqwen import check_is_complete
+from .media_vipolyqwen import LIMITS, Limits, is_open_file, open_source, show_source, unreadable, unwrap
 
 if is_av_available():
     import av
@@ -23,6 +23,8 @@ if is_scipy_available():
 PIECE = 2**16  # samples of a channel that are decoded at a time
 UNKNOWN_LENGTH = 2**40  # samples; a header that claims as many states no length
 LOUDEST = 2.0**32  # of floating-point samples; louder ones overflow float32 in the feature extractor
+# Formats of libsndfile that are read; of its others many state no length or rate.
+SOUNDFILE_FORMATS = ("AIFF", "AU", "CAF", "FLAC", "MP3", "NIST", "OGG", "RF64", "W64", "WAV", "WAVEX")
 # What FFmpeg (PyAV) may open: offset, first bytes, name of the demuxer. Playlists and others, which open further files
 # or addresses, are not among them.
 CONTAINERS = (
@@ -40,6 +42,9 @@ CONTAINERS = (
     (0, b"\x00\x00\x01\xba", "mpeg"),
 )
 
+ESTIMATED = ("aac", "amr", "mpeg")  # demuxers that compute a length from the size of the file
+TOLERANCE = 0.5  # s by which a stream may end before its container says
+
 
 def load_audio(
     source: Any, sampling_rate: int | None = None, allow_urls: bool | str = False, limits: Limits = LIMITS
@@ -47,10 +52,10 @@ def load_audio(
     """Loads audio and mixes its channels down to mono.
 
     Args:
-        source: a path, the bytes of a file, base64, a data URL, `(array, rate)`, `{"array", "sampling_rate"}`,
-            `{"bytes", "path"}`, a decoder with `get_all_samples()`, or an array of samples, (samples,), (channels,
-            samples) or (samples, channels), float in [-1, 1] or integers over the range of their dtype (8, 16 or 32
-            bits); a URL with `allow_urls`.
+        source: a path, an open file, the bytes of a file, base64, a data URL, `(array, rate)` or `(rate, array)`,
+            `{"array", "sampling_rate"}`, `{"bytes", "path"}`, a decoder with `get_all_samples()`, or an array of
+            samples, (samples,), (channels, samples) or (samples, channels), float in [-1, 1] or integers over the
+            range of their dtype (8, 16 or 32 bits); a URL with `allow_urls`.
         sampling_rate: rate in Hz of an array that comes without one.
         allow_urls: fetch `http(s)://` sources; see `download`.
         limits: bounds of file, samples, channels and rate.
@@ -66,22 +71,24 @@ def load_audio(
     if isinstance(source, Mapping) and source.get("array") is not None:
         return load_audio(source["array"], source.get("sampling_rate", sampling_rate), limits=limits)
     if is_array_with_rate(source):
-        return load_audio(source[0], source[1], limits=limits)
+        array, rate = source if _is_array(source[0]) else reversed(source)
+        return load_audio(array, rate, limits=limits)
     if hasattr(source, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` returns
         return _load_decoder(source, limits)
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)):
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)) or is_open_file(source):
         return _load_file(source, allow_urls, limits)
     return _mono_samples(_as_numpy(source), sampling_rate, limits)
 
 
 def is_array_with_rate(source: Any) -> bool:
-    """Returns whether `source` is `(array, rate)`, as `soundfile.read` returns it."""
-    return (
-        isinstance(source, (tuple, list))
-        and len(source) == 2
-        and (isinstance(source[0], (np.ndarray, torch.Tensor)) or is_samples(source[0]))
-        and isinstance(source[1], numbers.Integral)
-    )
+    """Returns whether `source` is `(array, rate)`, as soundfile returns it, or `(rate, array)`, as scipy does."""
+    if not isinstance(source, (tuple, list)) or len(source) != 2 or _is_array(source[0]) == _is_array(source[1]):
+        return False
+    return any(isinstance(entry, numbers.Real) and not isinstance(entry, bool) for entry in source)
+
+
+def _is_array(source: Any) -> bool:
+    return isinstance(source, (np.ndarray, torch.Tensor)) or is_samples(source)
 
 
 def is_samples(source: Any) -> bool:
@@ -115,6 +122,8 @@ def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tu
             "The audio is an array without a sampling rate. Pass {'array': …, 'sampling_rate': …} or `sampling_rate=`."
         )
     rate = check_rate(sampling_rate, limits)
+    if samples.size == 0:
+        raise ValueError("The audio is empty: 0 samples. Leave it out or pass a recording.")
     if samples.ndim == 2:
         if min(samples.shape) > limits.audio_channels:
             raise ValueError(
@@ -124,8 +133,6 @@ def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tu
         samples = _as_float(samples).mean(axis=int(np.argmin(samples.shape)))
     if samples.ndim != 1:
         raise ValueError(f"The audio has shape {samples.shape}; pass (samples,) or (channels, samples).")
-    if samples.size == 0:
-        raise ValueError("The audio is empty: 0 samples. Leave it out or pass a recording.")
     check_length(samples.size, rate, limits)
     samples = _as_float(samples)
     if not np.isfinite(samples).all():
@@ -164,8 +171,9 @@ def check_rate(rate: Any, limits: Limits = LIMITS) -> int:
     Raises:
         ValueError: it is not an integer, or outside the limits.
     """
-    whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and float(rate).is_integer()
-    if not whole or not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
+    is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    inside = is_number and limits.min_sampling_rate <= rate <= limits.max_sampling_rate
+    if not inside or not float(rate).is_integer():
         raise ValueError(
             f"The audio's sampling rate is {rate!r:.40}; the limits are {limits.min_sampling_rate} and "
             f"{limits.max_sampling_rate} Hz (`min_sampling_rate`, `max_sampling_rate`): pass the rate that it was "
@@ -209,7 +217,7 @@ def _decode_file(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
     """Decodes with libsndfile or, for the containers that it does not know, with FFmpeg."""
     if not is_soundfile_available():
         raise ImportError("Reading audio files needs the soundfile package: pip install soundfile.")
-    check_wav_is_complete(file)
+    check_is_complete(file)
     head = file.read(16)
     file.seek(0)
     container = next((name for at, first, name in CONTAINERS if head[at:].startswith(first)), None)
@@ -217,7 +225,7 @@ def _decode_file(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
         return _decode_with_soundfile(file, limits)
     except soundfile.LibsndfileError as error:
         if container is None:
-            raise
+            raise ValueError(error.error_string) from error
         if not is_av_available():
             raise ValueError(f"it is of the kind {container}, which needs the av package: pip install av") from error
     file.seek(0)
@@ -226,6 +234,8 @@ def _decode_file(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
 
 def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, int]:
     with soundfile.SoundFile(_SeekableFile(file)) as clip:
+        if clip.format not in SOUNDFILE_FORMATS:
+            raise ValueError(f"it is of the format {clip.format}; convert it to one of {', '.join(SOUNDFILE_FORMATS)}")
         rate = check_rate(clip.samplerate, limits)
         _check_channels(clip.channels, limits)
         if clip.frames < UNKNOWN_LENGTH:
@@ -275,8 +285,34 @@ def _decode_with_av(file: BinaryIO, container: str, limits: Limits) -> tuple[np.
         rate = check_rate(stream.rate, limits)
         _check_channels(stream.channels, limits)
         to_float = av.AudioResampler(format="fltp", rate=rate)  # (channels, samples) in [-1, 1]
-        frames = (frame for decoded in opened.decode(stream) for frame in to_float.resample(decoded))
-        return _join((frame.to_ndarray().mean(axis=0) for frame in frames), rate, limits), rate
+        heard = _Heard(stream)
+        frames = (frame for decoded in heard.frames(opened) for frame in to_float.resample(decoded))
+        samples = _join((frame.to_ndarray().mean(axis=0) for frame in frames), rate, limits)
+        heard.check()
+        return samples, rate
+
+
+class _Heard:
+    """Compares where the decoded frames of a stream end with where its container says that it ends."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.end = 0.0  # s
+
+    def frames(self, opened: Any) -> Iterator[Any]:
+        """Yields the frames of the stream."""
+        for frame in opened.decode(self.stream):
+            if frame.time is not None:
+                self.end = max(self.end, frame.time + frame.samples / frame.sample_rate)
+            yield frame
+
+    def check(self) -> None:
+        """Raises ValueError if the stream ended too early; a container may state no end."""
+        if not self.stream.duration or self.stream.container.format.name in ESTIMATED:
+            return
+        stated = float(((self.stream.start_time or 0) + self.stream.duration) * self.stream.time_base)
+        if self.end < stated - TOLERANCE:
+            raise ValueError(f"the file is truncated: {self.end:.1f} of {stated:.1f} s")
 
 
 def _check_channels(channels: int, limits: Limits) -> None:
@@ -295,24 +331,6 @@ def _join(pieces: Iterable[np.ndarray], rate: int, limits: Limits) -> np.ndarray
     return np.concatenate(kept) if kept else np.zeros(0, np.float32)
 
 
-def check_wav_is_complete(file: Any) -> None:
-    """Refuses a truncated WAV file, because libsndfile would silently read the rest.
-
-    Args:
-        file: a binary file, open at its beginning; it is left there.
-
-    Raises:
-        ValueError: the file is shorter than its header declares.
-    """
-    header = file.read(8)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if header[:4] == b"RIFF" and len(header) == 8:
-        declared = struct.unpack("<I", header[4:])[0] + 8
-        if size < declared < 2**32 - 2**16:  # streaming writers declare about 2**32 bytes
-            raise ValueError(f"the file is truncated: {size} of {declared} bytes")
-
-
 def audio_length(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
     """Returns the samples of a channel and the sampling rate in Hz, from the header of a file if it has one.
 
@@ -324,7 +342,7 @@ def audio_length(source: Any, limits: Limits = LIMITS) -> tuple[int, int]:
         return len(samples), rate
     try:
         with open_source(source, False, limits) as file:
-            check_wav_is_complete(file)
+            check_is_complete(file)
             info = soundfile.info(file)
             return info.frames, check_rate(info.samplerate, limits)
     except soundfile.LibsndfileError:
@@ -359,7 +377,6 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
 __all__ = [
     "audio_length",
     "check_rate",
-    "check_wav_is_complete",
     "is_array_with_rate",
     "is_samples",
     "load_audio",

@@ -26,6 +26,7 @@ SHIPPED = {
     "conversations_vipolyqwen.py",
     "download_vipolyqwen.py",
     "fingerprint_vipolyqwen.py",
+    "headers_vipolyqwen.py",
     "images_vipolyqwen.py",
     "media_vipolyqwen.py",
     "modeling_vipolyqwen.py",

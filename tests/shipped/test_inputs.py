@@ -147,7 +147,7 @@ def test_only_a_stated_list_of_formats_is_opened(tmp_path: Path) -> None:
     path.write_bytes(postscript)
     others = [image_file(Image.new("RGB", (60, 48)), kind) for kind in ("PPM", "ICO", "TGA", "PCX", "PDF")]
     for given in (postscript, path, b"<svg xmlns='http://www.w3.org/2000/svg'/>", *others):
-        with pytest.raises(ValueError, match="cannot be read: cannot identify image file"):
+        with pytest.raises(ValueError, match="it is of none of the formats AVIF, BMP"):
             load_image(given)
 
 

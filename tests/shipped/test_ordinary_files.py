@@ -1,0 +1,230 @@
+"""Files and arguments as people have them: odd headers are read, truncated or ambiguous ones refused by name."""
+
+import io
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from helpers import chat_ids, ids_of, random_image, save_tiny_model, user
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from vipolyqwen.images_vipolyqwen import load_image
+from vipolyqwen.media_vipolyqwen import check_is_text
+from vipolyqwen.waveforms_vipolyqwen import load_audio
+
+RATE = 16_000
+TONE = (0.5 * np.sin(np.arange(RATE // 4) * 0.2)).astype(np.float32)
+
+
+def image_file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def audio_file(kind: str = "WAV", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, TONE, RATE, format=kind, **options)
+    return buffer.getvalue()
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x09garbage"])
+def test_damaged_exif_data_leaves_the_pixels(exif: bytes, rng: np.random.Generator) -> None:
+    image = random_image(rng)
+    np.testing.assert_array_equal(np.asarray(load_image(image_file(image, exif=exif))), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation: int, rng: np.random.Generator) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = np.asarray(random_image(rng, 60, 48))
+    # how a camera stores it: which sides of the scene the first row and the first column are (EXIF 2.3, table 6)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    given = image_file(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(given)), upright)
+
+
+def grey_png(pixels: np.ndarray, transparent: int) -> bytes:
+    """A PNG of 16-bit grey with one transparent grey, which Pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in [*chunks, (b"IEND", b"")])
+
+
+def test_transparency_of_sixteen_bits_is_laid_on_white() -> None:
+    pixels = np.full((48, 60), 60_000, np.uint16)
+    pixels[:10], pixels[10:20] = 0, 1  # 1 is opaque, though its upper 8 bits are those of 0
+    seen = np.asarray(load_image(grey_png(pixels, transparent=0)))
+    assert [int(seen[row, 0, 0]) for row in (0, 10, 20)] == [255, 0, 60_000 >> 8]
+
+
+def test_eight_bits_in_sixteen_are_not_all_black(rng: np.random.Generator) -> None:
+    eight = rng.integers(0, 256, (48, 60), dtype=np.uint8)
+    sixteen = load_image(image_file(Image.fromarray(eight.astype(np.uint16))))
+    np.testing.assert_array_equal(np.asarray(sixteen), np.asarray(load_image(eight)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, bool])
+def test_an_array_of_zeros_and_ones_is_ambiguous(dtype: type, rng: np.random.Generator) -> None:
+    with pytest.raises(ValueError, match="0 … 1 and would be divided by 255 again; multiply"):
+        load_image(rng.integers(0, 2, (48, 60)).astype(dtype))
+
+
+def test_open_files_and_file_urls_are_read(processor: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    image = random_image(rng)
+    for name, data in (("một ảnh #1.png", image_file(image)), ("tiếng 1.wav", audio_file(subtype="FLOAT"))):
+        path = tmp_path / name
+        path.write_bytes(data)
+        load = load_image if name.endswith("png") else lambda source: load_audio(source)[0]
+        buffer = io.BytesIO(data)
+        with path.open("rb") as file:
+            for source in (file, file, buffer, buffer, path.as_uri(), path.as_uri().replace("//", "//localhost", 1)):
+                np.testing.assert_array_equal(np.asarray(load(source)), np.asarray(load(path)))
+        with path.open(encoding="latin-1") as text, pytest.raises(ValueError, match="'rb'"):
+            load(text)
+    (tmp_path / "scan.pdf").write_bytes(b"%PDF")
+    with pytest.raises(ValueError, match="does not open that ending"):
+        check_is_text((tmp_path / "scan.pdf").as_uri())
+
+
+# --- audio -------------------------------------------------------------------------------------------------------
+
+STATED = ["WAV", "WAVEX", "AIFF", "AU", "CAF", "RF64", "W64", "NIST", "FLAC", "MP3"]
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_a_truncated_file_is_refused_in_every_format_that_states_its_length(kind: str) -> None:
+    data = audio_file(kind)
+    assert len(load_audio(data)[0]) == pytest.approx(len(TONE), rel=0.6)  # MP3 pads
+    with pytest.raises(ValueError, match="truncated|lost sync"):
+        load_audio(data[: len(data) // 2])
+
+
+def test_a_film_that_ends_too_early_is_refused(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w", options={"movflags": "faststart"}) as output:
+        stream = output.add_stream("aac", rate=RATE, layout="mono")
+        for start in range(0, 4 * RATE, 1024):
+            noise = np.random.default_rng(start).uniform(-0.5, 0.5, (1, 1024)).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(noise, "fltp", "mono")
+            frame.sample_rate, frame.pts = RATE, start
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    data = Path(path).read_bytes()
+    assert len(load_audio(data)[0]) == pytest.approx(4 * RATE, rel=0.05)
+    with pytest.raises(ValueError, match="truncated: .* of 4.* s|cannot be read"):
+        load_audio(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("riff", "samples"),
+    [(len(audio_file()), None), (0, None), (2**32 - 1, 2**32 - 1), (2**31 - 4060, 2**31 - 4096), (None, 2**32 - 1)],
+)
+def test_sizes_that_careless_and_streaming_writers_state_are_no_truncation(riff: Any, samples: Any) -> None:
+    data = bytearray(audio_file())
+    for place, size in ((4, riff), (40, samples)):
+        if size is not None:
+            data[place : place + 4] = struct.pack("<I", size)
+    np.testing.assert_allclose(load_audio(bytes(data))[0], TONE, atol=1e-4)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_32", "DOUBLE", "ULAW"])
+def test_every_width_of_pcm_is_the_same_audio(subtype: str) -> None:
+    found, _ = load_audio(audio_file(subtype=subtype))
+    assert np.abs(found[: len(TONE)] - TONE).max() < 0.03
+
+
+def test_other_formats_of_libsndfile_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it is of the format XI; convert it to one of AIFF"):
+        load_audio(audio_file("XI", subtype="DPCM_16"))
+    with pytest.raises(ValueError, match="<11 bytes> cannot be read: Format not recognised"):
+        load_audio(b"not a sound")
+
+
+def test_a_rate_stands_before_or_after_its_array() -> None:
+    for given in ((RATE, TONE), (TONE, RATE), [RATE, TONE.tolist()], (TONE, float(RATE)), (TONE, np.int32(RATE))):
+        found, rate = load_audio(given)
+        assert rate == RATE
+        np.testing.assert_array_equal(found, TONE)
+    for shape in ((0, 5), (5, 0), (0,), (1, 0)):
+        with pytest.raises(ValueError, match="empty: 0 samples"):
+            load_audio(np.zeros(shape), RATE)
+    with pytest.raises(ValueError, match="sampling rate is 1000000"):
+        load_audio({"array": TONE, "sampling_rate": 10**400})
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": "a.png"}, "no argument `image`, .* `images`"),
+        ({"texts": ["a"]}, "no argument `texts`, .* `text`"),
+        ({"sampling_rates": 8000}, "no argument `sampling_rates`, .* `sampling_rate`"),
+        ({"text_kwargs": {"max_len": 5}}, "no argument `max_len` of `text_kwargs`"),
+        ({"images_kwargs": {"max_pixel": 5}}, "no argument `max_pixel` of `images_kwargs`, .* `max_pixels`"),
+        ({"audio_kwargs": 5}, "`audio_kwargs` is 5; pass a dict"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(given: dict, message: str, processor: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(text="a", **given)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(user("a"), tokenize=True, return_dict=True, **given)
+
+
+@pytest.mark.parametrize("task", [5, [5], [["ocr"]], {"ocr": 1}, "", "OCR", "<ocr>", b"ocr", ["ocr", "ocr"]])
+def test_a_task_that_is_no_name_is_a_value_error(task: Any, processor: Any) -> None:
+    with pytest.raises(ValueError, match="task"):
+        processor(text=["a"], task=task)
+
+
+def test_a_text_beside_other_parts_is_a_text(processor: Any, rng: np.random.Generator) -> None:
+    image, text = random_image(rng), "thư mục/không có.png"
+    assert chat_ids(processor, user(image, text)) == ids_of(processor, text=text, images=[image])
+    with pytest.raises(ValueError, match="plain_text"):
+        chat_ids(processor, user(text))
+    check_is_text("Xem ảnh tại https://example.org/a/b.png")
+    with pytest.raises(ValueError, match="plain_text"):
+        check_is_text("ảnh sản phẩm/áo thun.png")
+
+
+def test_a_second_folder_of_the_same_name_runs_its_code(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "a" / "model")
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "b" / "model")
+    for name in ("a", "b"):
+        for file in ("modeling", "processing"):
+            with (tmp_path / name / "model" / f"{file}_vipolyqwen.py").open("a", encoding="utf-8") as lines:
+                lines.write(f"\nMARK = {name!r}\n")
+    for name in ("a", "b", "a"):
+        for auto in (AutoModel, AutoProcessor):
+            loaded = auto.from_pretrained(tmp_path / name / "model", trust_remote_code=True)
+            assert sys.modules[type(loaded).__module__].MARK == name
