@@ -299,10 +299,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
         merged = self._merge(options)
         conversations = read_conversations(conversation)
 
-        def build(number: int) -> EmbeddingInput:
-            return self._from_messages(conversations[number], merged, plain_text)
-
-        inputs = [_named(build, number, len(conversations)) for number in range(len(conversations))]
+        inputs = [
+            _named(lambda at: self._from_messages(conversations[at], merged, plain_text), number, len(conversations))
+            for number in range(len(conversations))
+        ]
         encoded = self._encode(self._set_tasks(inputs, task), merged, share_images)
         return encoded if return_dict else encoded["input_ids"]
 
