@@ -57,8 +57,11 @@ def run(arguments: Arguments) -> None:
     mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
     with unsharded_loading(args):
         model, processor = load_model(model_args, args, tasks)
-    train_pairs = read_pairs(data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks)
-    eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media)
+    bad = {"on_bad_row": data_args.on_bad_row, "max_bad_rows": data_args.max_bad_rows}
+    train_pairs = read_pairs(
+        data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks, **bad
+    )
+    eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media, **bad)
     teacher_width = connect_teacher(mixed_loss, train_pairs, model, loss_args, args)
     trainer = ViPolyQwenTrainer(
         model=model,
@@ -69,6 +72,7 @@ def run(arguments: Arguments) -> None:
         eval_dataset=eval_pairs,
         train_collator=build_collator(processor, tasks, data_args, args, training=True, teacher_width=teacher_width),
         eval_collator=build_collator(processor, tasks, data_args, args, training=False),
+        max_bad_rows=data_args.max_bad_rows,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

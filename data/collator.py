@@ -65,7 +65,8 @@ class MixedBatchCollator:
             `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if a row has audio;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
             (B,) float32 in [0, 1], NaN for a pair without score, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0
-            for none, `modalities` (B,) long (positions in `MODALITY_PAIRS`), and the list `ids`. Hard
+            for none, `modalities` (B,) long (positions in `MODALITY_PAIRS`), the list `ids`, and the
+            list `replaced` of the `BadRow`s in whose place rows stand. Hard
             negatives are N rows after the sides b, with `negative_owners` (N,) long, their pairs, and
             `negative_keys` (N,) long; `extra_parts` add one row after those. With `teacher_width` W,
             `teacher_vectors` (M, W) float32 and `teacher_sides` (M,) long, their rows in [0, 2B).
@@ -114,6 +115,7 @@ class MixedBatchCollator:
             "negative_owners": _long([row for row, _ in negatives]),
             "negative_keys": _long([each["key"] for _, each in negatives]),
             "ids": [row["id"] for row in rows],
+            "replaced": [row["replaces"] for row in rows if row.get("replaces") is not None],
             **(self._teaching(rows) if self.teacher_width else {}),
         }
 

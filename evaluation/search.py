@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ..data.names import rename_old_keys
-from ..data.schema import Row, declare_tasks
+from ..data.schema import Row, declare_tasks, with_ready_tasks
 from ..data.sides import MIN_AUDIO_SAMPLES, Side, embed, prompt_name, sides_of
 from ..data.sources import PairDataset, load_pairs
 from ..data.yaml_files import read_yaml
@@ -58,8 +58,9 @@ def read_pairs(path: Path) -> tuple[PairDataset, float | None]:
         recipe = rename_old_keys(read_yaml(path), str(path))
         if "eval_data" not in recipe:
             raise ValueError(f"{path} has no `eval_data`; it has {sorted(recipe)}. Name the held-out pairs there.")
-    tasks = declare_tasks(recipe.get("tasks"))
-    return load_pairs(recipe["eval_data"], tasks, MIN_AUDIO_SAMPLES), recipe.get("nce_min_score", 0.5)
+    tasks = declare_tasks(with_ready_tasks(recipe.get("tasks"), recipe["eval_data"]))
+    bad = {name: recipe[name] for name in ("on_bad_row", "max_bad_rows", "check_media") if name in recipe}
+    return load_pairs(recipe["eval_data"], tasks, MIN_AUDIO_SAMPLES, **bad), recipe.get("nce_min_score", 0.5)
 
 
 def read_sides(pairs: PairDataset) -> Iterator[tuple[Row, Side, Side]]:

@@ -10,7 +10,7 @@ tasks:
 - {task: retrieval, name: Signs, path: dev.jsonl}          # see custom_tasks.py
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +23,7 @@ from mteb.get_tasks import TASK_LIST
 from mteb.types import PromptType
 
 from ..data.names import did_you_mean, rename_old_keys
-from ..data.schema import Task, declare_tasks
+from ..data.schema import TASK_NAME, Task, declare_tasks, with_ready_tasks
 from ..data.sides import SidePrompt
 from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
 
@@ -112,13 +112,14 @@ def read_suite(name: str) -> Suite:
         prompts,
         content.get("languages"),
         content.get("baselines") or [],
-        _pair_tasks(content.get("pair_tasks"), path),
+        _pair_tasks(content.get("pair_tasks"), entries, path),
     )
 
 
-def _pair_tasks(declared: Any, path: Path) -> dict[str, Task]:
+def _pair_tasks(declared: Any, entries: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Task]:
+    named = [{"task": entry.get("pair_task"), "map": entry.get("map")} for entry in entries]
     try:
-        return declare_tasks(declared)
+        return declare_tasks(with_ready_tasks(declared, named))
     except ValueError as error:
         raise SuiteError(f"{path}, pair_tasks: {error}") from error
 
@@ -144,6 +145,12 @@ def _check_names(entries: list[dict[str, Any]], path: Path) -> None:
         lines = [f"{name!r}{did_you_mean(name, known)}" for name in unknown]
         raise SuiteError(f"{path}: mteb {mteb.__version__} has no task {'; no task '.join(lines)}")
     names = [entry.get("name", entry["task"]) for entry in entries]
+    for name in names:
+        if not TASK_NAME.fullmatch(str(name)):
+            raise SuiteError(
+                f"{path}: the name {name!r} becomes a file name of results; write letters and digits, then also "
+                "'_', '-', '.' and spaces."
+            )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SuiteError(f"{path}: {twice} occur twice; results are stored by name, so names must differ.")
 

@@ -11,9 +11,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
 from ..configuration_vipolyqwen import CHOICES
+from ..data.checks import HEADER, NONE, Checker
 from ..data.mixing import BATCHING
 from ..data.names import did_you_mean, rename_old_keys
-from ..data.schema import SIDES_OF_TASKS, declare_tasks
+from ..data.schema import SIDES_OF_TASKS, declare_tasks, with_ready_tasks
+from ..data.sources import check_bad_rows
 from ..data.yaml_files import read_yaml
 from ..publishing.repository import ADAPTER_CONFIG
 from .argument_checks import refuse_loader_options, refuse_without_effect, typed
@@ -164,9 +166,29 @@ class DataArguments:
     prefix_dropout: float = field(default=0.1, metadata={"help": "fraction of training rows without task prefix"})
     tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get a prefix"})
     without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks to leave out of training"})
-    check_media: bool = field(
-        default=True, metadata={"help": "read the header of every image and audio file before training"}
+    check_media: str = field(
+        default="header",
+        metadata={
+            "help": "before training, read of image and audio files: header (or true), full, or none (or false)"
+        },
     )
+    on_bad_row: str = field(
+        default="error", metadata={"help": "policy for a row that cannot be used: error, or skip (and count)"}
+    )
+    max_bad_rows: float = field(default=0.01, metadata={"help": "largest share of rows to skip"})
+
+    def __post_init__(self) -> None:
+        """Adds the ready tasks that the data name.
+
+        Raises:
+            ValueError: an option is unknown.
+        """
+        choice = str(self.check_media).lower()  # YAML reads true as a boolean
+        self.check_media = {"true": HEADER, "false": NONE}.get(choice, choice)
+        Checker({}, media=self.check_media, on_bad_row=self.on_bad_row)
+        check_bad_rows([], 0, self.max_bad_rows)
+        sources = [each for each in (self.train_data or []) + (self.eval_data or []) if isinstance(each, Mapping)]
+        self.tasks = with_ready_tasks(self.tasks, sources)
 
 
 @dataclass
@@ -358,7 +380,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown recipe key {key!r} (value {recipe[key]!r}).{hint}")
     recipe = typed(recipe, ARGUMENT_CLASSES, str(path))
     try:
-        declare_tasks(recipe.get("tasks"), recipe.get("prefix_sides", SIDES_OF_TASKS))
+        declare_tasks(with_ready_tasks(recipe.get("tasks"), []), recipe.get("prefix_sides", SIDES_OF_TASKS))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return recipe

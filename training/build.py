@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
+from ..data.checks import TokenRoom
 from ..data.collator import MixedBatchCollator
 from ..data.schema import Task, canonical_task, declare_tasks, with_prefix_sides
 from ..data.sources import PairDataset, load_pairs
@@ -316,14 +317,25 @@ def read_pairs(
     sources: list[dict[str, Any]] | None,
     tasks: dict[str, Task],
     processor: ViPolyQwenProcessor,
-    check_media: bool,
+    check_media: bool | str,
     without_tasks: list[str] | None = None,
+    on_bad_row: str = "error",
+    max_bad_rows: float = 0.01,
 ) -> PairDataset | None:
     """Reads and checks the rows of all sources, except those of `without_tasks`; `None` without sources."""
     if sources is None:
         return None
-    longest = processor.max_audio_seconds * processor.max_audio_windows
-    return load_pairs(sources, tasks, processor.min_audio_samples, check_media, without_tasks or (), longest)
+    return load_pairs(
+        sources,
+        tasks,
+        processor.min_audio_samples,
+        check_media,
+        without_tasks or (),
+        max_audio_seconds=processor.max_audio_seconds * processor.max_audio_windows,
+        room=TokenRoom(processor),
+        on_bad_row=on_bad_row,
+        max_bad_rows=max_bad_rows,
+    )
 
 
 def build_collator(

@@ -25,6 +25,7 @@ from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import load_adapter, save_adapter, save_repository
 from .adapters import ADAPTER, check_adapter, is_adapted
 from .arguments import ViPolyQwenTrainingArguments
+from .bad_rows import ReplacedRows
 from .balance import BalanceMonitor
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
@@ -61,6 +62,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         eval_dataset: held-out pairs.
         train_collator: rows to a joint batch of both sides, with prefix dropout.
         eval_collator: the same without dropout.
+        max_bad_rows: largest share of training rows that may turn bad, if `train_dataset` replaces them.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         eval_dataset: PairDataset | None,
         train_collator: MixedBatchCollator,
         eval_collator: MixedBatchCollator,
+        max_bad_rows: float = 0.01,
         **kwargs: Any,
     ) -> None:
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
@@ -97,6 +100,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             if name.endswith("masked_spec_embed"):  # never used: DDP would wait for its gradient
                 parameter.requires_grad_(False)
         self.eval_collator = eval_collator
+        self.replaced = ReplacedRows.of(train_dataset, max_bad_rows)
         if args.world_size > 1:
             for collator in (train_collator, eval_collator):
                 collator.extra_parts = every_tower(processor, with_audio=model.config.audio_config is not None)
@@ -184,6 +188,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.monitor.record(value)
         else:
             self._refuse_non_finite(output, embeddings, inputs["ids"])
+        if self.replaced is not None and model.training:
+            self.replaced.add(inputs["replaced"])
         self.rates.count(len(inputs["ids"]) * self.args.world_size, inputs)
         self.learning.watch(embeddings)
         self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
@@ -274,6 +280,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.learning.check()
         elif "train_samples_per_second" in logs:
             logs.update(self.rates.of_run(self.state.global_step - self.learning.first_step))
+        if self.replaced is not None and not {"loss", "train_loss"}.isdisjoint(logs):
+            logs.update(self.replaced.summary())
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
