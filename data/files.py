@@ -77,6 +77,8 @@ def find_files(source: SourceConfig) -> list[str]:
             f"{source.path}: no such file or folder with {', '.join(FORMATS)} files; correct the path."
         )
     for file in files:
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} is not a regular file; name files, or a folder of them.")
         if suffix_of(file) not in FORMATS:
             raise ValueError(f"{file}: the format is unknown; known: {', '.join(FORMATS)}.")
     return files

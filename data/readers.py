@@ -187,8 +187,9 @@ def _stored_rows(records: RecordReader, checker: Checker, table: Table | None) -
         yield from _pairs_of_records(records, checker, table)
     except RowError:
         if table is None:  # a column that no record has explains more than the first row without it
-            found = _records(records, None)
-            _check_columns(records, checker, {name for _, each in found if isinstance(each, dict) for name in each})
+            found = {name for _, each in _records(records, None) if isinstance(each, dict) for name in each}
+            if found:
+                _check_columns(records, checker, found)
         raise
     if table is None:
         _check_columns(records, checker, records.seen())

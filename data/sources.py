@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..images_vipolyqwen import load_image
+from ..media_vipolyqwen import open_source
 from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
 from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source
@@ -279,6 +280,7 @@ def load_pairs(
         RowError: a row is unusable.
         ValueError: a setting, file or column is wrong, too many rows are unusable, or no row is left.
     """
+    check_bad_rows([], 0, max_bad_rows)
     checker = Checker(dict(tasks), min_audio_samples, check_media, max_audio_seconds, room, on_bad_row)
     if not configs:
         raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
@@ -404,8 +406,9 @@ def _read_file(source: str | bytes, column: str, place: Place) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
-        return Path(source).read_bytes()
-    except OSError as error:
+        with open_source(Path(source)) as file:
+            return file.read()
+    except (OSError, ValueError) as error:
         problem = f"it cannot be read: {error}. Restore it or drop the row."
         raise place.error(column, source, problem, f"missing {column}") from error
 

@@ -22,7 +22,7 @@ from .memory import peak_memory
 from .metrics import query_ranks
 from .search import Search, read_pairs, searches
 from .templates import ENVIRONMENT
-from .vietnamese import RULES, is_vietnamese, switch_code, switched_share
+from ..data.vietnamese import RULES, is_vietnamese, switch_code, switched_share
 
 METRICS = ("recall@1", "recall@10", "mrr")
 CONFIDENCE = 0.95

@@ -14,7 +14,7 @@ from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.evaluation.metrics import retrieval_metrics
 from vipolyqwen.evaluation.robustness import drops, interval, robustness
 from vipolyqwen.evaluation.search import read_pairs, searches
-from vipolyqwen.evaluation.vietnamese import RULES, strip_diacritics
+from vipolyqwen.data.vietnamese import RULES, strip_diacritics
 
 QUERIES = [
     "Hai ngôi sao đỏ lớn trên bãi cỏ.",

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from vipolyqwen.evaluation.vietnamese import (
+from vipolyqwen.data.vietnamese import (
     RULES,
     TONES,
     decompose,
@@ -20,7 +20,7 @@ from vipolyqwen.evaluation.vietnamese import (
     telex,
     vni,
 )
-from vipolyqwen.evaluation.vietnamese_english import ENGLISH
+from vipolyqwen.data.vietnamese_english import ENGLISH
 
 ONSETS = "b c ch d đ g gh gi h k kh l m n ng ngh nh p ph qu r s t th tr v x".split() + [""]
 # Endings of syllables; the tone stands on the letter after the dot (new style).
