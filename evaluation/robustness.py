@@ -18,11 +18,11 @@ import torch
 from scipy.stats import bootstrap
 from sentence_transformers import SentenceTransformer
 
+from ..data.vietnamese import RULES, is_vietnamese, switch_code, switched_share
 from .memory import peak_memory
 from .metrics import query_ranks
 from .search import Search, read_pairs, searches
 from .templates import ENVIRONMENT
-from ..data.vietnamese import RULES, is_vietnamese, switch_code, switched_share
 
 METRICS = ("recall@1", "recall@10", "mrr")
 CONFIDENCE = 0.95

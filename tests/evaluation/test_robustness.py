@@ -10,11 +10,11 @@ import torch
 from helpers import random_audio, random_image, save_tiny_model
 from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.data.vietnamese import RULES, strip_diacritics
 from vipolyqwen.evaluate_vipolyqwen import main
 from vipolyqwen.evaluation.metrics import retrieval_metrics
 from vipolyqwen.evaluation.robustness import drops, interval, robustness
 from vipolyqwen.evaluation.search import read_pairs, searches
-from vipolyqwen.data.vietnamese import RULES, strip_diacritics
 
 QUERIES = [
     "Hai ngôi sao đỏ lớn trên bãi cỏ.",
