@@ -3,10 +3,12 @@
     python -m vipolyqwen.doctor REPO [--revision REVISION] [--device cpu] [--dtype DTYPE] [--attn_implementation NAME]
 
     python -m vipolyqwen.doctor REPO --against http://HOST:PORT/v1 [--dtype DTYPE]
+    python -m vipolyqwen.doctor REPO --quantization int8
 
 REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`, and cannot import this
 package, as on a machine where it is not installed. With --against, a server's vectors are compared with the published
-ones; --dtype says in which one it runs. The exit code is 0 if no check fails, else 1.
+ones; --dtype says in which one it runs. With --quantization, weights are rounded by torchao while they are loaded, and
+the vectors that they give are compared with the published ones. The exit code is 0 if no check fails, else 1.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import soundfile
 from packaging.specifiers import SpecifierSet
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_torchao_available
 
 from vipolyqwen import __version__
 from vipolyqwen.fingerprint_vipolyqwen import (
@@ -46,6 +48,8 @@ from vipolyqwen.fingerprint_vipolyqwen import (
 from vipolyqwen.serving.parity import compare_server
 
 PACKAGE = "vipolyqwen"
+# Limits of 1 - cosine with rounded weights: twice that of bfloat16.
+QUANTIZED = {"int8": 1e-2}
 
 
 def diagnose(
@@ -211,6 +215,42 @@ def diagnose_server(
     return compare_server(url, published, processor, tolerance(published, [dtype] if dtype else []))
 
 
+def diagnose_quantized(
+    repository: str | Path, quantization: str, revision: str | None = None, device: str = "cpu"
+) -> list[Finding]:
+    """Compares the vectors of quantised weights with the fingerprint of a repository, a finding a kind of input.
+
+    Args:
+        repository: a folder or a repository on the Hub.
+        quantization: one of `QUANTIZED`.
+        revision: branch, tag or commit.
+        device: where to run it.
+
+    Raises:
+        ValueError: the repository has no fingerprint.
+        OSError: the repository does not exist.
+        ModuleNotFoundError: torchao is not installed.
+    """
+    published = read_fingerprint(repository, revision=revision)
+    config = quantization_config(quantization)
+    with package_hidden():
+        model, processor, report = load(repository, revision, {"quantization_config": config})
+    note = Finding("quantization", "note", f"{quantization} by torchao {version('torchao')}")
+    loaded = compare_loading(report)
+    return [note, loaded, *compare_vectors(published, model.to(device), processor, QUANTIZED[quantization])]
+
+
+def quantization_config(name: str) -> Any:
+    """Returns the stock `quantization_config` of weights alone; projections, which are small, stay as they are."""
+    if not is_torchao_available():
+        raise ModuleNotFoundError("--quantization needs torchao, which is not installed: pip install torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    kinds = {"int8": Int8WeightOnlyConfig}
+    return TorchAoConfig(kinds[name](), modules_to_not_convert=["projection", "audio_projection"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the findings; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -229,13 +269,22 @@ def main(arguments: list[str] | None = None) -> int:
         "--checkpoint", type=Path, help="also compare this folder, which the repository was published from"
     )
     parser.add_argument("--against", metavar="URL", help="compare a server's vectors instead: http://HOST:PORT/v1")
+    parser.add_argument(
+        "--quantization", choices=QUANTIZED, help="compare the vectors of weights that torchao rounds so"
+    )
     options = vars(parser.parse_args(arguments))
+    url, quantization = options.pop("against"), options.pop("quantization")
+    if quantization is not None and (url is not None or options["dtype"] is not None):
+        parser.error("--quantization goes with neither --against nor --dtype; ask for one at a time.")
     try:
-        if (url := options.pop("against")) is not None:
+        if quantization is not None:
+            given = (options["repository"], quantization, options["revision"], options["device"])
+            findings = diagnose_quantized(*given)
+        elif url is not None:
             findings = diagnose_server(url, options["repository"], options["revision"], options["dtype"])
         else:
             findings = diagnose(**options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     for finding in findings:
         print(f"{finding.level.upper():4}  {finding.check:21}  {finding.text}")

@@ -34,7 +34,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 QUOTED_PATH = re.compile(r"`((?:\w+/)*[\w.*-]+\.(?:py|yaml|txt|toml)|(?:\w+/)+)`")
 INLINE = re.compile(r"`([^`]+)`")
 COMMANDS = ("python ", "accelerate launch ", "make ", "pip install ")
-OPTIONAL = ("faiss", "qdrant_client", "lancedb")  # packages of examples that are skipped without them
+OPTIONAL = ("faiss", "qdrant_client", "lancedb", "torchao")  # packages of examples that are skipped without them
 WRITTEN = ("outputs/", "base/", "adapter/", "_unfinished/", "pairs/", "model/")  # by a run, or by the reader
 
 
@@ -214,7 +214,7 @@ def test_every_python_example_runs(block: Block, demo_outputs: Path, monkeypatch
     if "ORG/NAME" in block.text or "import onnxruntime" in block.text:  # on the Hub; run by tests/house/test_export.py
         return
     for package in OPTIONAL:
-        if f"import {package}\n" in block.text or f"from {package} import" in block.text:
+        if f"import {package}\n" in block.text or f"from {package}" in block.text:
             pytest.importorskip(package)
     monkeypatch.chdir(demo_outputs)
     names: dict[str, Any] = {}

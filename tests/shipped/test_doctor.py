@@ -458,3 +458,29 @@ def test_parts_come_in_the_order_that_code_of_earlier_versions_needs(tiny: tuple
     assert list(rows["mix: image + text"]) == ["image", "text"]
     assert list(rows["mix: image + text + audio"]) == ["image", "text", "audio"]
     assert list(rows["mix: text + audio"]) == ["text", "audio"]
+
+
+def test_rounded_weights_get_a_certificate(published: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("torchao")
+    main([str(published), "--quantization", "int8"])
+    lines = capsys.readouterr().out.splitlines()
+    kinds = {line.split()[1]: line for line in lines if "cosine" in line}
+    assert set(kinds) == {"text", "image", "audio", "mix", "prefix"}
+    assert all("1 - 0.01" in line for line in kinds.values())
+    assert "cosine 1.0000000" not in kinds["text"]  # it was rounded
+
+
+def test_rounding_without_its_library_names_it(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("vipolyqwen.doctor.is_torchao_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([str(published), "--quantization", "int8"])
+    assert "pip install torchao" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--quantization", "int3"], ["--quantization", "int8", "--dtype", "bfloat16"]])
+def test_rounding_is_asked_for_by_name_and_alone(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["REPO", *flags])
+    assert "--quantization" in capsys.readouterr().err
