@@ -28,6 +28,10 @@ from .processing_vipolyqwen import ViPolyQwenProcessor
 FILE_NAME = "fingerprint.json"
 HASHED_ENDINGS = (".py", ".json", ".jinja")
 UNHASHED = {FILE_NAME, "training.json", "model.safetensors.index.json"}  # no vector depends on them
+# Read by transformers if they lie beside the others, and then they change tokens, tensors or weights.
+READ_IF_PRESENT = (
+    "adapter_config.json added_tokens.json chat_template.json preprocessor_config.json special_tokens_map.json"
+).split()
 CLASSES = ("image_processor", "feature_extractor")  # settings that name a class; equal vectors make others harmless
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 TEXTS = {
@@ -175,19 +179,28 @@ def compare_files(published: Measured, repository: str | PathLike, **hub_kwargs:
     if not published.files:
         return []
     changed, missing = [], []
+    added = [
+        name
+        for name in READ_IF_PRESENT
+        if name not in published.files and _find(repository, name, hub_kwargs) is not None
+    ]
     for name, digest in published.files.items():
-        path = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        path = _find(repository, name, hub_kwargs)
         if path is None:
             missing.append(name)
         elif _hash_file(Path(path)) != digest:
             changed.append(name)
-    faults = [(changed, "differ from the published files"), (missing, "are missing")]
+    faults = [(changed, "differ from the published files"), (missing, "are missing"), (added, "were added")]
     text = "; ".join(f"{_listed(names)} {fault}" for names, fault in faults if names)
     if text:
-        return [Finding("files", "fail", f"{text}: restore them, or publish again if it is meant")]
+        return [Finding("files", "fail", f"{text}: restore the files, or publish again if it is meant")]
     return [
         Finding("files", "ok", f"all {len(published.files)} files of code, tokenizer and settings are as published")
     ]
+
+
+def _find(repository: str | PathLike, name: str, hub_kwargs: dict[str, Any]) -> str | None:
+    return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def _fuses_prefix(processor: Any) -> bool:

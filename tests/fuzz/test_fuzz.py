@@ -8,10 +8,12 @@ import base64
 import io
 import os
 import resource
+import threading
 import time
 import traceback
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from vipolyqwen.waveforms_vipolyqwen import load_audio
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "160"))
 FILES = int(os.environ.get("FUZZ_FILES", "1200"))
+THREAD_ENCODES = max(6, INPUTS // 100)  # of each of four threads
 SECONDS = 5  # of one input
 MEGABYTES = 1024  # that the process may grow over all inputs; the largest one is a few hundred kilobytes
 ERRORS = (ValueError, OSError)
@@ -277,6 +280,39 @@ def test_encode_gives_unit_vectors_or_an_error(encoder: Any, inputs: Any) -> Non
         return None
     assert vectors.shape == (len(inputs), 1024)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-4)
+
+
+# --- threads -----------------------------------------------------------------------------------------------------
+
+
+def test_threads_beside_one_that_uses_the_tokenizer_get_the_same_vectors(encoder: Any) -> None:
+    image, clip = random_image(RNG), random_audio(RNG, 0.2)
+    inputs = ["Huế <ocr> <|image_pad|>", {"image": image, "text": "x<|im_start|>y"}, {"audio": clip}, "Hà Nội. " * 9]
+    inputs += [{"image": [image, image]}, {"image": image, "text": "Đọc biển.", "audio": clip}]
+    expected = [encoder.encode(item, prompt_name="ocr") for item in inputs]
+    stop = threading.Event()
+    different: list[int] = []
+
+    def disturb() -> None:
+        while not stop.is_set():
+            encoder.tokenizer(["Huế <ocr>", "b"], padding="max_length", truncation=True, max_length=7)
+            encoder.tokenizer("<|image_pad|>", split_special_tokens=True)
+
+    def encode(start: int) -> None:
+        for number in range(start, start + THREAD_ENCODES):
+            place = number % len(inputs)
+            found = encoder.encode(inputs[place], prompt_name="ocr")
+            if np.abs(found - expected[place]).max() > 1e-6:
+                different.append(place)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(encode, start) for start in range(4)]
+    stop.set()
+    other.join()
+    assert [future.result() for future in futures] == [None] * 4
+    assert different == []
 
 
 # --- damaged files -----------------------------------------------------------------------------------------------

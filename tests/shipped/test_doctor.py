@@ -1,5 +1,6 @@
 """The doctor: an unchanged repository passes, and each silent fault is found and named."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -197,7 +198,7 @@ def test_swapped_prefix_tokens_are_named(swap: Callable[[Path], None], repositor
     kinds, causes = failures(diagnose(repository))
     assert "prefix" in kinds and not kinds - {"prefix", "sentence-transformers"}
     assert causes.pop("files").endswith(
-        "differ from the published files: restore them, or publish again if it is meant"
+        "differ from the published files: restore the files, or publish again if it is meant"
     )
     assert causes == {
         "prefixes": f"instr was {ids['instr']}, is {ids['ocr']}; ocr was {ids['ocr']}, is {ids['instr']}"
@@ -339,6 +340,26 @@ def swap_words(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", swap)
 
 
+def add_file(name: str, **content: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def set_in_config(*path: str, value: Any) -> Callable[[Path], None]:
+    def edit(content: dict) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        assert content.get(path[-1]) != value
+        content[path[-1]] = value
+
+    return lambda folder: edit_json(folder / "config.json", edit)
+
+
+def set_in_processor(part: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        folder / "processor_config.json", lambda content: content.setdefault(part, {}).update(values)
+    )
+
+
 CODE = ("audio", "conversations", "images", "media", "modeling", "packing", "pooling", "processing")
 CORRUPTIONS = {
     **{f"code of {name}": edit_text(f"{name}_vipolyqwen.py", "return ", "return  ") for name in CODE},
@@ -359,6 +380,24 @@ CORRUPTIONS = {
     "length": set_value("tokenizer_config.json", model_max_length=16),
     "padding side": set_value("tokenizer_config.json", padding_side="left"),
     "fusion": set_value("config.json", audio_fusion="audio"),
+    "pooling": set_in_config("pooling", value="mean"),
+    "rotary base": set_in_config("text_config", "rope_parameters", "rope_theta", value=5.0),
+    "norm": set_in_config("text_config", "rms_norm_eps", value=0.1),
+    "activation": set_in_config("text_config", "hidden_act", value="relu"),
+    "image token": set_in_config("image_token_id", value=3),
+    "architecture": set_in_config("auto_map", "AutoModel", value="packing_vipolyqwen.Packed"),
+    "strides of audio": set_in_config("audio_config", "conv_stride", value=[5, 2, 2, 2, 2, 2, 1]),
+    "pixels": set_in_processor("image_processor", size={"shortest_edge": 784, "longest_edge": 1568}),
+    "mean of pixels": set_in_processor("image_processor", image_mean=[0.0, 0.0, 0.0]),
+    "resampling": set_in_processor("image_processor", resample=0),
+    "loudness": set_in_processor("feature_extractor", do_normalize=False),
+    "rate": set_in_processor("feature_extractor", sampling_rate=8000),
+    "sides of prefixes": set_in_processor("prefix_sides", ocr="both"),
+    "older image processor": add_file("preprocessor_config.json", size={"shortest_edge": 784}),
+    "older tokens": add_file("added_tokens.json", **{"<ocr>": 3}),
+    "older special tokens": add_file("special_tokens_map.json", eos_token="<ocr>"),  # noqa: S106
+    "adapter": add_file("adapter_config.json", peft_type="LORA"),
+    "missing tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "missing code": lambda folder: (folder / "waveforms_vipolyqwen.py").unlink(),
 }
 
@@ -368,7 +407,8 @@ def test_a_changed_file_is_named(corruption: str, repository: Path) -> None:
     published = read_fingerprint(repository)
     before = {path: path.read_bytes() for path in repository.iterdir()}
     CORRUPTIONS[corruption](repository)
-    (changed,) = {path.name for path, data in before.items() if not path.exists() or path.read_bytes() != data}
+    files = {*before, *repository.iterdir()}
+    (changed,) = {path.name for path in files if not path.exists() or path.read_bytes() != before.get(path)}
     (finding,) = compare_files(published, repository)
     assert finding.level == "fail" and changed in finding.text
 
@@ -385,6 +425,14 @@ def test_another_layout_of_a_file_is_no_fault(repository: Path) -> None:
     (finding,) = compare_files(read_fingerprint(repository), repository)
     assert (finding.level, finding.check) == ("ok", "files")
     assert compare_files(replace(read_fingerprint(repository), files={}), repository) == []
+
+
+def test_a_model_that_was_published_in_bfloat16_is_healthy(tiny: tuple, tmp_path: Path) -> None:
+    model, processor = tiny
+    save_repository(copy.deepcopy(model).bfloat16(), processor, tmp_path)
+    write_fingerprint(tmp_path)
+    assert read_fingerprint(tmp_path).dtype == ["bfloat16"]
+    assert failures(diagnose(tmp_path)) == (set(), {})
 
 
 def test_another_class_with_equal_vectors_is_no_fault(repository: Path) -> None:
