@@ -20,6 +20,7 @@ from ..data.atomic import UNFINISHED, flush_file, flush_folder
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+SUPERSEDED = "_superseded"  # in the output folder: checkpoints of a course that the run has left
 
 
 class DamagedCheckpointError(ValueError):
@@ -173,6 +174,23 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     folders = output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     named = [folder for folder in folders if folder.name.rpartition("-")[2].isdecimal() and folder.is_dir()]
     return sorted((folder for folder in named if folder.name.count("-") == 1), key=step_of)
+
+
+def set_aside_later(checkpoint: Path) -> list[Path]:
+    """Moves the checkpoints after one into `_superseded`: a run that resumes there with other settings goes elsewhere.
+
+    Returns:
+        the new places.
+    """
+    later = [each for each in list_checkpoints(checkpoint.parent) if step_of(each) > step_of(checkpoint)]
+    moved = []
+    for folder in later:
+        place = folder.parent / SUPERSEDED / folder.name
+        while place.exists():
+            place = place.with_name(f"{place.name}+")
+        place.parent.mkdir(exist_ok=True)
+        moved.append(folder.rename(place))
+    return moved
 
 
 def step_of(checkpoint: Path) -> int:

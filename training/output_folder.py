@@ -15,7 +15,7 @@ from ..data.folder_lock import lock_folder
 from ..publishing.repository import ADAPTER_CONFIG, SENTENCE_TRANSFORMERS_FILES, TRAINING_FILE
 from .adapters import ADAPTER, BASE
 from .arguments import ViPolyQwenTrainingArguments
-from .checkpoints import list_checkpoints, step_of
+from .checkpoints import SUPERSEDED, list_checkpoints, step_of
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ def delete_results(folder: Path) -> None:
     files = [folder / name for name in (*MODEL_FILES, *OTHER_FILES, *card)]
     for path in [*files, *(path for pattern in WEIGHTS for path in folder.glob(pattern))]:
         path.unlink(missing_ok=True)
-    for path in [*list_checkpoints(folder), *(folder / name for name in (BASE, ADAPTER, UNFINISHED))]:
+    for path in [*list_checkpoints(folder), *(folder / name for name in (BASE, ADAPTER, UNFINISHED, SUPERSEDED))]:
         shutil.rmtree(path, ignore_errors=True)
 
 

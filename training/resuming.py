@@ -25,6 +25,7 @@ from .checkpoints import (
     delete_unfinished,
     newest_intact_checkpoint,
     publish_checkpoint,
+    set_aside_later,
 )
 from .faults import StopCallback, StoppedRun, explained_workers, saving
 from .run_settings import (
@@ -156,6 +157,16 @@ class ResumingTrainer(Trainer):
             changes = {name: [recorded(value) for value in pair] for name, pair in differences.items()}
             self.history = [*self.history, {"step": step, "changed": changes}]
             logger.warning(f"From step {step} on, other settings apply:\n{show_table(differences)}")
+            self._leave_former_course()
+
+    def _leave_former_course(self) -> None:
+        """Sets aside the checkpoints in the output folder after the one to resume from: they had other settings."""
+        checkpoint = Path(self._chosen)
+        if self.args.should_save and checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
+            moved = set_aside_later(checkpoint)
+            if moved:
+                names = ", ".join(path.name for path in moved)
+                logger.warning(f"{names} had the former settings and are now in {moved[0].parent}.")
 
     def _sharded(self) -> str | None:
         """Returns the launcher that shards the optimizer's state; `None` for none."""

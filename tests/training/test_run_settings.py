@@ -16,6 +16,7 @@ from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.build import build_tasks, load_model
+from vipolyqwen.training.checkpoints import SUPERSEDED, list_checkpoints, step_of
 from vipolyqwen.training.run_settings import (
     APPLIED,
     SETTINGS_FILE,
@@ -249,6 +250,19 @@ def test_accepted_changes_apply_from_there_on_and_the_record_tells(world: Path, 
     )
     assert again[-1]["step"] == 3
     assert json.loads((tmp_path / "training.json").read_text())["resumed"] == record["resumed"]
+
+
+def test_a_course_that_a_run_leaves_is_set_aside(world: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    resume(world, tmp_path / "run", tmp_path / "run")  # no change: the same course
+    assert not (tmp_path / "run" / SUPERSEDED).exists()
+    resume(world, tmp_path / "run", tmp_path / "run", "--temperature", "0.2", "--resume_with", "temperature")
+    aside = tmp_path / "run" / SUPERSEDED
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert (aside / "checkpoint-3" / "model.safetensors").read_bytes() == (
+        (run / "checkpoint-3" / "model.safetensors").read_bytes()
+    )
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_another_kind_of_loss_and_optimizer_starts_its_state_anew(world: Path, run: Path, tmp_path: Path) -> None:
