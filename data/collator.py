@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .augmentation import Augmentation
 from .schema import MODALITY_PAIRS, Task, modality_pair, present_modalities
 from .sources import content_key
 
@@ -34,6 +35,7 @@ class MixedBatchCollator:
         seed: seed of the prefix dropout.
         with_negatives: whether to include hard negatives; evaluation does not need them.
         extra_parts: message parts of one extra row after the pairs, so that every tower takes part in every batch.
+        augmentation: respells Vietnamese texts of pairs, not of hard negatives; `None` leaves them.
         teacher_width: dimensions of the teacher's vectors to add, for distillation; 0 for none.
     """
 
@@ -44,6 +46,7 @@ class MixedBatchCollator:
     with_negatives: bool = True
     extra_parts: Sequence[dict[str, Any]] = ()
     teacher_width: int = 0
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.prefix_dropout <= 1.0:
@@ -71,6 +74,8 @@ class MixedBatchCollator:
             `negative_keys` (N,) long; `extra_parts` add one row after those. With `teacher_width` W,
             `teacher_vectors` (M, W) float32 and `teacher_sides` (M,) long, their rows in [0, 2B).
         """
+        if self.augmentation is not None:
+            rows = [self.augmentation.respell(row) for row in rows]
         prefixes = self._prefixes([row["id"] for row in rows], [row["task"] for row in rows])
         on_both = [self.tasks[row["task"]].prefix_sides == "both" for row in rows]
         on_b = [prefix if both else None for prefix, both in zip(prefixes, on_both, strict=True)]

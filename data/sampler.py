@@ -1,6 +1,6 @@
 """Shuffles the rows of several sources with random access: any stretch of an epoch is computed directly."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,19 @@ class MixtureSampler(Sampler[int]):
         return {**identity, "batching": self.batching, **rows}
 
 
+class EpochRows(list[int]):
+    """The rows of a batch, with the epoch for which they were drawn.
+
+    Args:
+        rows: their numbers.
+        epoch: the epoch.
+    """
+
+    def __init__(self, rows: Iterable[int] = (), epoch: int = 0) -> None:
+        super().__init__(rows)
+        self.epoch = epoch
+
+
 class MixtureBatches(Sampler[list[int]]):
     """Yields this rank's share of each global batch; it can start in the middle of an epoch.
 
@@ -159,4 +172,4 @@ class MixtureBatches(Sampler[list[int]]):
         for first in range(start, start + (total - before) * self.joined, self.joined):
             rows = min(self.joined, len(self.sampler) - first)
             part = [first + rows * rank // self.processes for rank in (self.rank, self.rank + 1)]
-            yield self.sampler.rows(*part)
+            yield EpochRows(self.sampler.rows(*part), self.sampler.epoch)

@@ -20,6 +20,7 @@ from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
 from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source
 from .row_keys import hash_parts
+from .sampler import EpochRows
 from .schema import (
     MODALITIES,
     Content,
@@ -132,6 +133,11 @@ class PairDataset(torch.utils.data.Dataset):
             if self.on_bad_row == ERROR:
                 raise
             return self._another(index, error)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the rows of a batch, each with `epoch`, that of an `EpochRows`."""
+        epoch = indices.epoch if isinstance(indices, EpochRows) else 0
+        return [{**self[index], "epoch": epoch} for index in indices]
 
     def _another(self, index: int, error: RowError) -> dict[str, Any]:
         """Returns a row in place of one that cannot be read: which one depends on `index` alone."""

@@ -166,6 +166,11 @@ class DataArguments:
     prefix_dropout: float = field(default=0.1, metadata={"help": "fraction of training rows without task prefix"})
     tasks_without_prefix: list[str] | None = field(default=None, metadata={"help": "tasks that never get a prefix"})
     without_tasks: list[str] | None = field(default=None, metadata={"help": "tasks to leave out of training"})
+    augment_vietnamese: Any = field(
+        default=None,
+        metadata={"help": "Vietnamese spellings to train on: {TASK or all: {RULE: probability}} (docs/data.md)"},
+    )
+    augment_sides: str = field(default="a", metadata={"help": "sides that augment_vietnamese respells: a, b or both"})
     check_media: str = field(
         default="header",
         metadata={
@@ -335,6 +340,7 @@ JSON_ARGUMENTS = (
     "temperature",
     "distil",
     "task_weighting_options",
+    "augment_vietnamese",
 )  # nested, so JSON as a flag
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments)
 Arguments = tuple[ModelArguments, DataArguments, LossArguments, ViPolyQwenTrainingArguments]

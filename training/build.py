@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
+from ..data.augmentation import Augmentation
 from ..data.checks import TokenRoom
 from ..data.collator import MixedBatchCollator
 from ..data.schema import Task, canonical_task, declare_tasks, with_prefix_sides
@@ -350,6 +351,7 @@ def build_collator(
 
     Only that for training drops prefixes and adds hard negatives and a teacher's vectors, of `teacher_width`.
     """
+    augmentation = Augmentation.of(data_args.augment_vietnamese, data_args.augment_sides, tasks, args.seed)
     return MixedBatchCollator(
         processor,
         tasks,
@@ -357,4 +359,5 @@ def build_collator(
         with_negatives=training,
         teacher_width=teacher_width if training else 0,
         seed=args.seed,
+        augmentation=augmentation if training else None,
     )
