@@ -138,6 +138,24 @@ def test_pairs_without_text_are_trained_and_evaluated(world: Path, tmp_path: Pat
     assert record["train_data"][0]["sides"] == {"image – audio": 4}
 
 
+def test_rows_that_turn_bad_are_replaced_and_logged_while_texts_are_respelled(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes((world / "0.png").read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"")
+    rows = [{"id": f"r{n}", "a": f"Biển số {n}", "b": f"số {n}", "images": "good.png"} for n in range(7)]
+    rows.append({**rows[0], "id": "gone", "images": "bad.png"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "b": ""}])), encoding="utf-8")
+    data = {"train_data": [{"path": str(tmp_path / "pairs.jsonl"), "task": "ocr"}], "tasks": {}}
+    data["augment_vietnamese"] = {"all": {"Telex": 0.5}}
+    flags = [part for name, value in data.items() for part in (f"--{name}", json.dumps(value))]
+    flags += ["--check_media", "none", "--on_bad_row", "skip", "--max_steps", "2", "--eval_strategy", "no"]
+    flags += ["--per_device_train_batch_size", "8", "--logging_steps", "1", "--load_best_model_at_end", "false"]
+    log = train_run(world, tmp_path / "run", *flags, "--max_bad_rows", "0.5", "--task_weighting", "none")
+    assert [entry["bad_rows"] for entry in log if "loss" in entry] == [2, 2]
+    assert log[0]["bad_rows/unreadable images_a"] == log[0]["bad_rows/invalid b"] == 1
+    with pytest.raises(ValueError, match=r"(?s)2 of 9 rows .*`max_bad_rows` is 0.2.*bad.png"):
+        train_run(world, tmp_path / "run2", *flags, "--max_bad_rows", "0.2", "--task_weighting", "none")
+
+
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one_with_the_joined_batch(world: Path, tmp_path: Path) -> None:
     flags = ["--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
