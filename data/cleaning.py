@@ -30,7 +30,11 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     Raises:
         RowError: a value cannot be converted.
     """
-    record = {column: None if _is_nan(value) and column != "score" else value for column, value in record.items()}
+    record = {
+        column: value
+        for column, value in record.items()
+        if value is not None and (type(value) is str or column == "score" or not _is_nan(value))
+    }
     return Row(
         id=row_id(place),
         task=clean_name(record.get("task")) or "",

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ CODE = hashlib.blake2b(
     b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE_FILES.split()),
     digest_size=16,
 ).hexdigest()
+
+PARALLEL_BYTES = 2**26  # of all files of a recipe, from which on they are stored in several processes
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class RecordReader:
         source = self.source
         names = self.names(record)
         values = {
-            name: record.get(column) if isinstance(column, str) and column in record else take(record, column)
+            name: record[column] if isinstance(column, str) and column in record else take(record, column)
             for name, column in names.items()
+            if not isinstance(column, str) or column in record or "." in column
         }
         found = [values]
         if source.conversation is not None:
@@ -138,15 +143,51 @@ class RowReader:
 def read_source(source: SourceConfig, checker: Checker) -> Iterator[tuple[datasets.Dataset, RowReader]]:
     """Yields the stored rows of each file of a source, `SCHEMA` in arrow format, and their reader."""
     for file in find_files(source) or [source.path]:
-        is_text = suffix_of(file) in TEXT_READERS
-        table = None if is_text else open_table(file, source)
-        records = RecordReader(source, file, _root(file, source))
-        if table is not None:
-            source.check_columns(table.existing, checker.tasks, file)
-        digest = content_digest(file) if table is None else table.digest
-        key = _digest((os.path.abspath(file), digest, source, records.root, checker.key(), CODE))
-        rows = partial(_stored_rows, records, checker, table)
-        yield _opened(key, rows, file), RowReader(records, table if table is not None and table.rows else None)
+        key, rows, reader = _file_rows(file, source, checker)
+        yield _opened(key, rows, file), reader
+
+
+def store_files(sources: Sequence[SourceConfig], checker: Checker, workers: int) -> None:
+    """Stores the rows of the local files that are not stored yet, in several processes if they are large.
+
+    Raises:
+        ValueError: a file or a row is wrong, as `read_source`.
+    """
+    files = [(file, source) for source in sources for file in find_files(source) if os.path.isfile(file)]
+    if min(workers, len(files)) < 2 or sum(os.path.getsize(file) for file, _ in files) < PARALLEL_BYTES:
+        return
+    missing = [given for given in files if not _path_of(_file_rows(*given, checker)[0]).is_file()]
+    missing.sort(key=lambda given: os.path.getsize(given[0]), reverse=True)
+    if len(missing) < 2:
+        return
+    context = get_context("fork") if "fork" in get_all_start_methods() else None
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+        futures = [pool.submit(_store_file, *given, checker) for given in missing]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except ValueError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _store_file(file: str, source: SourceConfig, checker: Checker) -> None:
+    key, rows, _ = _file_rows(file, source, checker)
+    _opened(key, rows, file)
+
+
+def _file_rows(
+    file: str, source: SourceConfig, checker: Checker
+) -> tuple[str, Callable[[], Iterator[dict[str, Any]]], RowReader]:
+    """Returns the key of a file's stored rows, what yields them for storing, and their reader."""
+    table = None if suffix_of(file) in TEXT_READERS else open_table(file, source)
+    records = RecordReader(source, file, _root(file, source))
+    if table is not None:
+        source.check_columns(table.existing, checker.tasks, file)
+    digest = content_digest(file) if table is None else table.digest
+    key = _digest((os.path.abspath(file), digest, source, records.root, checker.key(), CODE))
+    reader = RowReader(records, table if table is not None and table.rows else None)
+    return key, partial(_stored_rows, records, checker, table), reader
 
 
 def _root(file: str, source: SourceConfig) -> str:
@@ -163,7 +204,7 @@ def _digest(parts: tuple[Any, ...]) -> str:
 
 def _opened(key: str, rows: Callable[[], Iterator[dict[str, Any]]], file: str) -> datasets.Dataset:
     """Opens the stored rows of a key; the first rank of a machine that asks for them writes them."""
-    path = cache_folder() / f"rows-{key}.arrow"
+    path = _path_of(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
@@ -171,6 +212,10 @@ def _opened(key: str, rows: Callable[[], Iterator[dict[str, Any]]], file: str) -
     table = datasets.Dataset.from_file(str(path))
     table._fingerprint = key
     return table.with_format("arrow")
+
+
+def _path_of(key: str) -> Path:
+    return cache_folder() / f"rows-{key}.arrow"
 
 
 def _write(path: Path, rows: Callable[[], Iterator[dict[str, Any]]], file: str) -> None:

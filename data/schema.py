@@ -1,5 +1,6 @@
 """Defines tasks and rows of pairs, and checks rows."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b",
 COLUMNS += ("negatives", "negative_images", "negative_audio", "teacher_a", "teacher_b")
 OLD_COLUMNS = {"images": "images_a", "audio": "audio_a"}
 MODALITIES = ("text", "image", "audio")
+PRESENT = {  # whether a side has text, images, audio -> their names
+    given: tuple(itertools.compress(MODALITIES, given)) for given in itertools.product((False, True), repeat=3)
+}
 # Of the two sides of a pair, whichever is a. A side of several modalities counts by audio, else by image.
 MODALITY_PAIRS = ("text-text", "image-text", "audio-text", "image-image", "audio-image", "audio-audio")
 TASK_ALIASES = {"contrastive_with_score": "text_pair", "instruction": "instr"}
@@ -282,8 +286,7 @@ class Row:
 
 def present_modalities(text: str, images: Sequence[Any], audio: Any) -> tuple[str, ...]:
     """Returns the modalities present on a side, in the order of `MODALITIES`; blank text does not count."""
-    given = (text.strip(), len(images), audio is not None)
-    return tuple(name for name, is_given in zip(MODALITIES, given, strict=True) if is_given)
+    return PRESENT[bool(text) and not text.isspace(), len(images) > 0, audio is not None]
 
 
 def modality_pair(a: Sequence[str], b: Sequence[str]) -> str:

@@ -3,10 +3,12 @@
 import bisect
 import hashlib
 import math
+import os
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ..images_vipolyqwen import load_image
 from ..media_vipolyqwen import open_source
 from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
-from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source
+from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source, store_files
 from .row_keys import hash_parts
 from .sampler import EpochRows
 from .schema import (
@@ -32,10 +34,12 @@ from .schema import (
     media_contents,
     show_media,
 )
+from .stored_rows import RECORD
 from .vector_cache import VectorCache
 
 AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
 OTHERS = 32  # rows that are tried in place of one that cannot be read
+CHUNK = 1024  # rows that are read together where all are
 SHOWN = 20  # bad rows that an error lists
 
 
@@ -47,6 +51,11 @@ class Piece:
     reader: RowReader
     task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
     modalities: np.ndarray  # (rows,) int8: bits 0 to 2 `MODALITIES` of side a, 3 to 5 of b, 6 audio in a negative
+
+    @cached_property
+    def records(self) -> datasets.Dataset:
+        """Returns the columns of which a row is made."""
+        return self.table.select_columns(list(RECORD))
 
     def only(self, kept: np.ndarray) -> "Piece":
         """Returns the piece of the rows with the given numbers."""
@@ -127,8 +136,16 @@ class PairDataset(torch.utils.data.Dataset):
         Raises:
             RowError: an image or audio file cannot be decoded, and such rows are not skipped.
         """
+        return self._pair(index, self._read([index])[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns several pairs, as `__getitem__`; the records of one file are read together."""
+        return [self._pair(index, read) for index, read in zip(indices, self._read(indices), strict=True)]
+
+    def _pair(self, index: int, read: tuple[int, Row, Place]) -> dict[str, Any]:
+        """Returns a row that was read with decoded media, or another one in its place."""
         try:
-            return self._decoded(index)
+            return self._decoded(*read)
         except RowError as error:
             if self.on_bad_row == ERROR:
                 raise
@@ -150,15 +167,14 @@ class PairDataset(torch.utils.data.Dataset):
         for other in (int(ends[source]) - length + tried).tolist():
             if other != index and self.task_ids[other] == self.task_ids[index]:
                 try:
-                    row = self._decoded(other)
+                    row = self._decoded(*self._read([other])[0])
                 except RowError:
                     continue  # it is counted in its turn
                 return {**row, "replaces": BadRow(place.file, place.row, place.id, error.cause, str(error))}
         raise error
 
-    def _decoded(self, index: int) -> dict[str, Any]:
-        """Returns row `index` with decoded media."""
-        number, row, place = self._read(index)
+    def _decoded(self, number: int, row: Row, place: Place) -> dict[str, Any]:
+        """Returns a row of piece `number` with decoded media."""
         a, b = (_decode_side(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
         return {
             "id": row.id,
@@ -199,7 +215,7 @@ class PairDataset(torch.utils.data.Dataset):
         """Raises RowError for the first row with audio: a model without a speech encoder cannot embed it."""
         found = np.flatnonzero(self.modalities & AUDIO_BITS)
         if len(found):
-            _, row, place = self._read(int(found[0]))
+            ((_, row, place),) = self._read([int(found[0])])
             column, content = next(
                 (column, content) for _, column, content in media_contents(row) if content.audio is not None
             )
@@ -218,9 +234,9 @@ class PairDataset(torch.utils.data.Dataset):
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
-        for index in range(len(self)):
-            _, row, _ = self._read(index)
-            yield row.a, row.b
+        for first in range(0, len(self), CHUNK):
+            for _, row, _ in self._read(range(first, min(first + CHUNK, len(self)))):
+                yield row.a, row.b
 
     def groups(self) -> list[str | None]:
         """Returns the `group` of every row, without decoding media."""
@@ -231,11 +247,11 @@ class PairDataset(torch.utils.data.Dataset):
 
     def row(self, index: int) -> Row:
         """Returns row `index` without opening media."""
-        return self._read(index)[1]
+        return self._read([index])[0][1]
 
     def place(self, index: int) -> Place:
         """Returns the origin of row `index`, for error messages."""
-        return self._read(index)[2]
+        return self._read([index])[0][2]
 
     def _teacher_vector(self, row: Row, side: str, given: np.ndarray | None) -> np.ndarray | None:
         """Returns the teacher's vector of a side, (W,) float32: that of its column, or the computed one."""
@@ -244,15 +260,21 @@ class PairDataset(torch.utils.data.Dataset):
         text = row.only_text(side)
         return None if text is None else self.teacher.find(content_key(text))
 
-    def _read(self, index: int) -> tuple[int, Row, Place]:
-        """Returns the number of the piece of row `index`, the row and its origin."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"Row {index} of {len(self)}.")
-        number = bisect.bisect_right(self.ends, index)
-        piece = self.pieces[number]
-        local = int(index) - (self.ends[number] - len(piece.table))
-        row, place = piece.reader.read(piece.table[local].to_pylist()[0])
-        return number, row, place
+    def _read(self, indices: Sequence[int]) -> list[tuple[int, Row, Place]]:
+        """Returns the number of the piece of each row, the row and its origin."""
+        places: dict[int, list[int]] = defaultdict(list)  # piece -> places in `indices`
+        for place, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"Row {index} of {len(self)}.")
+            places[bisect.bisect_right(self.ends, index)].append(place)
+        found: dict[int, tuple[int, Row, Place]] = {}
+        for number, of_piece in places.items():
+            piece = self.pieces[number]
+            first = self.ends[number] - len(piece.table)
+            records = piece.records[[int(indices[place]) - first for place in of_piece]].to_pylist()
+            for place, record in zip(of_piece, records, strict=True):
+                found[place] = (number, *piece.reader.read(record))
+        return [found[place] for place in range(len(indices))]
 
 
 def load_pairs(
@@ -265,6 +287,7 @@ def load_pairs(
     room: TokenRoom | None = None,
     on_bad_row: str = ERROR,
     max_bad_rows: float = 0.01,
+    workers: int | None = None,
 ) -> PairDataset:
     """Loads a recipe's `train_data` or `eval_data` and checks every row.
 
@@ -281,6 +304,7 @@ def load_pairs(
         room: counts the tokens of images against the limit of an input, with `check_media`.
         on_bad_row: error, or skip: unusable rows are left out and listed in `bad_rows`.
         max_bad_rows: largest share of rows to skip.
+        workers: processes that check large files (default: one a core, shared by the ranks of this machine).
 
     Raises:
         RowError: a row is unusable.
@@ -297,6 +321,8 @@ def load_pairs(
     bad: list[BadRow] = []
     for source in sources:
         _check_tasks(source, tasks)
+    store_files(sources, checker, _cores() if workers is None else workers)
+    for source in sources:
         pieces.append([])
         for table, reader in read_source(source, checker):
             good = good_rows(table)
@@ -315,6 +341,11 @@ def load_pairs(
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
     return PairDataset(sources, pieces, tasks, bad, on_bad_row)
+
+
+def _cores() -> int:
+    """Returns the cores of this process, shared by the ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_bad_rows(bad: Sequence[BadRow], rows: int, max_bad_rows: float) -> None:

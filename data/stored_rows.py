@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "cause": pa.string(),
     }
 )
+RECORD = SCHEMA.names[: SCHEMA.names.index("task_id")]  # the columns that `restored` reads
 
 
 def stored(row: Row, root: str, by_reference: bool) -> dict[str, Any]:

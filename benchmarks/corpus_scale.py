@@ -1,0 +1,169 @@
+"""Cost of a corpus against its rows: indexing, opening, first batch, memory, rows a second.
+
+    python benchmarks/corpus_scale.py --rows 10000 100000 1000000 11200000 --workers 2
+
+Generates pairs in the papers' proportions (60 % Vietnamese, 30 % English, 10 % Chinese; six tasks), images and audio
+by reference to a few files. Each size runs in processes of its own, so that their memory is theirs: one indexes, one
+opens the index and reads rows in the order of training. Writes benchmarks/results/corpus_scale.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image
+from result_files import claim, write_result
+
+TASKS = {"text_pair": 0.40, "instr": 0.35, "ocr": 0.08, "vqa_single": 0.07, "vqa_multi": 0.04, "audio": 0.06}
+WORDS = {
+    "vi": "một người đàn ông đi bộ trên bãi biển lúc hoàng hôn với con chó nhỏ của mình và nghĩ về ngày mai".split(),
+    "en": "a man walks along the beach at sunset with his small dog and thinks about what tomorrow may bring".split(),
+    "zh": list("一个男人在日落时带着他的小狗走在沙滩上想着明天会发生什么事情"),
+}
+LANGUAGES, SHARES = ("vi", "en", "zh"), (0.6, 0.3, 0.1)
+MEDIA = 64  # distinct images, and clips
+ROWS_OF_FILE = 250_000
+
+
+def text(rng: np.random.Generator, language: str, words: int) -> str:
+    """Returns random words."""
+    return ("" if language == "zh" else " ").join(rng.choice(WORDS[language], words))
+
+
+def rows_of(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields pairs in the papers' proportions."""
+    rng = np.random.default_rng(seed)
+    tasks = rng.choice(list(TASKS), count, p=list(TASKS.values()))
+    languages = rng.choice(LANGUAGES, count, p=SHARES)
+    texts = {name: [text(rng, name, n) for n in rng.integers(5, 40, 2000)] for name in LANGUAGES}
+    picks = rng.integers(0, 2000, (count, 2))
+    for number in range(count):
+        task, pool = tasks[number], texts[languages[number]]
+        row = {"id": f"{seed}-{number}", "task": str(task), "a": f"{number} {pool[picks[number, 0]]}"}
+        row |= {"b": f"{pool[picks[number, 1]]} {number}", "language": str(languages[number])}
+        if task == "text_pair":
+            row["score"] = float(picks[number, 0] % 101) / 100
+        elif task == "audio":
+            row |= {"a": "", "audio": f"media/{number % MEDIA}.wav"}
+        elif task != "instr":
+            row["images"] = [f"media/{number % MEDIA}.jpg"]
+        yield row
+
+
+def write_corpus(folder: Path, rows: int) -> None:
+    """Writes the files of a corpus, of 250,000 rows each."""
+    (folder / "media").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(MEDIA):
+        pixels = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((320, 240)).save(folder / f"media/{number}.jpg")
+        soundfile.write(folder / f"media/{number}.wav", rng.uniform(-0.5, 0.5, 32_000).astype(np.float32), 16_000)
+    for file, start in enumerate(range(0, rows, ROWS_OF_FILE)):
+        with (folder / f"train-{file:05d}.jsonl").open("w", encoding="utf-8") as lines:
+            for row in rows_of(min(ROWS_OF_FILE, rows - start), file):
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def memory() -> float:
+    """Returns the resident memory of this process in GiB."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def index(folder: Path, workers: int) -> dict[str, float]:
+    """Reads, checks and stores all rows; returns seconds and peak memory."""
+    from vipolyqwen.data.schema import declare_tasks
+    from vipolyqwen.data.sources import load_pairs
+
+    start = time.perf_counter()
+    load_pairs([{"path": str(folder)}], declare_tasks(), 400, check_media=False, workers=workers)
+    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {"index_s": time.perf_counter() - start, "index_gib": max(usage) / 2**20}
+
+
+def read(folder: Path, workers: int, batch_size: int, batches: int) -> dict[str, float]:
+    """Opens the index, and reads rows in the order of training, without decoding media."""
+    from vipolyqwen.data.sampler import MixtureBatches, MixtureSampler
+    from vipolyqwen.data.schema import declare_tasks
+    from vipolyqwen.data.sources import load_pairs
+
+    start = time.perf_counter()
+    pairs = load_pairs([{"path": str(folder)}], declare_tasks(), 400, check_media=False, workers=workers)
+    opened = time.perf_counter() - start
+    order = iter(MixtureBatches(MixtureSampler(pairs.source_lengths, pairs.source_weights), batch_size))
+    first = pairs.__getitems__(next(order))
+    assert len(first) == batch_size
+    first_s, before = time.perf_counter() - start, memory()
+    start = time.perf_counter()
+    count = 0
+    for _ in range(batches):
+        rows = next(order, None)
+        if rows is None:
+            break
+        count += len(pairs._read(rows))
+    seconds = time.perf_counter() - start
+    return {"open_s": opened, "first_batch_s": first_s, "gib_at_first": before, "gib_at_last": memory()} | {
+        "batches": count / batch_size,
+        "rows_per_s": count / seconds,
+    }
+
+
+def in_process(work: Any, *given: Any) -> dict[str, float]:
+    """Runs a function in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, given)
+
+
+def claims(figures: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Compares the figures of the largest size; the time to index is that of 11.2 million rows at the same pace."""
+    minutes = figures["index_s"] / 60 * 11.2e6 / figures["rows"]
+    grown = figures["gib_at_last"] - figures["gib_at_first"]
+    return {
+        "minutes to index 11.2M rows": claim(minutes, 6.0, minutes <= 6.0),
+        "seconds to the first batch": claim(figures["first_batch_s"], 10.0, figures["first_batch_s"] <= 10.0),
+        "GiB at the last batch": claim(figures["gib_at_last"], 1.5, figures["gib_at_last"] <= 1.5),
+        "GiB grown over the batches": claim(grown, 0.1, grown <= 0.1),
+        "rows a second, read": claim(figures["rows_per_s"], 20_000, figures["rows_per_s"] >= 20_000),
+    }
+
+
+def main() -> None:
+    """Measures each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--workers", type=int, default=2, help="processes that index (default: 2)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=20_000, help="batches over which memory stays flat")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/corpus_scale"), help="of the corpora and the cache"
+    )
+    options = parser.parse_args()
+    os.environ["HF_DATASETS_CACHE"] = str((options.folder / "cache").absolute())
+    found = []
+    for rows in options.rows:
+        corpus = options.folder / str(rows)
+        shutil.rmtree(options.folder / "cache", ignore_errors=True)
+        if not corpus.is_dir():
+            write_corpus(corpus, rows)
+        figures: dict[str, float] = {"rows": rows}
+        figures |= in_process(index, corpus, options.workers)
+        figures |= in_process(read, corpus, options.workers, options.batch_size, options.batches)
+        print(json.dumps(figures), file=sys.stderr, flush=True)
+        found.append(figures)
+    write_result(
+        "corpus_scale", claims(found[-1]), workers=options.workers, batch_size=options.batch_size, sizes=found
+    )
+
+
+if __name__ == "__main__":
+    main()
