@@ -139,8 +139,13 @@ class PairDataset(torch.utils.data.Dataset):
         return self._pair(index, self._read([index])[0])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns several pairs, as `__getitem__`; the records of one file are read together."""
-        return [self._pair(index, read) for index, read in zip(indices, self._read(indices), strict=True)]
+        """Returns several pairs, as `__getitem__`, those of an `EpochRows` with its `epoch`.
+
+        The records of one file are read together.
+        """
+        epoch = {"epoch": indices.epoch} if isinstance(indices, EpochRows) else {}
+        read = zip(indices, self._read(indices), strict=True)
+        return [{**self._pair(index, row), **epoch} for index, row in read]
 
     def _pair(self, index: int, read: tuple[int, Row, Place]) -> dict[str, Any]:
         """Returns a row that was read with decoded media, or another one in its place."""
@@ -150,11 +155,6 @@ class PairDataset(torch.utils.data.Dataset):
             if self.on_bad_row == ERROR:
                 raise
             return self._another(index, error)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns the rows of a batch, each with `epoch`, that of an `EpochRows`."""
-        epoch = indices.epoch if isinstance(indices, EpochRows) else 0
-        return [{**self[index], "epoch": epoch} for index in indices]
 
     def _another(self, index: int, error: RowError) -> dict[str, Any]:
         """Returns a row in place of one that cannot be read: which one depends on `index` alone."""
