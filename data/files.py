@@ -14,7 +14,7 @@ import xxhash
 from .atomic import write_atomically
 from .source_config import SourceConfig
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
 # Beside the data of a clone or of a model, and not data.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}

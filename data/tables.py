@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .archives import open_archive
 from .files import cache_folder, content_digest, suffix_of
 from .source_config import SourceConfig
 
@@ -114,6 +115,8 @@ def _open_parquet(file: str, source: SourceConfig) -> Table:
 def _open_dataset(file: str, source: SourceConfig) -> Table:
     if suffix_of(file) == ".arrow":
         table = datasets.Dataset.from_file(file)
+    elif suffix_of(file) == ".tar":
+        table = open_archive(file)
     else:
         table = load_saved(file, source) if os.path.isdir(file) else load_from_hub(source)
     if len(table) == 0:

@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .archives import open_archive
 from .files import find_files, suffix_of
 from .records import TEXT_READERS
 from .schema import Place, RowError
@@ -126,6 +127,8 @@ class UnitReader:
     def _open_table(self) -> datasets.Dataset:
         if suffix_of(self.file) == ".arrow":
             return datasets.Dataset.from_file(self.file)
+        if suffix_of(self.file) == ".tar":
+            return open_archive(self.file)
         return load_saved(self.file, self.source) if os.path.isdir(self.file) else load_from_hub(self.source)
 
     def columns(self, existing: Sequence[str]) -> dict[str, str]:
