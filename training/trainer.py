@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
 from ..data.collator import MixedBatchCollator
 from ..data.sampler import MixtureSampler
 from ..data.sources import PairDataset
@@ -40,7 +41,7 @@ from .mixed_loss import MixedLoss
 from .parts import plain_name
 from .restoring import fitting_state, group_values, restore_by_name, restore_rates, restore_schedule
 from .resuming import ResumingTrainer
-from .run_settings import OPTIMIZER, SCHEDULE
+from .run_settings import OPTIMIZER, SCHEDULE, check_differences, read_settings
 from .speedups import compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
@@ -426,7 +427,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         if not path.is_file():  # a complete checkpoint of `save_only_model`
             raise FileNotFoundError(f"{path} is missing: this checkpoint cannot be resumed. Take another one.")
         if not self.changed & (OPTIMIZER | SCHEDULE) or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_stock_optimizer(checkpoint)
         elif self.is_fsdp_enabled:
             fresh = group_values(self.optimizer)
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -437,6 +438,17 @@ class ViPolyQwenTrainer(ResumingTrainer):
             groups = (self.saved_groups, self.group_names)
             restore_by_name(self.optimizer, self.lr_scheduler, Path(checkpoint), *groups, with_state=fits)
         self._load_loss(path)
+
+    def _load_stock_optimizer(self, checkpoint: str) -> None:
+        """Runs the stock loading, whose error for other groups (of an earlier checkpoint) gets a remedy."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"The state of the optimizer in {checkpoint} does not fit this run: {error}. Resume it with the "
+                "`freeze`, `optim` and learning rates by part of its run, or start a new run from its weights with "
+                f"`--model {checkpoint}`."
+            ) from error
 
     def _load_loss(self, path: Path) -> None:
         """Loads the state of the loss, except where changed settings let it start anew."""
@@ -475,8 +487,14 @@ class ViPolyQwenTrainer(ResumingTrainer):
 
     def _compare(self, checkpoint: Path) -> None:
         """Compares the adapter first: the stock loading would silently load one of another shape in part."""
+        model = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
-            check_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
+            check_adapter(model, checkpoint)
+        if read_settings(checkpoint) is None and (checkpoint / CONFIG_NAME).is_file():  # of an earlier version
+            before = ViPolyQwenConfig.from_pretrained(checkpoint)
+            pairs = {name: (getattr(before, name), getattr(model.config, name)) for name in CHOICES}
+            changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+            check_differences(checkpoint, changed, (), self._sharded())
         super()._compare(checkpoint)
 
 

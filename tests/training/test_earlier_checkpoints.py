@@ -80,13 +80,20 @@ def test_a_checkpoint_without_its_launch_is_refused_in_words(world: Path, straig
         train_run(world, tmp_path / "resumed", *RUN, "--resume_from_checkpoint", str(checkpoint))
 
 
-def test_another_loss_than_that_of_an_earlier_checkpoint_is_refused_in_words(
-    world: Path, straight: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--task_weighting none", "loss_state.* holds the state of another loss .*log_variances.*`distil`"),
+        ("--freeze vision", "state of the optimizer in .* does not fit this run.*`freeze`"),
+        ("--pooling mean", "pooling +attention +mean.*`pooling` cannot change"),
+    ],
+)
+def test_settings_that_do_not_fit_an_earlier_checkpoint_are_refused_in_words(
+    world: Path, straight: Path, tmp_path: Path, flags: str, message: str
 ) -> None:
     checkpoint = as_earlier(straight / "checkpoint-2", tmp_path / "earlier", POSITION)
-    flags = [*RUN, "--task_weighting", "none", "--resume_from_checkpoint", str(checkpoint)]
-    with pytest.raises(ValueError, match=r"loss_state.* holds the state of another loss .*log_variances.*`distil`"):
-        train_run(world, tmp_path / "resumed", *flags)
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        train_run(world, tmp_path / "resumed", *RUN, *flags.split(), "--resume_from_checkpoint", str(checkpoint))
 
 
 def test_no_pickle_of_a_checkpoint_names_a_module_of_the_package(straight: Path) -> None:
