@@ -95,7 +95,7 @@ class CorpusReader(UnitReader):
 
     def convert(self, values: Mapping[str, Any], place: Place) -> CorpusRow:
         """Returns the input of a record; see `UnitReader.convert`."""
-        row = clean_row(values, place, self.media_root())
+        row = clean_row(values, place, self.media_root)
         content = row.side(self.side)
         if not content.modalities:
             raise place.error(self.side, content.text, "the row is empty; fill it in or drop it.")

@@ -48,7 +48,7 @@ class PairReader(UnitReader):
 
     def rows(self, records: Iterable[tuple[int, Any]], columns: Mapping[str, str]) -> list[PairRow | BadRow]:
         """Returns the checked pairs of numbered records, an unusable one as a `BadRow`."""
-        reader = RecordReader(self.source, self.file, self.media_root())
+        reader = RecordReader(self.source, self.file, self.media_root)
         labels = class_names(self.file, self.source)
         return [pair for number, record in records for pair in self._pairs(reader, number, record, labels)]
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,9 @@ class UnitReader:
         """
         raise NotImplementedError
 
+    @cached_property
     def media_root(self) -> str:
-        """Returns the folder to which paths are relative."""
+        """Folder to which paths are relative; found once, since asking the disk for every row takes longer."""
         root = self.source.media_root or (os.path.dirname(self.file) if os.path.isfile(self.file) else "")
         return os.path.abspath(os.path.expanduser(root))
 

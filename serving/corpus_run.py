@@ -270,12 +270,11 @@ class _OpenUnit:
     def add(self, batch: Batch, prepared: Prepared, vectors: np.ndarray) -> None:
         """Takes the vectors of a batch's good rows and the reasons of the others."""
         reasons = dict(prepared.reasons)
-        for place, vector in zip(prepared.kept, vectors, strict=True):
-            if np.isfinite(vector).all():
-                self.vectors[batch.positions[place]] = vector
-                self.ok[batch.positions[place]] = True
-            else:
-                reasons[place] = "the model's vector has NaN or infinite components; try another dtype."
+        finite = np.isfinite(vectors).all(axis=1)
+        positions = np.array([batch.positions[place] for place in prepared.kept], int)[finite]
+        self.vectors[positions], self.ok[positions] = vectors[finite], True
+        for row in np.flatnonzero(~finite):
+            reasons[prepared.kept[row]] = "the model's vector has NaN or infinite components; try another dtype."
         for place, reason in reasons.items():
             position = batch.positions[place]
             file, row = self.places[position]
