@@ -1,5 +1,6 @@
 """Model: two backbones, each with a pooling and a projection, fused into one unit vector an input."""
 
+import math
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
@@ -19,7 +20,8 @@ from .audio_vipolyqwen import (
     make_padding_invariant,
 )
 from .configuration_vipolyqwen import ViPolyQwenConfig
-from .packing_vipolyqwen import pack, packed_attention
+from .microbatches_vipolyqwen import Division, divide_batch, take_rows
+from .packing_vipolyqwen import pack, packed_attention, takes_lengths
 from .pooling_vipolyqwen import (
     POOLING_CLASSES,
     PROJECTION_CLASSES,
@@ -199,6 +201,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         packing: bool = False,
         all_windows_at_once: bool = False,
         output_pooling_weights: bool = False,
+        divide: bool = True,
         **kwargs: Any,
     ) -> ViPolyQwenOutput:
         """Embeds a batch whose rows may be text, images, audio or any mix of them.
@@ -221,6 +224,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             all_windows_at_once: pass all windows through the speech encoder in one call, for ranks that must make as
                 many calls; otherwise as many windows at a time as there are clips, which bounds memory.
             output_pooling_weights: return the pooling weights of every position.
+            divide: in inference, embed equal rows once and rows of like length together, without padding where the
+                attention takes lengths, unless outputs of every position are wanted. False makes one pass of all rows,
+                as ranks need it that join collectives in a forward (FSDP, ZeRO-3).
             **kwargs: passed to the language model: `output_hidden_states`, `output_attentions`, `is_causal`.
 
         Returns:
@@ -231,6 +237,78 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                 model or `packing` does not support an input.
         """
         _refuse_unknown(kwargs)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "audio_features": audio_features,
+            "audio_attention_mask": audio_attention_mask,
+            "audio_windows": audio_windows,
+            "has_audio": has_audio,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "image_indices": image_indices,
+        }
+        requests = output_pooling_weights or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        if divide and not requests and self._may_divide(inputs):
+            by_length = not (packing or takes_lengths(self.vlm.language_model.config, self.device))
+            division = self._divide(inputs, by_length)
+            if division is not None:
+                return self._embed_division(division, packing or not by_length, **kwargs)
+        options = {"all_windows_at_once": all_windows_at_once, "output_pooling_weights": output_pooling_weights}
+        return self._embed_batch(**inputs, packing=packing, **options, **kwargs)
+
+    def _may_divide(self, inputs: dict[str, torch.Tensor | None]) -> bool:
+        """Returns whether `forward` may divide a batch: in inference, if each row can be taken from the inputs."""
+        given = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["audio_features"]
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        config = self.vlm.language_model.config
+        recorded = config.output_hidden_states or config.output_attentions
+        refused = inputs["inputs_embeds"] is not None or inputs["position_ids"] is not None
+        return not (torch.is_grad_enabled() or traced or recorded or refused or given is None or given.is_meta)
+
+    def _divide(self, inputs: dict[str, torch.Tensor | None], by_length: bool) -> Division | None:
+        """Returns the micro-batches of a batch in inference."""
+        audio = self.config.audio_config
+        samples_per_frame = 1 if audio is None else math.prod(audio.conv_stride)
+        merge_size = self.config.vision_config.spatial_merge_size
+        return divide_batch(inputs, self.config.image_token_id, merge_size, samples_per_frame, by_length)
+
+    def _embed_division(self, division: Division, packing: bool, **kwargs: Any) -> ViPolyQwenOutput:
+        """Embeds each micro-batch and puts its vectors, (batch, projection_dim), in the order of the rows."""
+        batch, device = division.batch, division.batch["attention_mask"].device
+        vectors = None
+        for rows in division.microbatches:
+            chosen = torch.tensor(rows, device=device)
+            inputs = take_rows(batch, chosen)
+            part = self._embed_batch(**inputs, packing=packing, right_padded=True, **kwargs).embeddings
+            vectors = part.new_empty(len(division.sources), part.shape[1]) if vectors is None else vectors
+            vectors[chosen] = part
+        if division.sources != list(range(len(division.sources))):
+            vectors = vectors[torch.tensor(division.sources, device=device)]
+        return ViPolyQwenOutput(embeddings=vectors)
+
+    def _embed_batch(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_attention_mask: torch.Tensor | None = None,
+        audio_windows: torch.LongTensor | None = None,
+        has_audio: torch.BoolTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
+        packing: bool = False,
+        all_windows_at_once: bool = False,
+        output_pooling_weights: bool = False,
+        right_padded: bool = False,
+        **kwargs: Any,
+    ) -> ViPolyQwenOutput:
+        """Embeds a batch in one pass; `right_padded` rows need no mask of a causal model."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None and audio_features is None:
             raise ValueError(
@@ -243,9 +321,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             mask = torch.ones(tokens.shape[:2], device=tokens.device) if attention_mask is None else attention_mask
             rows = mask.any(dim=-1).nonzero().flatten()  # rows without tokens (audio alone) skip the language model
             if len(rows) > 0:
-                inputs = [_take_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)]
-                inputs += [_take_rows(position_ids, rows, batch, dim=1), pixel_values, image_grid_thw, image_indices]
-                route, extras = self._embed_text(*inputs, packing, **kwargs)
+                inputs = [select_rows(tensor, rows, batch) for tensor in (input_ids, mask.bool(), inputs_embeds)]
+                inputs += [select_rows(position_ids, rows, batch, dim=1), pixel_values, image_grid_thw, image_indices]
+                route, extras = self._embed_text(*inputs, packing, right_padded, **kwargs)
                 routes.append(Route(rows, *route))
         if audio_features is not None:
             audio = (audio_features, audio_attention_mask, audio_windows, all_windows_at_once)
@@ -291,6 +369,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         image_grid_thw: torch.LongTensor | None,
         image_indices: torch.LongTensor | None,
         packing: bool,
+        right_padded: bool,
         **kwargs: Any,
     ) -> tuple[Pooled, dict[str, Any]]:
         """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
@@ -298,7 +377,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if position_ids is None:
             grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
             position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)
-        attention = {"attention_mask": mask.long(), "position_ids": position_ids}
+        # no real position of a causal model sees the padding on its right
+        unmasked = right_padded and kwargs.get("is_causal") is not False
+        attention = {"attention_mask": None if unmasked else mask.long(), "position_ids": position_ids}
         if packing:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
                 raise ValueError(
@@ -439,7 +520,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         return unit_vectors(total)
 
 
-def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
+def select_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
     """Selects `rows` of dimension `dim`, without a copy if they are all."""
     return tensor if tensor is None or len(rows) == batch else tensor.index_select(dim, rows)
 

@@ -16,7 +16,8 @@ import torch
 from demo_batches import model_and_batches
 from result_files import claim, write_result
 
-from vipolyqwen.training.microbatches import length_buckets, row_lengths, take_rows
+from vipolyqwen.microbatches_vipolyqwen import length_buckets, take_rows
+from vipolyqwen.training.microbatches import row_lengths
 
 MICROBATCH_COSTS = (16, 32, 64, 128, 256)  # tokens
 

@@ -12,8 +12,9 @@ from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import Task
 from vipolyqwen.data.sources import PairDataset, load_pairs
 from vipolyqwen.evaluation.metrics import best_ranks, pair_search
+from vipolyqwen.microbatches_vipolyqwen import length_buckets, take_rows
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.training.microbatches import length_buckets, row_lengths, take_rows
+from vipolyqwen.training.microbatches import row_lengths
 
 ALL = "all"  # the cell of a task's rows of every group
 

@@ -23,8 +23,8 @@ from result_files import claim, write_result
 from torch import nn
 
 from vipolyqwen.demo.tiny_base import build_tiny_base
+from vipolyqwen.microbatches_vipolyqwen import members
 from vipolyqwen.publishing.repository import save_repository
-from vipolyqwen.training.microbatches import members
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 SIZES = {"hidden_size": 256, "layers": 4, "vision_size": 160, "audio_size": 32, "image_side": 224}

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
 
-MICROBATCH_COST = 64  # tokens; fixed cost of a forward and backward, compared in benchmarks/length_buckets.py
-MAX_LENGTH_CLASSES = 256  # bounds the O(classes²) search of `length_buckets`
+from ..microbatches_vipolyqwen import length_buckets, sharing
 
 
 class RowSize(NamedTuple):
@@ -82,26 +80,19 @@ def plan_microbatches(sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[
     micro-batches. Packed texts have no padding and are not grouped by length. Keeps rows with the same first image
     together, so that the vision tower encodes it once, unless they exceed the limits.
     """
-    units = sharing(sizes)
+    units = sharing([size.image for size in sizes])
     longest = [max(sizes[row].tokens for row in unit) for unit in units]
     buckets = [list(range(len(units)))]
     if not limit.packed:
-        buckets = length_buckets(longest, counts=[len(unit) for unit in units], limit=limit)
+        buckets = length_buckets(
+            longest, counts=[len(unit) for unit in units], least_microbatches=limit.least_microbatches
+        )
     microbatches = []
     for bucket in buckets:
         frames = {number: max(sizes[row].frames for row in units[number]) for number in bucket}
         bucket.sort(key=lambda number: (frames[number], longest[number]), reverse=True)
         microbatches += cut([units[number] for number in bucket], sizes, limit)
     return microbatches
-
-
-def sharing(sizes: Sequence[RowSize]) -> list[list[int]]:
-    """Groups the indices of rows that share their first image; any other row forms a group alone."""
-    groups: dict[tuple[bool, int], list[int]] = {}
-    for row, size in enumerate(sizes):
-        key = (True, size.image) if size.image >= 0 else (False, row)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
 
 
 def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[list[int]]:
@@ -119,88 +110,6 @@ def cut(units: Sequence[Sequence[int]], sizes: Sequence[RowSize], limit: Microba
                 microbatches.append(list(piece))
                 size = MicrobatchSize().plus(sizes[row] for row in piece)
     return microbatches
-
-
-def length_buckets(
-    lengths: Sequence[int],
-    microbatch_cost: int = MICROBATCH_COST,
-    counts: Sequence[int] | None = None,
-    limit: MicrobatchLimit = MicrobatchLimit(),
-) -> list[list[int]]:
-    """Groups items by length, longest first, at the lowest total cost.
-
-    Minimises Σ (longest · rows + microbatch_cost · micro-batches) over all partitions of the items sorted by length.
-    Items without tokens (audio only) join the group of the shortest items: they skip the language model.
-
-    Args:
-        lengths: tokens of each item.
-        microbatch_cost: fixed cost of a micro-batch, in tokens.
-        counts: rows of each item; `None` means one row each.
-        limit: limits of a micro-batch; a group that exceeds them takes several.
-    """
-    order = sorted(range(len(lengths)), key=lambda item: lengths[item], reverse=True)
-    step = max(1, lengths[order[0]] // MAX_LENGTH_CLASSES if order else 1)
-    classes = [list(items) for _, items in groupby(order, key=lambda item: -(-lengths[item] // step))]
-    without = classes.pop() if classes and not lengths[classes[-1][0]] else []
-    ends = [0, *accumulate(sum(1 if counts is None else counts[item] for item in items) for items in classes)]
-
-    def cost(start: int, end: int) -> int:
-        rows = ends[end] - ends[start]
-        tokens = rows * lengths[classes[start][0]]
-        return tokens + microbatch_cost * limit.least_microbatches(rows, tokens)
-
-    best, starts = [0], [0]
-    for end in range(1, len(classes) + 1):
-        least, start = min((best[start] + cost(start, end), start) for start in range(end))
-        best.append(least)
-        starts.append(start)
-    buckets: list[list[int]] = []
-    end = len(classes)
-    while end:
-        buckets.insert(0, [item for items in classes[starts[end] : end] for item in items])
-        end = starts[end]
-    return [*buckets[:-1], (buckets[-1] if buckets else []) + without] if order else []
-
-
-def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Selects the model inputs of some rows of a collated batch and trims the padding that none of them needs.
-
-    Args:
-        batch: output of `MixedBatchCollator`.
-        rows: (rows,) long, row indices in the order wanted, on the batch's device.
-    """
-    inputs = {}
-    mask = batch["attention_mask"][rows]  # (rows, tokens)
-    used = mask.any(dim=0)
-    if used.any():
-        inputs["input_ids"] = batch["input_ids"][rows][:, used]
-        inputs["attention_mask"] = mask[:, used]
-    if batch["images_per_row"][rows].any():
-        slots = members(batch["images_per_row"], rows)
-        images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
-        patches = members(batch["image_grid_thw"].prod(dim=-1), images)
-        inputs["pixel_values"] = batch["pixel_values"][patches]
-        inputs["image_grid_thw"] = batch["image_grid_thw"][images]
-    if "has_audio" in batch and batch["has_audio"][rows].any():
-        clips = members(batch["has_audio"].long(), rows)
-        windows = clips
-        if "audio_windows" in batch:
-            inputs["audio_windows"] = batch["audio_windows"][clips]
-            windows = members(batch["audio_windows"], clips)
-        mask = batch["audio_attention_mask"][windows]  # (windows, samples)
-        used = mask.any(dim=0)
-        inputs["audio_features"] = batch["audio_features"][windows][:, used]
-        inputs["audio_attention_mask"] = mask[:, used]
-        inputs["has_audio"] = batch["has_audio"][rows]
-    return inputs
-
-
-def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Positions of the members of `groups` where group g has `counts[g]` members, all groups one after another."""
-    sizes = counts[groups]
-    starts = (counts.cumsum(0) - counts)[groups]
-    within = torch.arange(int(sizes.sum()), device=counts.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return starts.repeat_interleave(sizes) + within
 
 
 def row_lengths(batch: Mapping[str, Any]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..data.collator import MixedBatchCollator
 from ..data.sampler import MixtureSampler
 from ..data.sources import PairDataset
 from ..evaluation.metrics import pair_retrieval, spearman
+from ..microbatches_vipolyqwen import take_rows
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -36,7 +37,7 @@ from .joined_batch import join_batches
 from .learning import LearningCallback, check_that_it_learns
 from .loss_figures import MixedLossOutput
 from .loss_optimizer import LossOptimizer
-from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths, take_rows
+from .microbatches import MicrobatchLimit, RowSize, first_images, plan_microbatches, row_lengths
 from .mixed_loss import MixedLoss
 from .parts import plain_name
 from .restoring import fitting_state, group_values, restore_by_name, restore_rates, restore_schedule
@@ -521,5 +522,5 @@ def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, 
     """
     extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
     inputs = take_rows(batch, torch.cat([rows, extra]))
-    vectors = model(**inputs, packing=packing, all_windows_at_once=len(extra) > 0).embeddings
+    vectors = model(**inputs, packing=packing, divide=False, all_windows_at_once=len(extra) > 0).embeddings
     return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()

@@ -19,7 +19,8 @@ from vipolyqwen.data.collator import MixedBatchCollator, interleave
 from vipolyqwen.data.sampler import MixtureSampler
 from vipolyqwen.data.schema import TASKS, Place, Row, RowError, Task, declare_tasks
 from vipolyqwen.data.sources import PairDataset, SourceConfig, content_key, load_pairs
-from vipolyqwen.training.microbatches import row_lengths, take_rows
+from vipolyqwen.microbatches_vipolyqwen import take_rows
+from vipolyqwen.training.microbatches import row_lengths
 
 CAPTION = {"image_caption": {"prefix": "<image_caption>", "loss": {"nce": 1, "cosine": 1}, "needs_image": True}}
 TEXT_PAIR = {"id": "p1", "task": "text_pair", "a": "Hai ngôi sao đỏ.", "b": "Two red stars.", "score": 0.9}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import MODALITY_PAIRS, TASKS, RowError, declare_tasks, modality_pair
 from vipolyqwen.data.sources import PairDataset, content_key, load_pairs
-from vipolyqwen.training.microbatches import take_rows
+from vipolyqwen.microbatches_vipolyqwen import take_rows
 
 DECLARED = {
     "spoken": {"prefix": "<spoken>", "needs_image": True, "needs_audio_b": True},

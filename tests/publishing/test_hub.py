@@ -29,6 +29,7 @@ SHIPPED = {
     "headers_vipolyqwen.py",
     "images_vipolyqwen.py",
     "media_vipolyqwen.py",
+    "microbatches_vipolyqwen.py",
     "modeling_vipolyqwen.py",
     "packing_vipolyqwen.py",
     "pooling_vipolyqwen.py",

@@ -9,15 +9,13 @@ import torch
 from helpers import assert_same_gradients, build_trainer, gradients_of, training_step
 from torch import Tensor
 
+from vipolyqwen.microbatches_vipolyqwen import length_buckets, members, take_rows
 from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.microbatches import (
     MicrobatchLimit,
     RowSize,
     first_images,
-    length_buckets,
-    members,
     plan_microbatches,
-    take_rows,
 )
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
@@ -129,7 +127,9 @@ def test_length_buckets_have_the_lowest_cost() -> None:
 def test_length_buckets_fill_the_microbatches_that_a_limit_allows() -> None:
     lengths = [10, 10, 9, 5, 5]
     assert length_buckets(lengths, microbatch_cost=8) == [[0, 1, 2], [3, 4]]  # 30 + 10 + 2 · 8; together 50 + 8
-    assert length_buckets(lengths, microbatch_cost=8, limit=MicrobatchLimit(rows=2)) == [
+    assert length_buckets(
+        lengths, microbatch_cost=8, least_microbatches=MicrobatchLimit(rows=2).least_microbatches
+    ) == [
         [0, 1],
         [2],
         [3, 4],

@@ -19,9 +19,9 @@ from vipolyqwen.data.sides import prefix_sides
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.evaluation.search import searches
+from vipolyqwen.microbatches_vipolyqwen import take_rows
 from vipolyqwen.training.arguments import read_arguments, read_recipe
 from vipolyqwen.training.build import build_loss, build_tasks
-from vipolyqwen.training.microbatches import take_rows
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
