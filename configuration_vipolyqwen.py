@@ -1,5 +1,6 @@
 """Configuration of the model: its two backbones, the pooling, the projection and the fusion of their vectors."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen2VLConfig
@@ -14,6 +15,7 @@ POOLINGS = ("attention", "mean", "last")
 PROJECTIONS = ("linear", "mlp")
 AUDIO_FUSIONS = ("mean", "audio", "attention")
 AUDIO_PREFIXES = ("none", "fuse")
+TOWERS = ("text", "image", "audio")
 CHOICES = {
     "pooling": POOLINGS,
     "projection": PROJECTIONS,
@@ -40,6 +42,8 @@ class ViPolyQwenConfig(Qwen2VLConfig):
             cross-attention over the hidden states of both routes (`AttentionFusion`).
         audio_prefix: what a task prefix does to audio alone: `none`, nothing; or `fuse`, prefix and end token are
             embedded as a text and fused with the audio. The processor has the same setting.
+        towers: which of `TOWERS` to load, `text` among them; `None`: all. The model refuses inputs for the others and
+            cannot be saved; the setting is never saved.
         initializer_range: standard deviation of new pooling queries and projections (paper 000 §3.2.1).
 
     Raises:
@@ -60,6 +64,7 @@ class ViPolyQwenConfig(Qwen2VLConfig):
     audio_projection: str | None = None
     audio_fusion: str = "mean"
     audio_prefix: str = "none"
+    towers: list[str] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -78,7 +83,37 @@ class ViPolyQwenConfig(Qwen2VLConfig):
             raise ValueError(f"`projection_dim` is {self.projection_dim}; an embedding needs at least 1 dimension.")
         super().__post_init__(**kwargs)
 
+    def loads(self, tower: str) -> bool:
+        """Returns whether the model has a tower: `text`, `image` or `audio`.
+
+        Raises:
+            ValueError: `towers` has an unknown one or lacks `text`.
+        """
+        exists = tower != "audio" or self.audio_config is not None
+        if self.towers is None:
+            return exists
+        is_list = isinstance(self.towers, (list, tuple))
+        if not is_list or "text" not in self.towers or not set(self.towers) <= set(TOWERS):
+            raise ValueError(
+                f"`towers` is {self.towers!r}; give a list of {', '.join(TOWERS)}, 'text' among them, or none for all."
+            )
+        return exists and tower in self.towers
+
+    def check_inputs(self, names: Iterable[str]) -> None:
+        """Raises ValueError if inputs of the model, given their names, are for a tower that was not loaded."""
+        given = set(names)
+        for tower, argument in (("image", "pixel_values"), ("audio", "audio_features")):
+            if argument in given and self.towers is not None and not self.loads(tower):
+                raise ValueError(
+                    f"`{argument}` were passed, but the model was loaded with `towers={list(self.towers)}`. Load it "
+                    f"with `towers={[*self.towers, tower]}`, or without `towers` for all."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is saved: all but `towers`, which is for the user of a model to decide."""
+        return {name: value for name, value in super().to_dict().items() if name != "towers"}
+
 
 ViPolyQwenConfig.register_for_auto_class()
 
-__all__ = ["AUDIO_FUSIONS", "AUDIO_PREFIXES", "CHOICES", "POOLINGS", "PROJECTIONS", "ViPolyQwenConfig"]
+__all__ = ["AUDIO_FUSIONS", "AUDIO_PREFIXES", "CHOICES", "POOLINGS", "PROJECTIONS", "TOWERS", "ViPolyQwenConfig"]

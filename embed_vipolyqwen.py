@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vipolyqwen import __version__
+from vipolyqwen.configuration_vipolyqwen import TOWERS
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.data.names import rename_old_keys
 from vipolyqwen.data.precision import PRECISIONS
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         rank=options.rank,
         ranks=options.ranks,
     )
-    names = ("device", "dtype", "revision", "trust_remote_code")
+    names = ("device", "dtype", "revision", "trust_remote_code", "towers")
     model = {"source": options.model, **{name: getattr(options, name) for name in names}}
     if options.ray_workers is None:
         summary = embed_corpus(load_model(**model), corpus)
@@ -113,6 +114,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--device", help="such as cuda or cpu; default: of the rank")
     run.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as published"
+    )
+    run.add_argument(
+        "--towers", nargs="+", choices=TOWERS, help="towers to load, text among them; default: all of the model"
     )
     run.add_argument("--revision", help="branch, tag or commit of the model")
     run.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")

@@ -120,6 +120,7 @@ def divide_batch(
     image_token_id: int,
     merge_size: int,
     samples_per_frame: int,
+    fewest_samples: int = 1,
     by_length: bool = True,
 ) -> Division | None:
     """Divides a batch by length and finds rows with the same inputs.
@@ -129,6 +130,7 @@ def divide_batch(
         image_token_id: id of an image's tokens.
         merge_size: patches a side of the square that makes a token.
         samples_per_frame: samples of audio that make a frame of the speech encoder.
+        fewest_samples: samples of a window that give one frame.
         by_length: False finds equal rows only, for a model that packs rows without padding.
 
     Returns:
@@ -146,9 +148,12 @@ def divide_batch(
     sources = _equal_rows(inputs, tokens, images, clips)
     batch |= _media(inputs, images, clips)
     chosen = [row for row in range(rows) if sources[row] == row]
+    samples = _samples(batch, clips)
+    if any(clip >= 0 and count < fewest_samples for clip, count in zip(clips, samples, strict=True)):
+        return None
     if not by_length:
         return Division(batch, [chosen], sources)
-    frames = _frames(batch, clips, samples_per_frame)
+    frames = [-(-count // samples_per_frame) for count in samples]
     cost = CUDA_MICROBATCH_COST if batch["attention_mask"].device.type == "cuda" else MICROBATCH_COST
     silent = [row for row in chosen if clips[row] < 0]
     heard = [row for row in chosen if clips[row] >= 0]  # apart, since their lengths are those of audio
@@ -289,8 +294,8 @@ def _media(
     return media
 
 
-def _frames(batch: Mapping[str, torch.Tensor], clips: list[int], samples_per_frame: int) -> list[int]:
-    """Returns the frames of the longest window of each row's audio, at least 1 with audio."""
+def _samples(batch: Mapping[str, torch.Tensor], clips: list[int]) -> list[int]:
+    """Returns the samples of the longest window of each row's audio, 0 without."""
     if "audio_features" not in batch:
         return [0] * len(clips)
     samples = batch["audio_attention_mask"].sum(dim=1)
@@ -298,7 +303,7 @@ def _frames(batch: Mapping[str, torch.Tensor], clips: list[int], samples_per_fra
         counts = batch["audio_windows"]
         samples = samples[counts.cumsum(0) - counts]  # the first is the longest
     of_clips = samples.tolist()
-    return [0 if clip < 0 else max(1, int(of_clips[clip]) // samples_per_frame) for clip in clips]
+    return [0 if clip < 0 else int(of_clips[clip]) for clip in clips]
 
 
 __all__ = ["MICROBATCH_COST", "Division", "divide_batch", "length_buckets", "members", "sharing", "take_rows"]

@@ -1,6 +1,8 @@
 """Model: two backbones, each with a pooling and a projection, fused into one unit vector an input."""
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, Qwen2VLModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2VLModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
@@ -18,6 +20,7 @@ from .audio_vipolyqwen import (
     join_windows,
     keep_supported_attention,
     make_padding_invariant,
+    receptive_field,
 )
 from .configuration_vipolyqwen import ViPolyQwenConfig
 from .microbatches_vipolyqwen import Division, divide_batch, take_rows
@@ -84,7 +87,12 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, *model_args: Any, verify: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        *model_args: Any,
+        verify: bool = False,
+        towers: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Loads a model as `PreTrainedModel.from_pretrained` does, and verifies it on request.
 
@@ -92,11 +100,17 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: a folder or a repository on the Hub.
             *model_args: passed on.
             verify: measure the loaded model again and compare it with the repository's `fingerprint.json`.
+            towers: which of `text`, `image` and `audio` to load; the weights of others are neither read nor held.
             **kwargs: passed on.
 
         Raises:
-            ValueError: with `verify`, the model differs from the published one; the message names the cause.
+            ValueError: with `verify`, the model differs from the published one; the message names the cause. Or
+                `towers` is unknown, or was passed with `verify`, which compares all.
         """
+        if towers is not None:
+            if verify:
+                raise ValueError(f"`verify` compares all towers, but `towers` is {towers!r}; leave one of them out.")
+            kwargs |= _with_towers(towers, kwargs.get("config"))
         if not verify:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # imports the processor too
@@ -158,7 +172,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         self.pooling, self.projection = self._new_route(
             config.pooling, config.projection, config.text_config.hidden_size
         )
-        if config.audio_config is not None:
+        if not config.loads("image"):
+            self.vlm.visual = None
+        if config.loads("audio"):
             keep_supported_attention(config.audio_config)
             self.audio_tower = make_padding_invariant(AutoModel.from_config(config.audio_config))
             self.audio_pooling, self.audio_projection = self._new_route(
@@ -169,7 +185,23 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             if config.audio_fusion == "attention":
                 widths = (config.text_config.hidden_size, config.audio_config.hidden_size, config.projection_dim)
                 self.audio_fusion = AttentionFusion(*widths)
+        if config.towers is not None:
+            absent = {"image": r"^vlm\.visual\.", "audio": r"^audio_"}
+            self._keys_to_ignore_on_load_unexpected = [absent[name] for name in absent if not config.loads(name)]
         self.post_init()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as `PreTrainedModel.save_pretrained` does.
+
+        Raises:
+            ValueError: it was loaded with some `towers` only.
+        """
+        if self.config.towers is not None:
+            raise ValueError(
+                f"The model was loaded with `towers={list(self.config.towers)}`, so a repository of it would lack "
+                "weights. Load it without `towers` to save it."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def _new_route(self, pooling: str, projection: str, hidden_size: int) -> tuple[nn.Module, nn.Module]:
         """Builds the pooling and the projection of one backbone."""
@@ -250,6 +282,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             "image_indices": image_indices,
         }
+        self.config.check_inputs(name for name, value in inputs.items() if value is not None)
         requests = output_pooling_weights or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         if divide and not requests and self._may_divide(inputs):
             by_length = not (packing or takes_lengths(self.vlm.language_model.config, self.device))
@@ -271,9 +304,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     def _divide(self, inputs: dict[str, torch.Tensor | None], by_length: bool) -> Division | None:
         """Returns the micro-batches of a batch in inference."""
         audio = self.config.audio_config
-        samples_per_frame = 1 if audio is None else math.prod(audio.conv_stride)
+        of_frames = (1, 1) if audio is None else (math.prod(audio.conv_stride), receptive_field(audio))
         merge_size = self.config.vision_config.spatial_merge_size
-        return divide_batch(inputs, self.config.image_token_id, merge_size, samples_per_frame, by_length)
+        return divide_batch(inputs, self.config.image_token_id, merge_size, *of_frames, by_length)
 
     def _embed_division(self, division: Division, packing: bool, **kwargs: Any) -> ViPolyQwenOutput:
         """Embeds each micro-batch and puts its vectors, (batch, projection_dim), in the order of the rows."""
@@ -549,6 +582,15 @@ def _refuse_empty_clips(mask: torch.BoolTensor) -> None:
             f"Clips {empty} of the {len(mask)} have too few samples for one frame of the speech encoder. Give "
             "`audio_attention_mask` ones for all samples of a clip, and each clip the processor's `min_audio_samples`."
         )
+
+
+def _with_towers(towers: Sequence[str], config: PreTrainedConfig | None) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that make it load some towers; leaves the caller's config alone."""
+    if not isinstance(config, PreTrainedConfig):
+        return {"towers": towers}
+    config = copy.deepcopy(config)
+    config.towers = towers
+    return {"config": config}
 
 
 LANGUAGE_ARGUMENTS = ("output_hidden_states", "output_attentions", "is_causal")

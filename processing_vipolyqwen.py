@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,9 @@ class ViPolyQwenProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "truncation": True}}
 
 
+OPTIONS = {name for kind in MODALITIES for name in ViPolyQwenProcessorKwargs.__annotations__[kind].__annotations__}
+
+
 class ViPolyQwenProcessor(ProcessorMixin):
     """Turns text, image(s), audio and every mix of them into the tensors of `ViPolyQwenModel`.
 
@@ -124,6 +128,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         Limits.of(limits)  # raises for a wrong one
         self.limits = dict(limits or {})
         self._text_tokenizer: Tokenizer | None = None
+        self._merged: tuple[tuple, dict[str, Any]] | None = None  # keyword arguments and their merged form
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
             self.add_task(task, prefix, (prefix_sides or {}).get(task, "a"))
@@ -166,7 +171,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     @property
     def _limits(self) -> Limits:
-        return replace(Limits.of(self.limits), audio_seconds=self.max_audio_seconds * self.max_audio_windows)
+        return _limits(tuple(self.limits.items()), self.max_audio_seconds * self.max_audio_windows)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is saved: all settings but `allow_urls`, which is for the user of a model to decide."""
@@ -306,8 +311,25 @@ class ViPolyQwenProcessor(ProcessorMixin):
         encoded = self._encode(self._set_tasks(inputs, task), merged, share_images)
         return encoded if return_dict else encoded["input_ids"]
 
-    def _merge(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sorts keyword arguments by modality; one that would be ignored, such as `image=`, is a ValueError."""
+    def _merge(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Sorts keyword arguments by modality, the same ones only once, since nothing else takes as long.
+
+        Raises:
+            ValueError: an argument would be ignored, such as `image=`.
+        """
+        init_kwargs = self.tokenizer.init_kwargs
+        of_tokenizer = {
+            name: getattr(self.tokenizer, name, init_kwargs[name]) for name in init_kwargs.keys() & OPTIONS
+        }
+        key = _hashable({**kwargs, "of_tokenizer": of_tokenizer})
+        last = self._merged  # another thread may replace it
+        if key is None or last is None or last[0] != key:
+            self._refuse_unknown_kwargs(kwargs)
+            last = key, self._merge_kwargs(ViPolyQwenProcessorKwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
+            self._merged = None if key is None else last
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in last[1].items()}
+
+    def _refuse_unknown_kwargs(self, kwargs: dict[str, Any]) -> None:
         known = self._known_kwargs()
         for name, value in kwargs.items():
             if name in known:
@@ -316,9 +338,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 _refuse_unknown(value, known[name], f" of `{name}`")
         flat = set().union(known, *known.values(), ViPolyQwenProcessorKwargs.__annotations__)
         _refuse_unknown(kwargs, flat, "")
-        return self._merge_kwargs(
-            ViPolyQwenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
 
     def _known_kwargs(self) -> dict[str, set[str]]:
         """Returns the keyword arguments of each modality, and of `common_kwargs` those of all."""
@@ -575,6 +594,26 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], place: str) -> No
             near = difflib.get_close_matches(str(name), [*known, "text", "images", "audio", "task"], n=1)
             hint = f"do you mean `{near[0]}`?" if near else "drop it."
             raise ValueError(f"The processor takes no argument `{name}`{place}, which would be ignored; {hint}")
+
+
+@lru_cache
+def _limits(limits: tuple[tuple[str, float], ...], audio_seconds: float) -> Limits:
+    """Returns the limits of a processor; they are asked for with every input."""
+    return replace(Limits.of(dict(limits)), audio_seconds=audio_seconds)
+
+
+def _hashable(options: dict[str, Any]) -> tuple | None:
+    """Returns a key of nested options that tells them apart; `None` if a value is no number, string or `None`."""
+    key: list[tuple] = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            value = _hashable(value)
+            if value is None:
+                return None
+        elif not isinstance(value, (str, int, float, type(None))):
+            return None
+        key.append((name, type(value), value))
+    return tuple(key)
 
 
 def _share(images: list[Any], bounds: list[int | None]) -> tuple[list[Any], list[int | None], list[int]]:

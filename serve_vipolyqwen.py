@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 from vipolyqwen import __version__
+from vipolyqwen.configuration_vipolyqwen import TOWERS
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.serving.limits import Load
 from vipolyqwen.serving.loading import fingerprint_of
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
+        towers=options.towers,
         bounds=Bounds(options.max_inputs, options.max_parts, options.max_characters, options.allow_urls),
         load=Load(
             options.max_requests,
@@ -81,6 +83,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--name", help="name of the model for clients; default: the folder's, or the Hub id")
+    parser.add_argument(
+        "--towers", nargs="+", choices=TOWERS, help="towers to load, text among them; default: all of the model"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")

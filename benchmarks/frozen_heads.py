@@ -16,9 +16,10 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from vipolyqwen.data.sampler import MixtureSampler
+from vipolyqwen.microbatches_vipolyqwen import length_buckets, take_rows
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.pooling_vipolyqwen import POOLING_CLASSES, PROJECTION_CLASSES, AttentionPooling
-from vipolyqwen.training.microbatches import length_buckets, row_lengths, take_rows
+from vipolyqwen.training.microbatches import row_lengths
 from vipolyqwen.training.mixed_loss import MixedLoss
 
 FACTS = ("data_type", "similarity_scores", "a_keys", "b_keys", "groups", "modalities")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def load_model(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    towers: Sequence[str] | None = None,
     **processor_kwargs: Any,
 ) -> LoadedModel:
     """Loads a repository and checks its vectors.
@@ -60,6 +62,7 @@ def load_model(
         dtype: of the weights; `None`: as published.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code from the Hub may run; code in a folder always may.
+        towers: which of text, image and audio to load; `None`: all. Vectors of the others are not checked.
         **processor_kwargs: settings of the processor, such as `allow_urls`.
 
     Raises:
@@ -73,7 +76,7 @@ def load_model(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code or folder.is_dir(),
-        model_kwargs={"dtype": dtype} if dtype else None,
+        model_kwargs={name: value for name, value in {"dtype": dtype, "towers": towers}.items() if value},
         processor_kwargs=processor_kwargs or None,
     )
     name = folder.resolve().name if folder.is_dir() else source

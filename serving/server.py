@@ -37,6 +37,7 @@ class ServerOptions:
         dtype: of the weights; `None`: as published.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code from the Hub may run.
+        towers: which of text, image and audio to load; `None`: all.
         bounds: limits of a request.
         load: limits of what is in progress.
         timeout: seconds after which a waiting request is answered 504.
@@ -51,6 +52,7 @@ class ServerOptions:
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    towers: list[str] | None = None
     bounds: Bounds = field(default_factory=Bounds)
     load: Load = field(default_factory=Load)
     timeout: float = 60.0
@@ -85,6 +87,7 @@ class EmbeddingAPI(litserve.LitAPI):
             options.dtype,
             options.revision,
             options.trust_remote_code,
+            options.towers,
             allow_urls=options.bounds.allow_urls,
         )
         if self.model.fingerprint != options.fingerprint:

@@ -438,3 +438,29 @@ def test_other_prefixes_than_the_papers_can_be_chosen(processor: Any, tmp_path: 
     own.save_pretrained(tmp_path)
     assert ViPolyQwenProcessor.from_pretrained(tmp_path).task_prefixes == {"search": "<search>"}
     assert ViPolyQwenProcessor(*parts, task_prefixes={}).task_prefixes == {}
+
+
+def test_arguments_of_one_call_do_not_reach_the_next(processor: ViPolyQwenProcessor) -> None:
+    texts = ["một", "hai ba bốn năm sáu"]
+    padded = processor(text=texts)["input_ids"]
+    assert len({len(ids) for ids in padded}) == 1
+    assert len({len(ids) for ids in processor(text=texts, padding=False)["input_ids"]}) == 2
+    assert processor(text=texts, padding=True, padding_side="left")["attention_mask"][0][0] == 0
+    assert processor(text=texts, text_kwargs={"padding_side": "left"})["attention_mask"][0][0] == 0
+    assert processor(text=texts)["input_ids"] == padded
+    assert len(processor(text=texts, max_length=4)["input_ids"][1]) == 4
+    assert processor(text=texts)["input_ids"] == padded
+
+
+def test_a_changed_tokenizer_reaches_the_next_call(tiny: tuple) -> None:
+    processor = copy.deepcopy(tiny[1])
+    texts = ["một", "hai ba bốn năm sáu"]
+    assert processor(text=texts)["attention_mask"][0][0] == 1
+    processor.tokenizer.padding_side = "left"
+    assert processor(text=texts)["attention_mask"][0][0] == 0
+
+
+def test_the_merged_arguments_of_a_call_may_be_changed(processor: ViPolyQwenProcessor) -> None:
+    processor._merge({"padding": True})["text_kwargs"]["padding"] = "broken"
+    assert processor._merge({"padding": True})["text_kwargs"]["padding"] is True
+    assert processor._merge({"padding": 1})["text_kwargs"]["padding"] == 1
