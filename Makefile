@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance ablations test test-lowest fuzz lint audit format clean
+.PHONY: install demo balance bench ablations test test-lowest fuzz lint audit format clean
 
 install: $(VENV)/.installed .typing/vipolyqwen
 
@@ -30,6 +30,10 @@ demo: install
 
 balance: install
 	$(BIN)/python benchmarks/balance.py
+
+# A few minutes on two idle cores; also runs on CUDA.
+bench: install
+	$(BIN)/python benchmarks/encode_speed.py
 
 # Waiting threads yield soon; otherwise a second busy process slows every step several times.
 ablations: install

@@ -187,8 +187,11 @@ def test_a_batch_with_gradient_is_not_divided(
         ({"pixel_values": torch.zeros(4, 1176), "image_grid_thw": torch.tensor([[1, 2, 2]])}, "image"),
         ({"audio_features": torch.zeros(2, 800)}, "2 clips"),
         (
-            {"audio_features": torch.zeros(3, 800), "audio_attention_mask": torch.eye(3, 800) + torch.eye(3)[:, :1]},
-            r"Clips \[0, 1, 2\]",
+            {
+                "audio_features": torch.zeros(3, 800),
+                "audio_attention_mask": torch.tensor([[1] * 800, *[[1] + [0] * 799] * 2]),
+            },
+            r"Clips \[1, 2\] of the 3",
         ),
     ],
 )
