@@ -8,6 +8,7 @@ texts, the token embeddings start from its vectors of the tokens.
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.arguments import read_recipe
 from vipolyqwen.training.teacher import cache_folder, load_teacher
 
-RESIDUAL_SCALE = 0.1  # of what each layer adds at first to embeddings that know something
+FREQUENCY_SCALE = 0.25  # of the dimension that holds a token's logarithmic weight, at most 1 as the others
+RARE = 1e-3  # frequency at which a token weighs half (Arora et al. 2017)
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is a part of a character
 
 
@@ -46,34 +48,54 @@ def main() -> None:
     set_seed(options.pop("seed"))
     tasks = declare_tasks(recipe.get("tasks"))
     pairs = load_pairs(recipe["train_data"], tasks, min_audio_samples=1, check_media=False)
-    model, processor = build_tiny_base((text for row in pairs.texts() for text in row), **options)
+    texts = [text for row in pairs.texts() for text in row]
+    model, processor = build_tiny_base(texts, **options)
     if teacher is not None:
-        start_from_teacher(model, processor.tokenizer, teacher, prompt)
+        start_from_teacher(model, processor.tokenizer, dict.fromkeys(texts), teacher, prompt)
     save_repository(model, processor, output)
     print(f"{output}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
 
 
 def start_from_teacher(
-    model: ViPolyQwenModel, tokenizer: PreTrainedTokenizerBase, teacher: str, prompt: str | None
+    model: ViPolyQwenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    teacher: str,
+    prompt: str | None,
 ) -> None:
-    """Starts the token embeddings from a teacher's vectors of the tokens, and lets the layers add little to them.
+    """Makes a model an average of a teacher's vectors of tokens, weighted by frequency, as model2vec does.
 
-    As in model2vec, the vectors are centred and turned to their principal components; here these are also scaled to
-    unit variance, since all vectors of a contrastive teacher share a few long directions. Parts of characters and
-    special tokens start at 0.
+    The vectors are centred, turned to their principal components and scaled to unit variance, since all vectors of a
+    contrastive teacher share a few long directions; the projection keeps their angles. One dimension holds the
+    logarithm of RARE / (RARE + frequency), which the query of attention pooling reads. The layers add nothing at
+    first and learn what to add. Parts of characters and special tokens start at 0.
     """
-    texts = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
+    names = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
     special = set(tokenizer.all_special_ids)
-    known = [token for token, text in texts.items() if text and UNKNOWN not in text and token not in special]
-    vectors = whitened(teacher_vectors([texts[token] for token in known], teacher, prompt))
+    known = [token for token, name in names.items() if name and UNKNOWN not in name and token not in special]
+    vectors = whitened(teacher_vectors([names[token] for token in known], teacher, prompt))
     weight = model.get_input_embeddings().weight
-    width = min(vectors.shape[1], weight.shape[1])
+    frequency = weight.shape[1] - 1  # the last dimension
+    width = min(vectors.shape[1], frequency)
     with torch.no_grad():
         weight.zero_()
         weight[known, :width] = torch.from_numpy(vectors[:, :width]).to(weight)
+        weight[: len(tokenizer), frequency] = FREQUENCY_SCALE * log_weights(tokenizer, texts).to(weight)
+        torch.nn.init.orthogonal_(model.projection.dense.weight)
+        model.projection.dense.weight[:, frequency] = 0
+        model.pooling.query.zero_()
+        model.pooling.query[frequency] = 1 / FREQUENCY_SCALE
         for layer in model.vlm.language_model.layers:
-            layer.self_attn.o_proj.weight *= RESIDUAL_SCALE
-            layer.mlp.down_proj.weight *= RESIDUAL_SCALE
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
+
+def log_weights(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> torch.Tensor:
+    """Logarithm of each token's weight in an average, (tokens,) float <= 0: frequent tokens tell little."""
+    counts = torch.ones(len(tokenizer))
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts)):
+        counts += torch.bincount(torch.tensor(encoding.ids, dtype=torch.long), minlength=len(counts))
+    return (RARE / (RARE + counts / counts.sum())).log()
 
 
 def teacher_vectors(texts: list[str], teacher: str, prompt: str | None) -> np.ndarray:

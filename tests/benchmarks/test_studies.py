@@ -17,7 +17,7 @@ from pair_vectors import collate, embed
 from paired_statistics import power, seeds_needed
 from space_geometry import geometry, uniformity
 from study_report import Question, answer, is_at_chance, verdict
-from tiny_base import start_from_teacher, whitened
+from tiny_base import log_weights, start_from_teacher, whitened
 from verdicts import from_recalls
 
 from vipolyqwen.data.collator import MixedBatchCollator
@@ -106,17 +106,30 @@ def test_token_embeddings_start_from_a_teachers_vectors(tiny: Any, tmp_path: Pat
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model, processor = ViPolyQwenModel(tiny[0].config), tiny[1]
-    scale = model.vlm.language_model.layers[0].mlp.down_proj.weight.detach().clone()
-    start_from_teacher(model, processor.tokenizer, "counted:embed", None)
+    model, processor = ViPolyQwenModel(tiny[0].config).eval(), tiny[1]
+    texts = ["một hai ba", "một hai", "một"]
+    start_from_teacher(model, processor.tokenizer, texts, "counted:embed", None)
     weight = model.get_input_embeddings().weight
-    known = weight.abs().sum(dim=1) > 0
+    known = weight[:, :-1].abs().sum(dim=1) > 0
     assert known.sum() > 100 and not known[processor.tokenizer.all_special_ids].any()
     assert weight[known, :3].square().mean(dim=0).tolist() == pytest.approx([1, 1, 1], abs=0.01)
-    assert weight[:, 3:].abs().max() < 1e-6  # the fourth, constant column tells nothing
-    torch.testing.assert_close(model.vlm.language_model.layers[0].mlp.down_proj.weight, 0.1 * scale)
-    start_from_teacher(model, processor.tokenizer, "counted:embed", None)
+    assert weight[:, 3:-1].abs().max() < 1e-6  # the fourth, constant column tells nothing
+    # A text's weights are those of its tokens' frequencies, whatever the layers are.
+    ids = torch.tensor([processor.tokenizer(texts[0])["input_ids"]])
+    hidden = model.vlm(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(hidden, model.vlm.language_model.norm(weight[ids]))
+    assert model.pooling.query.nonzero().tolist() == [[weight.shape[1] - 1]]
+    start_from_teacher(model, processor.tokenizer, texts, "counted:embed", None)
     assert len(sys.modules["counted"].calls) == 1  # out of the cache
+
+
+def test_frequent_tokens_weigh_less(tiny: Any) -> None:
+    tokenizer = tiny[1].tokenizer
+    often, seldom = tokenizer("a")["input_ids"][0], tokenizer("z")["input_ids"][0]
+    found = log_weights(tokenizer, ["a"] * 998 + ["z"])
+    total = 999 + len(tokenizer)  # every token counts once more
+    assert found[often].item() == pytest.approx(math.log(1e-3 / (1e-3 + 999 / total)), rel=1e-4)
+    assert found[often] < found[seldom] < 0
 
 
 def test_whitened_components_are_uncorrelated() -> None:
