@@ -4,7 +4,7 @@ import io
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data.precision import check_dimensions, shorten
 from ..images_vipolyqwen import load_image
+from ..media_vipolyqwen import Limits
 from ..waveforms_vipolyqwen import load_audio
 from .embedding import INPUT_ERRORS, Embedder, prompt_of
 from .loading import LoadedModel
@@ -82,6 +83,7 @@ class Batcher:
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(self.threads)
         self._length = self.model.encoder.processor.tokenizer.model_max_length
+        self._limits = limits_of(self.model.encoder.processor)
 
     def run(self, jobs: Sequence[Job]) -> list[Done | RequestError]:
         """Returns the result of each job."""
@@ -133,11 +135,12 @@ class Batcher:
                 cost += len(loaded.encode("utf-8", "surrogatepass")) // BYTES_A_TOKEN
             elif kind == "image":
                 check_pixels(loaded, self.max_pixels)
-                loaded = load_image(loaded, self.model.encoder.processor.allow_urls)
+                loaded = load_image(loaded, self.model.encoder.processor.allow_urls, limits=self._limits)
                 counted = self.model.encoder.processor._get_num_multimodal_tokens([loaded.size[::-1]])
                 cost += counted["num_image_tokens"][0]
             else:
-                samples, rate = load_audio(loaded, allow_urls=self.model.encoder.processor.allow_urls)
+                allow_urls = self.model.encoder.processor.allow_urls
+                samples, rate = load_audio(loaded, allow_urls=allow_urls, limits=self._limits)
                 loaded = {"array": samples, "sampling_rate": rate}
             content.append({"type": kind, kind: loaded})
         if cost > BYTES_A_TOKEN * 2 * self._length:
@@ -172,6 +175,16 @@ class Batcher:
         tokens = prepared.tokens()
         for row, position in enumerate(prepared.kept):
             batch[position].vector, batch[position].tokens = vectors[row], tokens[row]
+
+
+def limits_of(processor: Any) -> Limits:
+    """Returns the bounds that a processor puts on inputs, so that no more than it takes is decoded.
+
+    Args:
+        processor: of a checkpoint; those of earlier versions have no `limits`.
+    """
+    seconds = processor.max_audio_seconds * processor.max_audio_windows
+    return replace(Limits.of(vars(processor).get("limits")), audio_seconds=seconds)
 
 
 def check_pixels(image: bytes | str, limit: int) -> None:

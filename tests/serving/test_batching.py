@@ -124,3 +124,18 @@ def test_threads_get_their_own_vectors(batcher: Batcher, model: LoadedModel) -> 
     for thread in threads:
         thread.join()
     assert len(worst) == 20 and max(worst) <= 1e-6
+
+
+def test_no_more_is_decoded_than_the_processor_takes(
+    model: LoadedModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = model.encoder.processor
+    monkeypatch.setattr(processor, "limits", {"image_pixels": 100})
+    monkeypatch.setattr(processor, "max_audio_seconds", 0.1)
+    monkeypatch.setattr(processor, "max_audio_windows", 2)
+    strict = Batcher(model)
+    jobs = [Job([parts(audio=wav(rng))]), Job([parts(image=png(rng))]), Job([parts(text="a")])]
+    long, large, fine = strict.run(jobs)
+    assert isinstance(long, RequestError) and long.status == 400 and "max_audio_seconds" in str(long)
+    assert isinstance(large, RequestError) and large.status == 400 and "image_pixels" in str(large)
+    assert isinstance(fine, Done)
