@@ -183,13 +183,26 @@ def _part_content(part: Any) -> tuple[str, Any]:
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in PART_KEYS:
         raise ValueError(f"A message part of type {kind!r:.40}; this model takes text, image and audio parts.")
+    others = [key for key in PART_KEYS if key != kind and part.get(key) is not None]
+    if others:
+        raise ValueError(
+            f"A part of type {kind} also has {', '.join(others)}, which would be ignored; make it a part."
+        )
     keys = [key for key in PART_KEYS[kind] if key in part]
     if not keys:
         given = ", ".join(map(str, part))
         raise ValueError(f"A {kind} part with {given:.80} only; it needs one of {', '.join(PART_KEYS[kind])}.")
-    if part[keys[0]] is None and kind != "text":
+    return kind, part[keys[0]] if kind == "text" else _only_source(part, kind, keys)
+
+
+def _only_source(part: Mapping[str, Any], kind: str, keys: list[str]) -> Any:
+    """Returns the source of an image or audio part; of bytes and path, as the Hub stores them, the bytes."""
+    given = [key for key in keys if part[key] is not None]
+    if not given:
         raise ValueError(f"An {kind} part whose {keys[0]} is None; leave it out.")
-    return kind, part[keys[0]]
+    if len(given) > 1 and set(given) != {"path", "bytes"}:
+        raise ValueError(f"An {kind} part has {' and '.join(given)}; pass one of them, or a part for each.")
+    return part[given[-1]]
 
 
 def join_clips(clips: list[Any]) -> Any:

@@ -225,9 +225,10 @@ def check_is_text(text: str) -> None:
         return
     if not exists and "/" not in text and "\\" not in text:
         return
-    if (exists or is_url(text)) and text.lower().endswith(SENTENCE_TRANSFORMERS_OPENS):
+    opens = (exists and not FILE_URL.match(text)) or is_url(text)
+    if opens and text.lower().endswith(SENTENCE_TRANSFORMERS_OPENS):
         return
-    reason = "sentence-transformers does not open that ending" if exists or is_url(text) else "no such file exists"
+    reason = "sentence-transformers does not open it" if exists or is_url(text) else "no such file exists"
     raise ValueError(
         f"{text[:200]!r} looks like the path of an image, audio, video or document file, but {reason}. Pass "
         "{'image': path} or {'audio': path} of a file, and the pages of a document as images; to embed the characters "

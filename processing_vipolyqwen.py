@@ -340,13 +340,13 @@ class ViPolyQwenProcessor(ProcessorMixin):
         _refuse_unknown(kwargs, flat, "")
 
     def _known_kwargs(self) -> dict[str, set[str]]:
-        """Returns the keyword arguments of each modality, and of `common_kwargs` those of all."""
+        """Returns the keyword arguments of each modality; `common_kwargs` may have those that all share."""
         known = {}
         for name, part in MODALITIES.items():
             accepted = getattr(getattr(self, part, None), "valid_kwargs", None)
             known[name] = {*ViPolyQwenProcessorKwargs.__annotations__[name].__annotations__}
             known[name] |= set(accepted.__annotations__) if accepted is not None else set()
-        return {**known, "common_kwargs": set().union(*known.values())}
+        return {**known, "common_kwargs": set.intersection(*known.values())}
 
     def _set_tasks(self, inputs: list[EmbeddingInput], task: str | list[str | None] | None) -> list[EmbeddingInput]:
         """Sets the prefix of each input to that of its task."""

@@ -108,9 +108,9 @@ def test_open_files_and_file_urls_are_read(processor: Any, rng: np.random.Genera
                 np.testing.assert_array_equal(np.asarray(load(source)), np.asarray(load(path)))
         with path.open(encoding="latin-1") as text, pytest.raises(ValueError, match="'rb'"):
             load(text)
-    (tmp_path / "scan.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match="does not open that ending"):
-        check_is_text((tmp_path / "scan.pdf").as_uri())
+    for name in ("một ảnh #1.png", "missing.png"):
+        with pytest.raises(ValueError, match="looks like the path"):
+            check_is_text((tmp_path / name).as_uri())
 
 
 # --- audio -------------------------------------------------------------------------------------------------------
@@ -191,6 +191,7 @@ def test_a_rate_stands_before_or_after_its_array() -> None:
         ({"sampling_rates": 8000}, "no argument `sampling_rates`, .* `sampling_rate`"),
         ({"text_kwargs": {"max_len": 5}}, "no argument `max_len` of `text_kwargs`"),
         ({"images_kwargs": {"max_pixel": 5}}, "no argument `max_pixel` of `images_kwargs`, .* `max_pixels`"),
+        ({"common_kwargs": {"padding": True}}, "no argument `padding` of `common_kwargs`"),
         ({"audio_kwargs": 5}, "`audio_kwargs` is 5; pass a dict"),
     ],
 )
@@ -215,6 +216,28 @@ def test_a_text_beside_other_parts_is_a_text(processor: Any, rng: np.random.Gene
     check_is_text("Xem ảnh tại https://example.org/a/b.png")
     with pytest.raises(ValueError, match="plain_text"):
         check_is_text("ảnh sản phẩm/áo thun.png")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image", "image": "a.png", "text": "a"}, "type image also has text, which would be ignored"),
+        ({"type": "text", "text": "a", "image": "a.png"}, "type text also has image, which would be ignored"),
+        ({"type": "image", "image": "a.png", "url": "b.png"}, "has image and url; pass one"),
+        ({"type": "audio", "audio": None, "path": None}, "audio part whose audio is None"),
+    ],
+)
+def test_nothing_in_a_part_is_ignored(part: dict, message: str, processor: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_ids(processor, [{"role": "user", "content": [part]}])
+
+
+def test_a_part_as_arrow_stores_it_has_empty_fields(processor: Any, rng: np.random.Generator) -> None:
+    data = image_file(random_image(rng))
+    expected = chat_ids(processor, user("a", Image.open(io.BytesIO(data))))
+    image = {"type": "image", "image": None, "text": None, "path": "elsewhere.png", "bytes": data}
+    text = {"type": "text", "image": None, "text": "a", "path": None, "bytes": None}
+    assert chat_ids(processor, [{"role": "user", "content": [image, text]}]) == expected
 
 
 def test_a_second_folder_of_the_same_name_runs_its_code(tmp_path: Path) -> None:
