@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..conversations_vipolyqwen import clean_text
+from ..download_vipolyqwen import is_url, show_url
 from ..images_vipolyqwen import ImageScaler, image_size, load_image, loaded_size
 from ..media_vipolyqwen import LIMITS
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -177,7 +178,12 @@ def check_media(row: Row, place: Place, checker: "Checker", source: SourceConfig
     for images, audio, content in media_contents(row):
         for column, file in [*((images, image) for image in content.images), (audio, content.audio)]:
             if isinstance(file, str):
-                _check_path(column, file, place, "" if source.outside_media_root else root)
+                if is_url(file):
+                    _check_url(column, file, place, source)
+                else:
+                    _check_path(column, file, place, "" if source.outside_media_root else root)
+        if any(isinstance(file, str) and is_url(file) for file in (*content.images, content.audio)):
+            continue  # fetched when the row is read
         if checker.media != NONE:
             sizes = [_check_image(images, image, place, checker.media == FULL) for image in content.images]
             _check_room(images, content, sizes, place, checker.room)
@@ -188,11 +194,17 @@ def check_media(row: Row, place: Place, checker: "Checker", source: SourceConfig
                 _check_audio(audio, content.audio, place)
 
 
+def _check_url(column: str, url: str, place: Place, source: SourceConfig) -> None:
+    if not source.allow_urls:
+        problem = "URLs are not fetched; download the file and name its path, or set `allow_urls: true`."
+        raise place.error(column, show_url(url), problem, f"URL in {column}")
+
+
 def _check_path(column: str, path: str, place: Place, root: str) -> None:
     """Checks that a file exists and, unless `root` is empty, that it lies inside of it."""
     if not os.path.isfile(path):
         kind = "is a folder; name a file" if os.path.isdir(path) else "no such file; correct the path or `media_root`"
-        raise place.error(column, path, f"{kind} (URLs are not fetched).", f"missing {column}")
+        raise place.error(column, path, f"{kind}.", f"missing {column}")
     if root and not _is_inside(os.path.realpath(path), _real(root)):
         problem = (
             f"it leads out of `media_root` ({root}) by '..', an absolute path or a symbolic link; set `media_root` to "

@@ -1,7 +1,6 @@
 """Converts the values of a record to a row: missing values, numbers, paths, hard negatives."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..waveforms_vipolyqwen import load_audio
-from .media_paths import find_media
+from .media_paths import below, find_media
 from .schema import Content, Place, Row, row_id
 
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
@@ -133,7 +132,7 @@ def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes
     if isinstance(value, dict):  # as `datasets` stores media
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
-        return find_media(os.path.join(root, _clean_text(column, value, place)))
+        return find_media(below(root, _clean_text(column, value, place)))
     if not isinstance(value, bytes) or not value:
         raise place.error(column, value, "a path or the bytes of a file are expected; correct or drop it.")
     return value

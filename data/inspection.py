@@ -12,7 +12,7 @@ import numpy as np
 from .media_facts import MediaFacts, MediaReader, content_hash
 from .pair_units import PairRow, read_pair_rows
 from .recipes import DataRecipe
-from .schema import MODALITIES, Content, modality_pair
+from .schema import MODALITIES, Content, modality_pair, show_media
 from .units import BadRow
 
 SAMPLES = 4  # pairs of each task and language that are shown
@@ -162,7 +162,7 @@ def _side_key(content: Content, facts: Sequence[MediaFacts]) -> int:
 
 
 def _shown(source: Any) -> str:
-    return source if isinstance(source, str) else "(inside the file)"
+    return show_media(source) if isinstance(source, str) else "(inside the file)"
 
 
 def guess_language(text: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
+from .media_paths import read_media
 
 HASH_SIDE = 16  # a perceptual hash compares 16 × 16 neighbouring pixels: 256 bits
 SILENT = 1e-3  # peak of samples in [-1, 1]
@@ -63,9 +63,9 @@ class MediaReader:
             return read(source, source)
         if source not in self.known:
             try:
-                content = Path(source).read_bytes()
-            except OSError as error:
-                self.known[source] = MediaFacts(error=f"{type(error).__name__}: {error.strerror or error}")
+                content = read_media(source)
+            except (OSError, ValueError) as error:
+                self.known[source] = MediaFacts(error=f"{type(error).__name__}: {error}")
             else:
                 self.known[source] = read(content, content)
         return self.known[source]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import check_row
+from .checks import NONE, Checker
 from .readers import RecordReader
 from .schema import Place, Row, RowError, Task, row_id
 from .source_config import SourceConfig
@@ -55,6 +55,7 @@ class PairReader(UnitReader):
     def _pairs(
         self, reader: RecordReader, number: int, record: Any, labels: Mapping[str, list[str]]
     ) -> Iterator[PairRow | BadRow]:
+        checker = Checker(self.tasks, media=NONE)  # files are opened later
         place = reader.place(number, 0, None, ())
         if isinstance(record, RowError):
             yield BadRow(row_id(place), self.file, number, str(record))
@@ -69,7 +70,7 @@ class PairReader(UnitReader):
             place = reader.place(number, part, values.get("id"), record)
             try:
                 row = reader.row(values, place)
-                check_row(row, self.tasks, place, self.source.image_placeholder)
+                checker.check(row, place, self.source, reader.root)
             except RowError as error:
                 yield BadRow(row_id(place), self.file, number, str(error))
                 continue

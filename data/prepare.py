@@ -24,10 +24,11 @@ import yaml
 
 from .atomic import UNFINISHED, write_atomically
 from .media_facts import content_hash
+from .media_paths import read_media
 from .pair_units import PairRow, pair_units
 from .prepared_media import prepare_audio, prepare_image
 from .recipes import SPLITS, DataRecipe, enabled_entries, read_data_recipe
-from .schema import ENCODER_RATE, Content, Place, Row, RowError
+from .schema import ENCODER_RATE, Content, Place, Row, RowError, show_media
 from .units import BadRow, Unit, digest
 
 CODE = hashlib.blake2b(
@@ -230,11 +231,10 @@ def _content(content: Content, side: str, place: Place, options: PrepareOptions)
 
 def _prepared(column: str, source: Any, place: Place, prepare: Callable[[Any], Any]) -> Any:
     """Returns what `prepare` makes of the content of a file."""
-    shown = source if isinstance(source, str) else "(inside the file)"
     try:
-        return prepare(Path(source).read_bytes() if isinstance(source, str) else source)
+        return prepare(read_media(source) if isinstance(source, str) else source)
     except (ValueError, OSError) as error:
-        raise place.error(column, shown, f"{error} Repair it or drop the row.") from error
+        raise place.error(column, show_media(source), f"{error} Repair it or drop the row.") from error
 
 
 def _image(column: str, source: Any, place: Place, options: PrepareOptions) -> bytes:
@@ -245,7 +245,7 @@ def _audio(column: str, source: Any, place: Place, options: PrepareOptions) -> b
     content, seconds = _prepared(column, source, place, prepare_audio)
     if not options.min_samples / ENCODER_RATE <= seconds <= options.max_seconds:
         limits = f"from {options.min_samples / ENCODER_RATE:g} to {options.max_seconds:g} s"
-        shown = source if isinstance(source, str) else "(inside the file)"
+        shown = show_media(source)
         raise place.error(column, shown, f"the audio has {seconds:.2f} s, and {limits} are taken; split or drop it.")
     return content
 

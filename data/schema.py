@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..download_vipolyqwen import is_url, show_url
 from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
 
 COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
@@ -310,4 +311,6 @@ def show_media(source: str | bytes | dict[str, Any]) -> str:
     """Returns a short form of an image or audio source for an error message."""
     if isinstance(source, bytes):
         return f"<{len(source)} bytes>"
-    return source if isinstance(source, str) else f"<{len(source['array'])} samples>"
+    if isinstance(source, str):
+        return show_url(source) if is_url(source) else source
+    return f"<{len(source['array'])} samples>"

@@ -36,6 +36,8 @@ class SourceConfig:
         conversation: the column with turns, or `{column, pairs: all | first | last, system: false}`; each answer
             becomes a pair with the dialogue before it.
         media_root: folder of relative media paths (default: the folder of the file that names them).
+        allow_urls: whether images and audio may be `http(s)://` URLs of public addresses, fetched each time that a row
+            is read; `prepare` fetches each once.
         outside_media_root: whether absolute paths, `..` and symbolic links may leave that folder.
         weight: visits of each row in an epoch.
         max_visits: most visits of all rows together in an epoch (default: no limit).
@@ -62,6 +64,7 @@ class SourceConfig:
     lists: dict[str, str] = field(default_factory=dict)
     conversation: ConversationShape | None = None
     media_root: str | None = None
+    allow_urls: bool = False
     outside_media_root: bool = False
     weight: float = 1.0
     max_visits: int | None = None
@@ -131,7 +134,7 @@ class SourceConfig:
         return (score - low) / (high - low)
 
     def _check_reading(self) -> None:
-        for name in ("outside_media_root", "quotes", "enabled", "gated"):
+        for name in ("allow_urls", "outside_media_root", "quotes", "enabled", "gated"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}; write true or false.")
         if self.delimiter is not None and (not isinstance(self.delimiter, str) or len(self.delimiter) != 1):

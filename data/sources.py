@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 
 from ..images_vipolyqwen import load_image
-from ..media_vipolyqwen import open_source
 from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
+from .media_paths import read_media
 from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source, store_files
 from .row_keys import hash_parts
 from .sampler import EpochRows
@@ -443,11 +442,10 @@ def _read_file(source: str | bytes, column: str, place: Place) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
-        with open_source(Path(source)) as file:
-            return file.read()
+        return read_media(source)
     except (OSError, ValueError) as error:
         problem = f"it cannot be read: {error}. Restore it or drop the row."
-        raise place.error(column, source, problem, f"missing {column}") from error
+        raise place.error(column, show_media(source), problem, f"missing {column}") from error
 
 
 def _decode(decoder: Callable[[Any], Any], content: Any, column: str, source: Any, place: Place) -> Any:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ..waveforms_vipolyqwen import load_audio
 from .cleaning import listed
+from .media_paths import below
 from .row_keys import KEYS
 from .schema import Content, Place, Row, row_id
 
@@ -121,7 +122,7 @@ def _images(paths: list[str | None], root: str, media: Iterator[Any]) -> list[st
     images = []
     for path in paths:
         given = next(media, None)
-        images.append(_bytes(given) if path is None else os.path.join(root, path))
+        images.append(_bytes(given) if path is None else below(root, path))
     return images
 
 
@@ -130,7 +131,7 @@ def _audio(audio: Mapping[str, Any] | None, root: str, media: Iterator[Any]) -> 
         return None
     given = next(media, None)
     if audio["path"] is not None:
-        return os.path.join(root, audio["path"])
+        return below(root, audio["path"])
     if audio["array"] is not None:
         return {"array": np.array(audio["array"], np.float32), "sampling_rate": audio["sampling_rate"]}
     if isinstance(given, dict) and given.get("array") is not None:

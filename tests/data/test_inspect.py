@@ -81,9 +81,10 @@ def test_bad_rows_and_broken_files_are_found_and_stop_nothing(tmp_path: Path) ->
     with (tmp_path / "train_data.jsonl").open("a", encoding="utf-8") as lines:
         lines.write('\n{"task": "instr", "a": "tr')
     found = faults_of(recipe)
-    assert found["files of images or audio that cannot be read"].count == 3
+    assert found["files of images or audio that cannot be read"].count == 2
     refused = found["rows that training refuses"]
-    assert refused.count == 2 and "nonsense" in refused.examples[0] and "line 6" in refused.examples[1]
+    assert refused.count == 3 and "no.png" in refused.examples[0]
+    assert "nonsense" in refused.examples[1] and "line 6" in refused.examples[2]
 
 
 def test_flat_images_and_silence_are_found(tmp_path: Path) -> None:
