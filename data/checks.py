@@ -113,7 +113,8 @@ def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placehold
     _check_score(row, task, place)
     _check_text("a", row.a, place)
     _check_text("b", row.b, place)
-    if not row.side("a").modalities and not row.side("b").modalities:
+    media = row.images_a or row.images_b or row.audio_a is not None or row.audio_b is not None
+    if not media and not row.a.strip() and not row.b.strip():
         raise place.error("a", row.a, "side a and side b are both empty; fill them in or drop the row.")
     for side in SIDE_NEEDS:
         _check_side(row, side, task, place)

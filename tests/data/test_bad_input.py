@@ -70,7 +70,8 @@ def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
     soundfile.write(inside / "good.wav", samples, 8000)
     wav = (inside / "good.wav").read_bytes()
     (inside / "half.wav").write_bytes(wav[:4000])
-    (inside / "lies.wav").write_bytes(wav[:4] + struct.pack("<I", 10**6) + wav[8:])
+    size = wav.index(b"data") + 4
+    (inside / "lies.wav").write_bytes(wav[:size] + struct.pack("<I", 10**6) + wav[size + 4 :])
     soundfile.write(inside / "none.wav", np.zeros(0), 8000)
     soundfile.write(inside / "short.wav", np.zeros(99), 8000)
     soundfile.write(inside / "long.wav", np.zeros(8 * 8001), 8000)
@@ -139,7 +140,7 @@ ROWS: list[tuple[str, dict | bytes, str, str]] = [
     ("0-byte audio", {**HEARD, "audio": "empty.wav"}, "empty.wav' cannot be read", "unreadable audio_a"),
     ("text as audio", {**HEARD, "audio": "text.wav"}, "text.wav' cannot be read", "unreadable audio_a"),
     ("half a recording", {**HEARD, "audio": "half.wav"}, "the file is truncated", "unreadable audio_a"),
-    ("header that lies", {**HEARD, "audio": "lies.wav"}, "the file is truncated: .* of 1000008", "unreadable audio_a"),
+    ("header that lies", {**HEARD, "audio": "lies.wav"}, "the file is truncated", "unreadable audio_a"),
     ("no samples", {**HEARD, "audio": "none.wav"}, "the audio has 0 samples", "too short audio_a"),
     ("short audio", {**HEARD, "audio": "short.wav"}, "speech encoder needs at least 400", "too short audio_a"),
     ("long audio", {**HEARD, "audio": "long.wav"}, "the limit is 8 s", "too long audio_a"),
