@@ -8,10 +8,10 @@ instead. As the app of a Space (`publish_vipolyqwen.py --space`), it reads the m
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.serving.loading import load_model
 
 HERE = Path(__file__).parent
@@ -74,7 +74,4 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

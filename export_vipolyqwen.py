@@ -9,7 +9,6 @@ processor's files.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vipolyqwen import __version__
+from vipolyqwen.data.command_line import run_command
 from vipolyqwen.pooling_vipolyqwen import unit_vectors
 
 FILE_NAME = "model.onnx"
@@ -132,7 +132,4 @@ def compare(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> fl
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
