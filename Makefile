@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo balance bench ablations test test-lowest fuzz lint audit format clean
+.PHONY: install demo balance bench ablations test test-lowest fuzz test-reliability api lint audit format clean
 
 install: $(VENV)/.installed .typing/vipolyqwen
 
@@ -49,6 +49,14 @@ fuzz: install
 	$(TEST_ENVIRONMENT) FUZZ_INPUTS=$(FUZZ_INPUTS) FUZZ_FILES=$(FUZZ_FILES) FUZZ_SEED=$$$$ \
 		$(BIN)/python $(PYTEST) tests/fuzz
 
+# Opt-in, an hour or two: faults at random moments; writes docs/reliability.md and docs/reliability.json.
+RELIABILITY_KILLS ?= 50
+RELIABILITY_SHARDED_KILLS ?= 10
+test-reliability: install
+	$(TEST_ENVIRONMENT) RELIABILITY_WRITE=1 RELIABILITY_KILLS=$(RELIABILITY_KILLS) \
+		RELIABILITY_SHARDED_KILLS=$(RELIABILITY_SHARDED_KILLS) \
+		$(BIN)/python -m pytest -m reliability tests/reliability
+
 # Opt-in: the lowest versions that repositories require (`requirements` in config_sentence_transformers.json).
 test-lowest: $(LOWEST)/.installed
 	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python $(PYTEST)
@@ -63,6 +71,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Writes docs/api.md, the public surface, after a change that is meant.
+api: install
+	$(BIN)/python tests/api_surface.py
 
 # Known vulnerabilities of the installed packages; asks pypi.org.
 audit: install

@@ -1,9 +1,18 @@
 """Configuration of the model: its two backbones, the pooling, the projection and the fusion of their vectors."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig, Qwen2VLConfig
+from packaging.specifiers import SpecifierSet
+from transformers import AutoConfig, PreTrainedConfig, Qwen2VLConfig, __version__
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The versions that were tried; sentence-transformers checks those of a repository before it loads anything. Its code
+# stands on internals of both, which change silently from one minor version to the next.
+SUPPORTED = {"sentence-transformers": ">=6.0.1,<6.3", "transformers": ">=5.17,<5.24"}
 
 if TYPE_CHECKING:
     # Never runs. transformers keeps one model class for each configuration class, and one configuration class for the
@@ -114,6 +123,27 @@ class ViPolyQwenConfig(Qwen2VLConfig):
         return {name: value for name, value in super().to_dict().items() if name != "towers"}
 
 
+@cache
+def warn_of_untested_version() -> None:
+    """Warns once if the installed transformers is none that was tried."""
+    bounds = SUPPORTED["transformers"]
+    if not SpecifierSet(bounds).contains(__version__, prereleases=True):
+        logger.warning(
+            f"transformers {__version__} was not tried with this model and may change its vectors. Compare them with "
+            f"the fingerprint (`verify=True`), or `pip install 'transformers{bounds}'`."
+        )
+
+
 ViPolyQwenConfig.register_for_auto_class()
 
-__all__ = ["AUDIO_FUSIONS", "AUDIO_PREFIXES", "CHOICES", "POOLINGS", "PROJECTIONS", "TOWERS", "ViPolyQwenConfig"]
+__all__ = [
+    "AUDIO_FUSIONS",
+    "AUDIO_PREFIXES",
+    "CHOICES",
+    "POOLINGS",
+    "PROJECTIONS",
+    "SUPPORTED",
+    "TOWERS",
+    "ViPolyQwenConfig",
+    "warn_of_untested_version",
+]

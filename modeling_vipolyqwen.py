@@ -22,7 +22,7 @@ from .audio_vipolyqwen import (
     make_padding_invariant,
     receptive_field,
 )
-from .configuration_vipolyqwen import ViPolyQwenConfig
+from .configuration_vipolyqwen import ViPolyQwenConfig, warn_of_untested_version
 from .microbatches_vipolyqwen import Division, divide_batch, take_rows
 from .packing_vipolyqwen import pack, packed_attention, takes_lengths
 from .pooling_vipolyqwen import (
@@ -107,6 +107,7 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
             ValueError: with `verify`, the model differs from the published one; the message names the cause. Or
                 `towers` is unknown, or was passed with `verify`, which compares all.
         """
+        warn_of_untested_version()
         if towers is not None:
             if verify:
                 raise ValueError(f"`verify` compares all towers, but `towers` is {towers!r}; leave one of them out.")

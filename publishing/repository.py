@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..configuration_vipolyqwen import SUPPORTED
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 
@@ -21,8 +22,6 @@ TRAINING_FILE = "training.json"  # written by train_vipolyqwen.py, published, re
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_SHARD_SIZE = "5GB"
-# The lowest versions that were tried; sentence-transformers checks them before it loads anything.
-REQUIREMENTS = {"sentence-transformers": ">=6.0.1", "transformers": ">=5.17"}
 SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
 
@@ -134,7 +133,7 @@ def sentence_transformers_files(processor: ProcessorMixin, has_audio: bool) -> d
     }
     model = {
         "model_type": "SentenceTransformer",
-        "requirements": REQUIREMENTS,
+        "requirements": SUPPORTED,
         "prompts": dict(processor.task_prefixes),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",

@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 
 from .. import __version__
+from ..data.markdown import escaped
 from .repository import PublishError, write_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -45,7 +46,8 @@ def write_space(folder: Path, name: str, tag: str | None = None, repository: Pat
         write_json(folder / SPACE_FILE, {"folder": "model", "title": title})
     else:
         write_json(folder / SPACE_FILE, {"model": name, "revision": tag, "title": title})
-    template = (Path(__file__).parent / "space.md.jinja").read_text(encoding="utf-8")
-    page = jinja2.Template(template, keep_trailing_newline=True, trim_blocks=True)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(loader=loader, finalize=escaped, keep_trailing_newline=True, trim_blocks=True)
+    page = templates.get_template("space.md.jinja")
     text = page.render(title=title, repo_id=None if repository else name, version=__version__)
     (folder / "README.md").write_text(text, encoding="utf-8")

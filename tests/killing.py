@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
+from vipolyqwen.train_vipolyqwen import end_processes
 from vipolyqwen.train_vipolyqwen import main as train_main
 from vipolyqwen.training.checkpoints import UNFINISHED, find_faults
 
+CONFIGS = Path(__file__).parents[1] / "recipes" / "launch"
 STEPS, SAVE_STEPS = 8, 3
 FLAGS = ["--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--save_total_limit", "1"]
 FLAGS += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--eval_strategy", "no"]
@@ -60,11 +67,44 @@ def start(recipe: Path, output: Path, *flags: str) -> multiprocessing.Process:
     return process
 
 
+def train_as_rank(argv: list[str], environment: dict[str, str]) -> None:
+    """What a rank of a sharded run on CPUs runs; see training/launching.py."""
+    os.environ.update(environment)
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    train_quietly(argv)
+    end_processes()
+
+
+def start_ranks(recipe: Path, output: Path, *flags: str, ranks: int = 2) -> list[multiprocessing.Process]:
+    """Starts a run under FSDP2, without a launcher that would end the other ranks when one is killed."""
+    launch = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", str(ranks), "train_vipolyqwen.py"]
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(launch))
+    environment = prepare_multi_gpu_env(options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE"))}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    common |= {"ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_WORLD_SIZE": str(ranks)}
+    argv = [str(recipe), "--output_dir", str(output), *FLAGS, "--use_cpu", "false", *flags]
+    started = []
+    for rank in range(ranks):
+        variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(processes.Process(target=train_as_rank, args=(argv, variables)))
+        started[-1].start()
+    return started
+
+
+def warm_up() -> None:
+    """Has the server that starts the runs import all that they need, which is not to count as a run's time."""
+    process = processes.Process(target=time.time)
+    process.start()
+    process.join()
+
+
 def train_uninterrupted(recipe: Path, output: Path) -> float:
     """Trains from beginning to end; returns the seconds."""
-    warm_up = processes.Process(target=time.time)
-    warm_up.start()
-    warm_up.join()
+    warm_up()
     started = time.monotonic()
     process = start(recipe, output)
     process.join()

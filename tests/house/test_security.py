@@ -36,7 +36,7 @@ HOSTILE = "a|b\n## Free\r\n---\n<script>alert(1)</script> [win](javascript:x) {{
 def required() -> set[str]:
     """Names that requirements.txt lets a shipped file import."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    names = {re.split(r"[<>=]", line)[0].strip() for line in lines if line and not line.startswith("#")}
+    names = {re.split(r"[<>=,]", line)[0].strip() for line in lines if line and not line.startswith("#")}
     return {IMPORT_NAMES.get(name, name) for name in names}
 
 
@@ -105,9 +105,15 @@ def test_importing_the_published_files_opens_nothing() -> None:
 # --- code that would run what it reads
 
 
+def is_safe_loader(node: ast.ClassDef) -> bool:
+    """Whether a class reads YAML as `yaml.safe_load` does."""
+    return [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
+
+
 def dangers(tree: ast.AST) -> list[str]:
     """Calls that run, or may run, code in what they read."""
     found = []
+    safe = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and is_safe_loader(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", "") or "", *(alias.name for alias in node.names)]
@@ -118,7 +124,8 @@ def dangers(tree: ast.AST) -> list[str]:
             continue
         name = ast.unparse(node.func)
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        bare = name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "jinja2.Template")
+        bare = name in ("eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "jinja2.Template")
+        bare |= name == "yaml.load" and given.get("Loader") not in safe
         unsafe = name.endswith("torch.load") and given.get("weights_only") != "True"
         unsafe |= "allow_pickle" in given or given.get("shell", "False") != "False"
         unsafe |= name == "jinja2.Environment" and not given.keys() & {"autoescape", "finalize"}
@@ -141,6 +148,7 @@ def test_no_file_of_the_package_runs_what_it_reads() -> None:
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
         "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
         "eval(text)",
         "subprocess.run(text, shell=True)",
         "jinja2.Environment()",

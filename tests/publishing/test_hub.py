@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from vipolyqwen.demo.tiny_base import tiny_vlm_config
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
-from vipolyqwen.publishing.repository import REQUIREMENTS, save_repository
+from vipolyqwen.publishing.repository import SUPPORTED, save_repository
 from vipolyqwen.training.build import build_model
 
 SHIPPED = {
@@ -225,7 +225,7 @@ def test_the_repository_holds_the_shipped_files_and_no_others(repository: Path) 
     }
     processor = json.loads((repository / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": "processing_vipolyqwen.ViPolyQwenProcessor"}
-    assert json.loads((repository / "config_sentence_transformers.json").read_text())["requirements"] == REQUIREMENTS
+    assert json.loads((repository / "config_sentence_transformers.json").read_text())["requirements"] == SUPPORTED
 
 
 def is_guarded(node: ast.AST) -> bool:
