@@ -25,13 +25,11 @@ from sentence_transformers import SentenceTransformer
 from vipolyqwen.data.sides import embed
 from vipolyqwen.demo.report import scene_sides
 from vipolyqwen.demo.world import read_rows, write_corpus
-from vipolyqwen.demo_vipolyqwen import TEXT_ONLY, TEXT_WEIGHTS, WARM_UP
+from vipolyqwen.demo_vipolyqwen import PAIRS_A_STEP, TEXT_ONLY, TEXT_WEIGHTS, WARM_UP
 from vipolyqwen.evaluation.metrics import six_directions
 
 ROOT = Path(__file__).parent.parent
 TASK = "image_audio"
-PAIRS = {"task": TASK, "columns": {"images_a": "image", "audio_b": "audio"}, "weight": 1.5}
-DECLARED = {"prefix": f"<{TASK}>", "loss": {"nce": 1.0}, "needs_image": True, "needs_audio_b": True}
 DIRECT = ("image->audio", "audio->image")
 ARMS = {"direct": (), "hub": (TASK,)}  # name -> tasks left out
 
@@ -73,7 +71,15 @@ def warm_up(corpus: Path, folder: Path, seed: int, steps: int) -> None:
     if not (folder / "base/model.safetensors").is_file():
         write_base(corpus, seed, folder / "base")
     texts = [{"path": str(corpus / f"train/{name}.jsonl"), "weight": weight} for name, weight in TEXT_WEIGHTS.items()]
-    flags = [*TEXT_ONLY, "--train_data", json.dumps(texts), "--model", str(folder / "base")]
+    flags = [
+        *TEXT_ONLY,
+        "--per_device_train_batch_size",
+        str(PAIRS_A_STEP[0]),
+        "--train_data",
+        json.dumps(texts),
+        "--model",
+        str(folder / "base"),
+    ]
     train(recipe(corpus, folder, "text", ()), folder / "text", seed, steps, flags)
 
 
@@ -86,12 +92,9 @@ def train_arm(corpus: Path, folder: Path, arm: str, seed: int, steps: int) -> fl
 
 
 def recipe(corpus: Path, folder: Path, name: str, without: tuple[str, ...]) -> Path:
-    """Writes the demo's recipe for this corpus with pairs of image and audio, without the pairs of some tasks."""
+    """Writes the demo's recipe for this corpus, without the pairs of some tasks."""
     text = (ROOT / "recipes/demo.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text.replace("outputs/demo/corpus", corpus.as_posix()))
-    pairs = {"path": f"{corpus.as_posix()}/train/{TASK}.jsonl", "media_root": corpus.as_posix(), **PAIRS}
-    values["train_data"].append(pairs)
-    values["tasks"][TASK] = DECLARED
     values["train_data"] = [source for source in values["train_data"] if Path(source["path"]).stem not in without]
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder / f"{name}.yaml"

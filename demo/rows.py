@@ -23,6 +23,7 @@ Row = dict[str, str | float | list[str] | None]
 REWORDINGS = ("translate", "rephrase")  # instructions that keep the scene; the others change that attribute of it
 ALTERATIONS = ("colour", "size", "count", "place")
 TWO_PICTURE_SHARE = 0.3
+NEAR_MISSES = 2  # hard negatives of a row
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ def instr(draft: Draft) -> Built:
     if change in REWORDINGS:
         return _rewording(draft, change)
     return _alteration(draft, change, sources[change][draft.rng.integers(len(sources[change]))])
+
+
+def near_misses(draft: Draft, template: int = 0) -> list[str]:
+    """Describes scenes of the split that differ from the draft's in one attribute: hard negatives of its text."""
+    near = [scene for attribute in ATTRIBUTES for scene in draft.split.differing(draft.scene, attribute)]
+    chosen = draft.rng.choice(len(near), min(NEAR_MISSES, len(near)), replace=False)
+    return [describe(near[number], draft.language, template) for number in chosen]
 
 
 def ocr(draft: Draft) -> Built:

@@ -1,8 +1,11 @@
 """Builds a tiny trimodal base of the real classes from config, for the demo and the tests."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import (
     HubertConfig,
     PreTrainedConfig,
@@ -88,6 +91,7 @@ def tiny_vlm_config(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int, vi
     )
 
 
+LOWEST_HERTZ = 80.0  # of the first filter of the speech encoder
 CONVOLUTIONS = ((40, 20), (8, 4), (4, 4))  # kernel and stride of each layer: 20 ms a frame, as the real seven make
 
 
@@ -140,4 +144,30 @@ def build_tiny_base(
     audio_config = tiny_audio_config(audio_size, layers, convolutions)
     processor = tiny_processor(tokenizer, audio_config, image_side)
     vlm_config = tiny_vlm_config(processor.tokenizer, hidden_size, layers, vision_size)
-    return build_model(vlm_config, audio_config, **config_kwargs), processor
+    model = build_model(vlm_config, audio_config, **config_kwargs)
+    if model.config.audio_config is not None:
+        set_filter_bank(
+            model.audio_tower.feature_extractor.conv_layers[0].conv, processor.feature_extractor.sampling_rate
+        )
+    return model, processor
+
+
+@torch.no_grad()
+def set_filter_bank(convolution: nn.Conv1d, rate: int) -> None:
+    """Sets the filters of a first convolutional layer to windowed waves, evenly spaced on the mel scale.
+
+    A pretrained speech encoder has learned such filters (Zeghidour et al. 2021, LEAF); from random weights they would
+    take most of the demo's steps. Half of the filters are cosines and half sines, of unit norm.
+
+    Args:
+        convolution: weight of shape (filters, 1, kernel), bias if any unchanged.
+        rate: sampling rate in Hz.
+    """
+    filters, _, kernel = convolution.weight.shape
+    lowest, highest = (2595 * math.log10(1 + hertz / 700) for hertz in (LOWEST_HERTZ, 0.475 * rate))
+    mels = torch.linspace(lowest, highest, filters // 2)
+    hertz = 700 * (10 ** (mels / 2595) - 1)  # (filters / 2,)
+    seconds = (torch.arange(kernel) - (kernel - 1) / 2) / rate  # (kernel,)
+    phases = 2 * math.pi * hertz[:, None] * seconds
+    waves = torch.cat([phases.cos(), phases.sin()]) * torch.hann_window(kernel, periodic=False)
+    convolution.weight.copy_(nn.functional.normalize(waves, dim=1)[:, None])

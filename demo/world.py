@@ -22,7 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from .images import draw_scene, write_sign
-from .rows import BUILDERS, Built, Draft, Medium, Row, Split, graded_pair, image_audio
+from .rows import BUILDERS, Built, Draft, Medium, Row, Split, graded_pair, image_audio, near_misses
 from .scenes import (
     LANGUAGE_CYCLE,
     VOCABULARY,
@@ -41,7 +41,7 @@ GRADED_TRAIN_SHARE = 0.25  # of text_pair rows
 GRADED_EVAL_ROWS = 160
 
 
-def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
+def write_corpus(folder: Path, seed: int = 0, variations: int = 5) -> None:
     """Writes the corpus; the same arguments always give the same files.
 
     Args:
@@ -51,7 +51,7 @@ def write_corpus(folder: Path, seed: int = 0, variations: int = 3) -> None:
     """
     train, held_out = Split("train", train_scenes(seed)), Split("eval", held_out_scenes(seed))
     built = {f"train/{task}": training_rows(task, train, seed, variations) for task in BUILDERS}
-    built["train/image_caption"] = [caption_row(row, seed) for row, _ in built["train/vqa_single"]]
+    built["train/image_caption"] = [caption_row(row, train, seed) for row, _ in built["train/vqa_single"]]
     built["train/image_audio"] = image_audio_rows(built["train/vqa_single"], built["train/audio"])
     built["eval"] = evaluation_rows(held_out, seed)
     built["trimodal"] = [trimodal_row(draft) for draft in _drafts(held_out, "trimodal", seed)]
@@ -72,7 +72,10 @@ def training_rows(task: str, split: Split, seed: int, variations: int) -> list[B
     rows = []
     for draft in _drafts(split, task, seed, variations):
         graded = task == "text_pair" and draft.rng.random() < GRADED_TRAIN_SHARE
-        rows.append((graded_pair if graded else BUILDERS[task])(draft))
+        row, media = (graded_pair if graded else BUILDERS[task])(draft)
+        if task in ("ocr", "audio"):
+            row["negatives"] = near_misses(draft)
+        rows.append((row, media))
     return rows
 
 
@@ -109,12 +112,14 @@ def trimodal_row(draft: Draft) -> Built:
     return row, (drawing, speech)
 
 
-def caption_row(row: Row, seed: int) -> Built:
+def caption_row(row: Row, split: Split, seed: int) -> Built:
     """The drawing of a vqa_single row with a description in place of the question: a task that the recipe declares."""
-    template = int(generator(seed, f"{row['id']}/caption").integers(3))
-    caption = describe(Scene.from_code(row["scene"]), row["language"], template)
+    name = f"{row['id']}/caption"
+    draft = Draft(name, Scene.from_code(row["scene"]), row["language"], split, generator(seed, name))
+    template = int(draft.rng.integers(3))
     kept = {name: row[name] for name in ("id", "language", "scene")}
-    return {**kept, "image": row["images"][0], "caption": caption}, ()
+    described = {"caption": describe(draft.scene, draft.language, template), "negatives": near_misses(draft, template)}
+    return {**kept, "image": row["images"][0], **described}, ()
 
 
 def image_audio_rows(shown: list[Built], said: list[Built]) -> list[Built]:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
@@ -327,10 +329,21 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         if self.on_nan == "skip":
             self.logging_nan_inf_filter = True  # average the loss over the steps that were not skipped
         refuse_without_effect(self)
+        self.use_cpu = self.use_cpu or launched_on_cpu()
         super().__post_init__()
         refuse_loader_options(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # it needs an accelerator; torch would warn
+
+
+def launched_on_cpu() -> bool:
+    """Returns whether `torchrun` started several ranks on a machine without accelerator.
+
+    Without `use_cpu` each would take itself for the only one, train on every row and overwrite the others' files.
+    `accelerate launch` tells its ranks by environment variables how they are joined.
+    """
+    told = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("CPU", "FSDP", "DEEPSPEED"))
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not told and not torch.accelerator.is_available()
 
 
 JSON_ARGUMENTS = (

@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 
 from vipolyqwen.demo import world as demo_world
 from vipolyqwen.demo.images import COLOURS, FONT_FOLDER, FONTS, SIDE, draw_scene, sign_lines
-from vipolyqwen.demo.rows import BUILDERS, Built, Split
+from vipolyqwen.demo.rows import BUILDERS, Built, Draft, Split, near_misses
 from vipolyqwen.demo.scenes import (
     ATTRIBUTES,
     LANGUAGES,
@@ -232,7 +232,9 @@ def test_a_written_corpus_is_complete(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     for row in [row for task in (*BUILDERS, "eval") for row in rows[task]]:
         _check_media(tmp_path, row["images"], row["audio"])
-    assert all(set(row) == {"id", "language", "scene", "image", "caption"} for row in rows["image_caption"])
+    assert all(
+        set(row) == {"id", "language", "scene", "image", "caption", "negatives"} for row in rows["image_caption"]
+    )
     told = {file: row["scene"] for task in ("vqa_single", "audio") for row in rows[task]
             for file in (*row["images"], row["audio"])}  # fmt: skip
     for row in rows["image_audio"]:
@@ -242,6 +244,16 @@ def test_a_written_corpus_is_complete(tmp_path: Path, monkeypatch: pytest.Monkey
     for row in rows["trimodal"]:
         assert set(row) == {"id", "language", "scene", "text", "image", "audio"}
         _check_media(tmp_path, [row["image"]], row["audio"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_near_misses_describe_training_scenes_that_differ_in_one_attribute(language: str) -> None:
+    split = Split("train", train_scenes(0))
+    texts = {describe(scene, language, 1): scene for scene in all_scenes()}
+    for scene in split.scenes[::60]:
+        found = near_misses(Draft("x", scene, language, split, generator(0, scene.code)), template=1)
+        assert len(set(found)) == 2
+        assert all(texts[text].shared(scene) == 4 and texts[text] in split.scenes for text in found)
 
 
 def _read(path: Path) -> list[dict]:

@@ -20,7 +20,7 @@ from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.tiny_base import build_tiny_base
 from vipolyqwen.evaluation.search import searches
 from vipolyqwen.microbatches_vipolyqwen import take_rows
-from vipolyqwen.training.arguments import read_arguments, read_recipe
+from vipolyqwen.training.arguments import launched_on_cpu, read_arguments, read_recipe
 from vipolyqwen.training.build import build_loss, build_tasks
 from vipolyqwen.training.run_record import write_record
 from vipolyqwen.training.trainer import ViPolyQwenTrainer
@@ -258,6 +258,27 @@ def test_an_ablation_changes_only_its_keys_of_any_recipe(path: Path) -> None:
         }
         assert differing <= set(changed)
         assert all(any(vars(part).get(key) == value for part in ablated) for key, value in changed.items())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "2"}, True),  # torchrun: two runs that know nothing of each other, unless told
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, False),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"}, False),
+    ],
+)
+def test_ranks_that_torchrun_starts_without_accelerator_join_on_the_cpu(
+    environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert launched_on_cpu() is expected
 
 
 def test_a_task_without_prefix_never_gets_one(world: Path) -> None:
