@@ -140,7 +140,7 @@ def test_a_space_holds_the_app_and_all_that_it_imports(folder: Path, tmp_path: P
     settings = json.loads((space / "space.json").read_text(encoding="utf-8"))
     assert settings == {"model": "you/viPolyQwen-mine", "revision": "v2", "title": "viPolyQwen-mine"}
     card = (space / "README.md").read_text(encoding="utf-8")
-    assert "sdk: gradio" in card and "models: [you/viPolyQwen-mine]" in card
+    assert "sdk: gradio" in card and 'models: ["you/viPolyQwen-mine"]' in card
     assert "gradio" in (space / "requirements.txt").read_text(encoding="utf-8")
     with pytest.raises(PublishError, match="space exists"):
         write_space(space, "you/viPolyQwen-mine")
