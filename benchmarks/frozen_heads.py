@@ -88,7 +88,8 @@ def _states_of(
     has_audio = batch.get("has_audio", torch.zeros(len(batch["attention_mask"]), dtype=torch.bool))
     for rows in map(torch.tensor, length_buckets(row_lengths(batch).tolist())):
         seen.clear()
-        model(**{name: value.to(model.device) for name, value in take_rows(batch, rows).items()})
+        inputs = {name: value.to(model.device) for name, value in take_rows(batch, rows).items()}
+        model._embed_batch(**inputs)  # `forward` would divide and reorder the rows again
         routes = {"pooling": rows[batch["attention_mask"][rows].any(dim=1)], "audio_pooling": rows[has_audio[rows]]}
         for name, (hidden, mask) in seen.items():
             for row, states, real in zip(routes[name].tolist(), hidden, mask, strict=True):
