@@ -83,7 +83,8 @@ def power(deviation: float, seeds: int, effect: float) -> float:
         return 1.0
     critical = t.ppf(0.975, seeds - 1)
     shift = effect / deviation * math.sqrt(seeds)
-    return float(nct.sf(critical, seeds - 1, shift) + nct.cdf(-critical, seeds - 1, shift))
+    tails = (nct.sf(critical, seeds - 1, shift), nct.cdf(-critical, seeds - 1, shift))
+    return float(np.nansum(tails))  # scipy gives NaN for a far tail, which is 0
 
 
 def seeds_needed(deviation: float, effect: float, wanted: float = 0.8, most: int = 1000) -> int | None:
