@@ -208,6 +208,11 @@ def _fuses_prefix(processor: Any) -> bool:
     return getattr(processor, "audio_prefix", "none") == "fuse"
 
 
+def _loads_a_part(config: Any) -> bool:
+    """Returns whether the model has some of its towers only; code published before the setting exists without it."""
+    return getattr(config, "towers", None) is not None
+
+
 def processor_settings(processor: Any) -> dict[str, Any]:
     """Returns the processor's settings on which tensors depend, in the form that JSON restores."""
     image, audio = processor.image_processor.to_dict(), processor.feature_extractor.to_dict()
@@ -388,7 +393,7 @@ def compare_vectors(published: Measured, model: Any, processor: Any, limit: floa
         if name not in published.vectors:  # a task added since; `prefixes` names it
             continue
         needed = [tower for argument, tower in (("images", "image"), ("audio", "audio")) if argument in arguments]
-        if model.config.towers is not None and not all(map(model.config.loads, needed)):
+        if _loads_a_part(model.config) and not all(map(model.config.loads, needed)):
             continue
         try:
             found = compare_vector(name, embed(model, processor, arguments).numpy(), published)

@@ -9,7 +9,7 @@ from helpers import TEXTS, random_image
 from safetensors.torch import load_file, save_file
 
 from vipolyqwen.data.precision import pack, shorten, unpack
-from vipolyqwen.serving.embedding import embed
+from vipolyqwen.serving.embedding import Embedder, embed
 from vipolyqwen.serving.loading import LoadedModel, load_model
 
 INPUTS: Sequence[Any] = [TEXTS[0], {"image": b"no image"}, TEXTS[1], {"text": TEXTS[2]}, "missing/photo.png"]
@@ -23,6 +23,13 @@ def test_bad_inputs_cost_no_other_input(model: LoadedModel) -> None:
     skipped = embed(model.encoder, INPUTS, on_error="skip", batch_size=2)
     assert np.array_equal(skipped.vectors, found.vectors[found.ok]) and len(skipped.reasons) == 5
     assert np.abs(skipped.vectors - model.encoder.encode(TEXTS[:3])).max() <= 1e-6
+
+
+def test_code_that_was_published_before_towers_could_be_left_out_is_served(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(type(model.encoder.transformers_model.config), "check_inputs")
+    assert Embedder(model.encoder).prepare([lambda: TEXTS[0]]).kept == [0]
 
 
 def test_an_error_names_the_position(model: LoadedModel) -> None:

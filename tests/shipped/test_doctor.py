@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vipolyqwen.fingerprint_vipolyqwen import (
     Finding,
     compare_files,
     compare_vector,
+    compare_vectors,
     golden_inputs,
     mark,
     read_fingerprint,
@@ -498,6 +500,20 @@ def test_the_command_runs_as_a_module(repository: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "FAIL  prefixes" in done.stdout
+
+
+def test_a_model_of_an_earlier_version_without_later_settings_is_compared(tiny: tuple, published: Path) -> None:
+    model, processor = tiny
+    settings = {name: value for name, value in vars(model.config).items() if name != "towers"}
+    config = SimpleNamespace(**settings)
+    assert not hasattr(config, "towers")
+
+    def forward(**batch: Any) -> Any:
+        return model(**batch)
+
+    forward.config, forward.device = config, model.device
+    findings = compare_vectors(read_fingerprint(published), forward, processor, 1e-6)
+    assert {finding.level for finding in findings} == {"ok"}
 
 
 def test_parts_come_in_the_order_that_code_of_earlier_versions_needs(tiny: tuple, tmp_path: Path) -> None:
