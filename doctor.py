@@ -244,7 +244,7 @@ def quantization_config(name: str) -> Any:
     """Returns the stock `quantization_config` of weights alone; projections, which are small, stay as they are."""
     if not is_torchao_available():
         raise ModuleNotFoundError("--quantization needs torchao, which is not installed: pip install torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
     from transformers import TorchAoConfig
 
     kinds = {"int8": Int8WeightOnlyConfig}

@@ -120,7 +120,7 @@ def tokens_of(processor: ProcessorMixin, texts: list[str]) -> dict[str, torch.Te
 @torch.inference_mode()
 def compare(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> float:
     """Returns the largest difference of a component between onnxruntime and the model, over lengths and batches."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = 0.0

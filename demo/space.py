@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gradio
+import gradio  # pyright: ignore[reportMissingImports]
 import torch
 from markupsafe import Markup
 from sentence_transformers import SentenceTransformer
