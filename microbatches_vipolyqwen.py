@@ -58,7 +58,8 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
     """Selects the model inputs of some rows of a collated batch and trims the padding that none of them needs.
 
     Args:
-        batch: output of `MixedBatchCollator`, or of `divide_batch`.
+        batch: output of `MixedBatchCollator`, or of `divide_batch`. Media may lie on the host while the rest is on a
+            device; those of the rows are moved to it.
         rows: (rows,) long, row indices in the order wanted, on the batch's device.
     """
     inputs = {}
@@ -71,7 +72,7 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         slots = members(batch["images_per_row"], rows)
         images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
         patches = members(batch["image_grid_thw"].prod(dim=-1), images)
-        inputs["pixel_values"] = batch["pixel_values"][patches]
+        inputs["pixel_values"] = select_media(batch["pixel_values"], patches)
         inputs["image_grid_thw"] = batch["image_grid_thw"][images]
     if "has_audio" in batch and batch["has_audio"][rows].any():
         clips = members(batch["has_audio"].long(), rows)
@@ -79,12 +80,17 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         if "audio_windows" in batch:
             inputs["audio_windows"] = batch["audio_windows"][clips]
             windows = members(batch["audio_windows"], clips)
-        mask = batch["audio_attention_mask"][windows]  # (windows, samples)
+        mask = select_media(batch["audio_attention_mask"], windows)  # (windows, samples)
         used = mask.any(dim=0)
-        inputs["audio_features"] = batch["audio_features"][windows][:, used]
+        inputs["audio_features"] = select_media(batch["audio_features"], windows)[:, used]
         inputs["audio_attention_mask"] = mask[:, used]
         inputs["has_audio"] = batch["has_audio"][rows]
     return inputs
+
+
+def select_media(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Returns `values[indices]` on the device of `indices`; only these values move."""
+    return values[indices.to(values.device)].to(indices.device, non_blocking=True)
 
 
 def members(counts: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -307,4 +313,13 @@ def _samples(batch: Mapping[str, torch.Tensor], clips: list[int]) -> list[int]:
     return [0 if clip < 0 else int(of_clips[clip]) for clip in clips]
 
 
-__all__ = ["MICROBATCH_COST", "Division", "divide_batch", "length_buckets", "members", "sharing", "take_rows"]
+__all__ = [
+    "MICROBATCH_COST",
+    "Division",
+    "divide_batch",
+    "length_buckets",
+    "members",
+    "select_media",
+    "sharing",
+    "take_rows",
+]

@@ -300,7 +300,15 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         config = self.vlm.language_model.config
         recorded = config.output_hidden_states or config.output_attentions
         refused = inputs["inputs_embeds"] is not None or inputs["position_ids"] is not None
-        return not (torch.is_grad_enabled() or traced or recorded or refused or given is None or given.is_meta)
+        return not (
+            torch.is_grad_enabled()
+            or traced
+            or recorded
+            or refused
+            or given is None
+            or given.is_meta
+            or len(given) == 1
+        )
 
     def _divide(self, inputs: dict[str, torch.Tensor | None], by_length: bool) -> Division | None:
         """Returns the micro-batches of a batch in inference."""

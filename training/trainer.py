@@ -47,6 +47,7 @@ from .speedups import compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
 
+MEDIA = ("pixel_values", "audio_features", "audio_attention_mask")
 LOSS_STATE = (
     "loss_state.safetensors"  # in a checkpoint: learned loss parameters, weighting, initial values of the new modules
 )
@@ -157,6 +158,18 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 self._halve_microbatches(inputs, before, error)
             before.restore()  # not above, where the exception still holds the activations
 
+    @property
+    def keeps_media_on_host(self) -> bool:
+        """Returns whether images and audio move to the device with their micro-batch, as with cached gradients."""
+        return self.in_chunks
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Moves a batch to the device, but for the media that move with their micro-batch."""
+        if not self.keeps_media_on_host:
+            return super()._prepare_inputs(inputs)
+        rest = {name: value for name, value in inputs.items() if name not in MEDIA}
+        return {**super()._prepare_inputs(rest), **{name: inputs[name] for name in MEDIA if name in inputs}}
+
     def _halve_microbatches(self, inputs: dict[str, Any], before: StepState, error: torch.OutOfMemoryError) -> None:
         """Halves the micro-batch; raises if that cannot help, or if the step cannot be taken again."""
         rows = max(map(len, self._microbatches(inputs))) if self.in_chunks else _row_count(inputs)
@@ -229,7 +242,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         limit = MicrobatchLimit(self.embed_chunk, self.args.embed_chunk_tokens, self.packing)
         microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
         if self.in_chunks:
-            count = torch.tensor([len(microbatches)], device=inputs["attention_mask"].device)
+            count = torch.tensor([len(microbatches)], device=self.args.device)
             microbatches += [()] * (int(self.accelerator.gather(count).max()) - len(microbatches))
         return microbatches
 
@@ -242,10 +255,10 @@ class ViPolyQwenTrainer(ResumingTrainer):
             rows = inputs["has_audio"].bool()
             if "audio_windows" in inputs:
                 counts = inputs["audio_windows"]
-                samples = samples[counts.cumsum(0) - counts]  # the first is the longest
+                samples = samples[(counts.cumsum(0) - counts).to(samples.device)]  # the first is the longest
                 windows[rows] = counts
             tower = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).audio_tower
-            frames[rows] = tower._get_feat_extract_output_lengths(samples)
+            frames[rows] = tower._get_feat_extract_output_lengths(samples).to(frames.device)
         return frames, windows
 
     def _refuse_non_finite(self, output: MixedLossOutput, embeddings: torch.Tensor, ids: Sequence[str]) -> None:
@@ -356,10 +369,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
     def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> torch.utils.data.DataLoader:
         """Returns the stock loader with the collator without prefix dropout."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
+        placement = self.accelerator.device_placement
+        self.accelerator.device_placement = placement and not self.keeps_media_on_host
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.accelerator.device_placement = train_collator, placement
 
     @torch.no_grad()
     def evaluation_loop(
