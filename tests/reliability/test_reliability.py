@@ -92,7 +92,7 @@ def test_terminated_runs_save_and_end_bit_by_bit_the_same(
         output = tmp_path / str(number)
         process = start(world / "recipe.yaml", output)
         process.join(generator.uniform(0.3, 1.0) * straight[1])
-        os.kill(process.pid, signal.SIGTERM)
+        process.terminate()  # SIGTERM, unless it has ended
         process.join()
         if process.exitcode in (0, -signal.SIGTERM):  # had ended, or had not begun to train
             continue
