@@ -39,6 +39,8 @@ def write(rows: dict[str, dict[str, float]]) -> None:
     if os.environ.get("RELIABILITY_WRITE") != "1":
         return
     (DOCS / "reliability.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT / "tests" / "reliability"), autoescape=False)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "tests" / "reliability"), autoescape=False, keep_trailing_newline=True
+    )
     page = templates.get_template("reliability.md.jinja").render(rows=rows)
     (DOCS / "reliability.md").write_text(page, encoding="utf-8")
