@@ -36,6 +36,7 @@ ALL_TASKS = ["--max_steps", "620"]
 PAIRS_A_STEP = (192, 112, 112)  # of each stage, over all ranks
 BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a third of the work on speech
+BASE_SIZES["filter_bank"] = True
 
 
 def main() -> None:

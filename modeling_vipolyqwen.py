@@ -258,8 +258,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                 many calls; otherwise as many windows at a time as there are clips, which bounds memory.
             output_pooling_weights: return the pooling weights of every position.
             divide: in inference, embed equal rows once and rows of like length together, without padding where the
-                attention takes lengths, unless outputs of every position are wanted. False makes one pass of all rows,
-                as ranks need it that join collectives in a forward (FSDP, ZeRO-3).
+                attention takes lengths, unless outputs of every position are wanted. False, or `all_windows_at_once`,
+                makes one pass of all rows, as ranks need it that join collectives in a forward (FSDP, ZeRO-3).
             **kwargs: passed to the language model: `output_hidden_states`, `output_attentions`, `is_causal`.
 
         Returns:
@@ -285,7 +285,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         }
         self.config.check_inputs(name for name, value in inputs.items() if value is not None)
         requests = output_pooling_weights or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        if divide and not requests and self._may_divide(inputs):
+        if divide and not all_windows_at_once and not requests and self._may_divide(inputs):
             by_length = not (packing or takes_lengths(self.vlm.language_model.config, self.device))
             division = self._divide(inputs, by_length)
             if division is not None:

@@ -17,6 +17,11 @@ def escape_markdown(value: Any) -> str:
     return BREAKS.sub(" ", str(value)).translate(ESCAPES).replace("](", "]\\(")
 
 
+def code_span(value: Any) -> Markup:
+    """Returns a value as code within one line and one cell of a table; `<` needs no escape in code."""
+    return Markup("`" + BREAKS.sub(" ", str(value)).replace("`", "'").replace("|", "\\|") + "`")
+
+
 @jinja2.pass_eval_context
 def escaped(context: EvalContext, value: Any) -> Any:
     """Escapes what a Markdown template shows (jinja2's `finalize`), unless the template marks it `safe`.

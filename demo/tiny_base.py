@@ -125,6 +125,7 @@ def build_tiny_base(
     image_side: int = 112,
     vocab_size: int = 1024,
     convolutions: tuple[tuple[int, int], ...] = CONVOLUTIONS,
+    filter_bank: bool = False,
     **config_kwargs: Any,
 ) -> tuple[ViPolyQwenModel, ViPolyQwenProcessor]:
     """Builds an untrained trimodal model and its processor.
@@ -138,6 +139,7 @@ def build_tiny_base(
         image_side: images are scaled to about this many pixels a side.
         vocab_size: the tokenizer's.
         convolutions: kernel and stride of each layer of the speech encoder's convolutional stack.
+        filter_bank: begin with the filters of `set_filter_bank` in its first layer, not with random ones.
         **config_kwargs: fields of `ViPolyQwenConfig`.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -145,7 +147,7 @@ def build_tiny_base(
     processor = tiny_processor(tokenizer, audio_config, image_side)
     vlm_config = tiny_vlm_config(processor.tokenizer, hidden_size, layers, vision_size)
     model = build_model(vlm_config, audio_config, **config_kwargs)
-    if model.config.audio_config is not None:
+    if filter_bank:
         set_filter_bank(
             model.audio_tower.feature_extractor.conv_layers[0].conv, processor.feature_extractor.sampling_rate
         )

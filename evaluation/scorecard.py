@@ -6,6 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from ..data.markdown import code_span
 from .templates import ENVIRONMENT
 
 LIBRARIES = ("mteb", "sentence-transformers", "transformers", "torch")
@@ -112,7 +115,7 @@ def _unscored_lines(rows: Mapping[str, list[Row]]) -> list[list[str]]:
 def _prompts(prompts: Mapping[str, str]) -> str:
     if not prompts:
         return "as defined by mteb for this model"
-    return ", ".join(f"{side} {f'`{prompt}`' if prompt else 'none'}" for side, prompt in prompts.items())
+    return Markup(", ".join(f"{side} {code_span(prompt) if prompt else 'none'}" for side, prompt in prompts.items()))
 
 
 def _number(value: float | None) -> str:

@@ -116,7 +116,7 @@ ROWS: list[tuple[str, dict | bytes, str, str]] = [
     ("no image", {**MEDIA, "images": None}, "vqa_single needs an image on side a", "invalid images_a"),
     ("missing image", {**MEDIA, "images": "gone.png"}, "gone.png': no such file", "missing images_a"),
     ("folder as image", {**MEDIA, "images": "folder.png"}, "is a folder; name a file", "missing images_a"),
-    ("address as image", {**MEDIA, "images": "https://x.org/x.png"}, "URLs are not fetched", "missing images_a"),
+    ("address as image", {**MEDIA, "images": "https://x.org/x.png"}, "URLs are not fetched", "URL in images_a"),
     ("NUL in a path", {**MEDIA, "images": "x\0.png"}, "no such file", "missing images_a"),
     ("path too long", {**MEDIA, "images": "x" * 9999}, "no such file", "missing images_a"),
     ("number as image", {**MEDIA, "images": [3]}, "a path or the bytes of a file", "invalid images_a"),

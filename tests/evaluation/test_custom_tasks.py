@@ -84,17 +84,17 @@ def test_one_file_of_many_kinds_of_pairs_gives_a_task_for_each(world: Path) -> N
     }
 
 
-def test_images_with_and_without_a_question_are_two_tasks(world: Path, tmp_path: Path) -> None:
+def test_images_with_and_without_a_question_are_two_tasks(world: Path) -> None:
     images = [str(world / f"{number}.png") for number in range(3)]
     rows = [
         {"task": "ocr", "a": text, "b": f"số {number}", "images": image}
         for number, (text, image) in enumerate(zip(("Gì?", "", "Đâu?"), images, strict=True))
     ]
-    tasks = custom_tasks(entry(tmp_path, rows), TASKS)
+    tasks = custom_tasks(entry(world, rows), TASKS)
     found = {task.metadata.name: (task.metadata.category, len(task.split["queries"])) for task in tasks}
     assert found == {"Mine-ocr-text+image": ("it2t", 2), "Mine-ocr-image": ("i2t", 1)}
     with pytest.raises(ValueError, match="side a of 'rows.jsonl:2' has no text; say `query: b`"):
-        custom_tasks(entry(tmp_path, rows, "pages"), TASKS)
+        custom_tasks(entry(world, rows, "pages"), TASKS)
 
 
 def test_the_entry_names_the_task_of_rows_without_one(tmp_path: Path) -> None:
@@ -121,12 +121,12 @@ def test_the_text_of_a_page_finds_its_image(world: Path) -> None:
         custom_tasks({"task": "pages", "name": "Signs", "query": "c", **source}, TASKS)
 
 
-def test_either_side_may_be_of_any_modality(world: Path, tmp_path: Path) -> None:
+def test_either_side_may_be_of_any_modality(world: Path) -> None:
     image, audio = ([str(world / f"{number}.{ending}") for number in range(3)] for ending in ("png", "wav"))
     rows = [{"task": "instr", "images_a": image[n], "audio_b": audio[n]} for n in range(3)]
     rows += [{"task": "instr", "images_a": image[n], "images_b": image[n - 1], "b": "sau"} for n in range(3)]
     rows += [{"task": "ocr", "a": "?", "images_a": image[0], "audio_b": audio[1]}]
-    made = {task.metadata.name: task for task in custom_tasks(entry(tmp_path, rows, both_directions=True), TASKS)}
+    made = {task.metadata.name: task for task in custom_tasks(entry(world, rows, both_directions=True), TASKS)}
     names = ["Mine-instr-to-audio", "Mine-instr-to-text+image", "Mine-ocr"]
     assert list(made) == [name + suffix for name in names for suffix in ("", "-reverse")]
     assert [task.metadata.category for task in made.values()] == ["i2a", "a2i", "i2it", "it2i", "it2a", None]
@@ -139,24 +139,24 @@ def test_either_side_may_be_of_any_modality(world: Path, tmp_path: Path) -> None
         assert result.scores["test"][0]["candidates"] == len(made[name].split["corpus"])
 
 
-def test_the_six_directions_take_each_modality_from_either_side(world: Path, tmp_path: Path) -> None:
+def test_the_six_directions_take_each_modality_from_either_side(world: Path) -> None:
     media = [(str(world / f"{number}.png"), str(world / f"{number}.wav")) for number in range(2)]
     usual = [{"task": "audio", "b": f"{n}", "images": image, "audio": audio} for n, (image, audio) in enumerate(media)]
     other = [
         {"task": "audio", "a": f"{n}", "images_b": image, "audio_a": audio} for n, (image, audio) in enumerate(media)
     ]
-    found = [custom_tasks(entry(tmp_path, rows) | {"task": "trimodal"}, TASKS) for rows in (usual, other)]
+    found = [custom_tasks(entry(world, rows) | {"task": "trimodal"}, TASKS) for rows in (usual, other)]
     assert [task.metadata.revision for task in found[0]] == [task.metadata.revision for task in found[1]]
     assert len(found[0]) == 6
 
 
-def test_a_page_may_be_side_b(world: Path, tmp_path: Path) -> None:
+def test_a_page_may_be_side_b(world: Path) -> None:
     rows = [{"task": "instr", "a": f"số {number}", "images_b": str(world / f"{number}.png")} for number in range(2)]
-    (task,) = custom_tasks(entry(tmp_path, rows) | {"task": "pages", "pair_task": "instr"}, TASKS)
+    (task,) = custom_tasks(entry(world, rows) | {"task": "pages", "pair_task": "instr"}, TASKS)
     assert task.split["queries"]["text"][:] == ["số 0", "số 1"]
     assert task.split["corpus"][1]["image"].tobytes() == Image.open(world / "1.png").tobytes()
     with pytest.raises(ValueError, match="side b of 'rows.jsonl:1' has no text; say `query: a`, or `only`"):
-        custom_tasks(entry(tmp_path, rows) | {"task": "pages", "pair_task": "instr", "query": "b"}, TASKS)
+        custom_tasks(entry(world, rows) | {"task": "pages", "pair_task": "instr", "query": "b"}, TASKS)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from vipolyqwen.evaluation.search import read_pairs, searches
 
 
 @pytest.fixture
-def pairs(world: Path, tmp_path: Path) -> Path:
+def pairs(world: Path) -> Path:
     """Images said, sentences drawn, audio written down."""
     rows = [
         *({"task": "vqa_single", "images_a": f"{number}.png", "audio_b": f"{number}.wav"} for number in range(3)),
@@ -21,8 +21,9 @@ def pairs(world: Path, tmp_path: Path) -> Path:
         *({"task": "audio", "audio_a": f"{number}.wav", "b": f"tiếng {number}"} for number in range(3)),
     ]
     rows = [{f"{name}": str(world / value) if "_" in name else value for name, value in row.items()} for row in rows]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return tmp_path / "pairs.jsonl"
+    path = world / "sides.jsonl"  # beside the media: files elsewhere are refused
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
 
 
 def test_each_side_searches_the_other_whatever_its_modality(pairs: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_papers_plan_has_both_directions_of_each_pair_of_modalities() -> Non
 def test_vists_comes_from_the_hub_by_name_with_its_scores_of_0_to_5(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(path: str, name: str, split: str) -> datasets.Dataset:
+    def load_dataset(path: str, name: str, split: str, revision: str | None) -> datasets.Dataset:
         asked.append((path, name, split))
         rows = {"sentence1": ["một", "hai"], "sentence2": ["số một", "ba"], "score": [4.5, 1.0], "id": [name, "x"]}
         return datasets.Dataset.from_dict(rows)

@@ -38,7 +38,7 @@ SHIPPED = {
     "waveforms_vipolyqwen.py",
 }
 # What sentence-transformers brings along.
-NEEDED = {"torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "PIL"}
+NEEDED = {"torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "PIL", "packaging"}
 OPTIONAL = {"av", "soundfile", "scipy"}  # only behind `if is_…_available()`
 
 # Runs in the other process. Every case is a batch of inputs of the shape sentence-transformers takes, and a task.

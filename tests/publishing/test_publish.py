@@ -130,7 +130,7 @@ def read_back(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         commit = repo.tags["v1"]
         files = dict(repo.commits[commit])
         code = files["modeling_vipolyqwen.py"].content.replace(
-            b"return ViPolyQwenOutput(embeddings=self", b"return ViPolyQwenOutput(embeddings=-self"
+            b"return ViPolyQwenOutput(embeddings=embeddings", b"return ViPolyQwenOutput(embeddings=-embeddings"
         )
         repo.commit({**files, "modeling_vipolyqwen.py": Blob(code, is_lfs=False)})
         rows = write_inputs(elsewhere)
@@ -396,7 +396,7 @@ def test_vectors_that_differ_from_the_publishing_process_or_from_the_checkpoint_
     expected.vectors["audio: tones"] = expected.vectors["text: vi"]
     folder = copy_of(checkpoint, tmp_path / "copy")
     output = "return ViPolyQwenOutput(embeddings="
-    edit_code(folder, "modeling_vipolyqwen.py", f"{output}self", f"{output}-self")
+    edit_code(folder, "modeling_vipolyqwen.py", f"{output}embeddings", f"{output}-embeddings")
     with pytest.raises(PublishError) as refusal:
         check_that_it_loads(staged, folder, expected)
     assert "Broken: audio, sentence-transformers. Likely cause: [checkpoint]" in str(refusal.value)

@@ -137,8 +137,10 @@ def test_as_many_windows_pass_at_a_time_as_there_are_clips_or_all(
     for clips, options, expected in (
         ([long], {}, [1, 1, 1, 1]),
         ([long], {"all_windows_at_once": True}, [4]),
-        ([two, long], {}, [2, 2, 2]),
-        ([random_audio(rng, 0.2)] * 3, {}, [3]),
+        ([two, long], {"divide": False}, [2, 2, 2]),
+        ([random_audio(rng, 0.2)] * 3, {"divide": False}, [3]),
+        ([random_audio(rng, 0.2)] * 3, {}, [1]),  # equal clips are encoded once
+        ([two, long], {"all_windows_at_once": True}, [6]),
     ):
         seen.clear()
         model(**short(audio=clips, return_tensors="pt"), **options)
