@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
 from vipolyqwen import __version__
@@ -30,10 +29,10 @@ ROOT = Path(__file__).parent
 WARM_UP = ["--loss_table", "nce", "--learning_rate", "1e-3", "--warmup_steps", "30"]
 WARM_UP += ["--eval_data", "null", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
 WARM_UP += ["--save_strategy", "no"]
-TEXT_ONLY = ["--max_steps", "400", "--lr_scheduler_type", "constant_with_warmup"]
+TEXT_ONLY = ["--max_steps", "320", "--per_device_train_batch_size", "192"]
+TEXT_ONLY += ["--lr_scheduler_type", "constant_with_warmup"]
 TEXT_WEIGHTS = {"text_pair": 3.0, "instr": 1.0}
 ALL_TASKS = ["--max_steps", "620"]
-PAIRS_A_STEP = (192, 112, 112)  # of each stage, over all ranks
 BASE_SIZES = {"hidden_size": 128, "layers": 2, "vision_size": 128, "audio_size": 128, "vocab_size": 2048}
 BASE_SIZES["convolutions"] = ((128, 64), (8, 5), (4, 2))  # 40 ms a frame: a third of the work on speech
 BASE_SIZES["filter_bank"] = True
@@ -79,22 +78,18 @@ def train(recipe: Path, folder: Path) -> None:
     """
     text = recipe.read_text(encoding="utf-8").replace("outputs/demo", folder.as_posix())
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    ranks = 2 if (os.cpu_count() or 1) > 1 and not torch.accelerator.is_available() else 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"]
-    # Tensors this small gain little from a second thread: a second rank nearly halves the time. Threads soon give way
-    # while they wait for others, or a further busy process would slow every step several times.
-    environment = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "5000", **os.environ}
+    command = [sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"]
+    # threads soon give way while they wait for others, or a second busy process would slow every step several times
+    environment = {"GOMP_SPINCOUNT": "5000", **os.environ}
     text = [{"path": str(folder / f"corpus/train/{name}.jsonl"), "weight": w} for name, w in TEXT_WEIGHTS.items()]
     stages = [
         [*WARM_UP, *TEXT_ONLY, "--train_data", json.dumps(text), "--model", folder / "base"],
         [*WARM_UP, *ALL_TASKS, "--model", folder / "text"],
         [],
     ]
-    for stage, name, pairs in zip(stages, STAGES, PAIRS_A_STEP, strict=True):
-        options = ["--per_device_train_batch_size", str(pairs // ranks), "--output_dir", folder / name]
-        options += ["--overwrite_output_dir"]  # an earlier demo
-        subprocess.run([*command, *stage, *options], check=True, env=environment)
+    for stage, name in zip(stages, STAGES, strict=True):
+        output = ["--output_dir", folder / name, "--overwrite_output_dir"]  # an earlier demo
+        subprocess.run([*command, *stage, *output], check=True, env=environment)
 
 
 def publish(run: Path, folder: Path) -> None:

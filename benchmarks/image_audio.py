@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from vipolyqwen.data.sides import embed
 from vipolyqwen.demo.report import scene_sides
 from vipolyqwen.demo.world import read_rows, write_corpus
-from vipolyqwen.demo_vipolyqwen import PAIRS_A_STEP, TEXT_ONLY, TEXT_WEIGHTS, WARM_UP
+from vipolyqwen.demo_vipolyqwen import TEXT_ONLY, TEXT_WEIGHTS, WARM_UP
 from vipolyqwen.evaluation.metrics import six_directions
 
 ROOT = Path(__file__).parent.parent
@@ -71,15 +71,7 @@ def warm_up(corpus: Path, folder: Path, seed: int, steps: int) -> None:
     if not (folder / "base/model.safetensors").is_file():
         write_base(corpus, seed, folder / "base")
     texts = [{"path": str(corpus / f"train/{name}.jsonl"), "weight": weight} for name, weight in TEXT_WEIGHTS.items()]
-    flags = [
-        *TEXT_ONLY,
-        "--per_device_train_batch_size",
-        str(PAIRS_A_STEP[0]),
-        "--train_data",
-        json.dumps(texts),
-        "--model",
-        str(folder / "base"),
-    ]
+    flags = [*TEXT_ONLY, "--train_data", json.dumps(texts), "--model", str(folder / "base")]
     train(recipe(corpus, folder, "text", ()), folder / "text", seed, steps, flags)
 
 
