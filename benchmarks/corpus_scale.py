@@ -3,7 +3,7 @@
     python benchmarks/corpus_scale.py --rows 10000 100000 1000000 11200000 --workers 2
 
 Generates pairs in the papers' proportions (60 % Vietnamese, 30 % English, 10 % Chinese; six tasks), images and audio
-by reference to a few files. Each size runs in processes of its own, so that their memory is theirs: one indexes, one
+by reference to a few files. Each size runs in new processes, so that each measures its memory alone: one indexes, one
 opens the index and reads rows in the order of training. Writes benchmarks/results/corpus_scale.json.
 """
 
@@ -121,7 +121,7 @@ def read(folder: Path, workers: int, batch_size: int, batches: int) -> dict[str,
 
 
 def in_process(work: Any, *given: Any) -> dict[str, float]:
-    """Runs a function in a process of its own."""
+    """Runs a function in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, given)
 

@@ -20,7 +20,7 @@ def open_archive(file: str) -> datasets.Dataset:
     """Opens an archive as a table, converted once: images and audio as bytes, texts, JSON objects, and `__key__`.
 
     Raises:
-        ValueError: it is no archive, or its samples cannot be read.
+        ValueError: the file is not an archive, or its samples cannot be read.
     """
     try:
         features = _features(file)
