@@ -1,17 +1,24 @@
-"""Checkpoints of the flat layout (before the rooms) resume to the same weights or are refused in words.
+"""Checkpoints of the flat layout (before the rooms) load and resume to the same weights or are refused in words.
 
-The literals below are copied from a checkpoint that commit 3ab4e3a wrote of the same run.
+`first_release.tar.xz` is a checkpoint that commit 3ab4e3a wrote of such a run, with a projection of 32 dimensions, and
+the vectors of that checkpoint and of the run's end by that commit. The literals below are copied from another one.
 """
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import PLAIN, train_run
+from helpers import PLAIN, TEXTS, train_run
 from killing import same_weights
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.training.checkpoints import MANIFEST, UNFINISHED, publish_checkpoint
 from vipolyqwen.training.resuming import SAMPLER_STATE
 from vipolyqwen.training.run_settings import SETTINGS_FILE
@@ -44,6 +51,23 @@ def straight(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train_run(world, folder, *RUN)
     return folder
+
+
+@pytest.fixture(scope="module")
+def first_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stored checkpoint and its vectors."""
+    folder = tmp_path_factory.mktemp("first_release")
+    with tarfile.open(Path(__file__).parent / "first_release.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def vectors(repository: Path, world: Path) -> np.ndarray:
+    """Encodes a text, an image, audio, and an image with a text: (4, dimensions)."""
+    image, audio, other = (str(world / name) for name in ("0.png", "1.wav", "2.png"))
+    inputs = [{"text": TEXTS[0]}, {"image": image}, {"audio": audio}, {"image": other, "text": TEXTS[1]}]
+    model = SentenceTransformer(str(repository), trust_remote_code=True, device="cpu")
+    return np.concatenate([model.encode([each]) for each in inputs])
 
 
 def as_earlier(checkpoint: Path, folder: Path, position: dict) -> Path:
@@ -100,3 +124,25 @@ def test_no_pickle_of_a_checkpoint_names_a_module_of_the_package(straight: Path)
     pickles = [path for path in (straight / "checkpoint-2").iterdir() if path.suffix in (".pt", ".pth", ".bin")]
     assert {path.name for path in pickles} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert not [path.name for path in pickles if b"vipolyqwen" in path.read_bytes()]
+
+
+def test_the_stored_checkpoint_of_the_first_release_gives_its_vectors(
+    world: Path, first_release: Path, tmp_path: Path
+) -> None:
+    checkpoint = first_release / "checkpoint-2"
+    expected = json.loads((first_release / "vectors.json").read_text(encoding="utf-8"))["checkpoint-2"]
+    model = ViPolyQwenModel.from_pretrained(checkpoint)
+    save_repository(model, ViPolyQwenProcessor.from_pretrained(checkpoint, config=model.config), tmp_path / "today")
+    assert vectors(checkpoint, world) == pytest.approx(np.array(expected), abs=1e-5)  # by the code that lies in it
+    assert vectors(tmp_path / "today", world) == pytest.approx(np.array(expected), abs=1e-5)
+
+
+def test_the_stored_checkpoint_of_the_first_release_resumes_to_its_end(
+    world: Path, first_release: Path, tmp_path: Path
+) -> None:
+    checkpoint = first_release / "checkpoint-2"
+    known = json.loads((first_release / "vectors.json").read_text(encoding="utf-8"))
+    flags = ["--model", str(checkpoint), "--freeze", "vision", "audio", "--prefix_sides", "a"]
+    train_run(world, tmp_path / "run", *RUN, *flags, "--resume_from_checkpoint", str(checkpoint))
+    assert np.abs(np.array(known["run"]) - known["checkpoint-2"]).max() > 0.01
+    assert vectors(tmp_path / "run", world) == pytest.approx(np.array(known["run"]), abs=1e-4)
