@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import mteb
-import yaml
 from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskType
 from mteb.get_tasks import TASK_LIST
@@ -25,6 +24,7 @@ from mteb.types import PromptType
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import TASK_NAME, Task, declare_tasks, with_ready_tasks
 from ..data.sides import SidePrompt
+from ..data.yaml_files import read_yaml
 from .custom_tasks import ENTRY_KEYS, KINDS, custom_tasks
 
 SUITES = Path(__file__).parents[1] / "recipes" / "suites"  # package data, beside the rooms in both kinds of install
@@ -95,9 +95,9 @@ def read_suite(name: str) -> Suite:
             f"Unknown suite {name!r}; known: {', '.join(known)}, or a .yaml file.{did_you_mean(name, known)}"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SuiteError(f"{path} is not valid YAML: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise SuiteError(str(error)) from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
         raise SuiteError(f"{path} has no list of tasks; write `tasks: [NAME, …]`.")
     content = _rename(content, str(path))

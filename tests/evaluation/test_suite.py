@@ -129,6 +129,13 @@ def test_a_wrong_suite_is_an_error_that_names_what_is_meant(tmp_path: Path, cont
         read_suite(str(path))
 
 
+def test_a_suite_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("tasks: [Thử]".encode("utf-16-le"))
+    with pytest.raises(SuiteError, match="mine.yaml is not valid YAML"):
+        read_suite(str(path))
+
+
 def test_an_unknown_suite_is_an_error_that_suggests_one() -> None:
     with pytest.raises(SuiteError, match="Unknown suite 'vietnam'; known: chinese, .* Did you mean 'vietnamese'"):
         read_suite("vietnam")
