@@ -1,11 +1,12 @@
 """Is an embedded corpus the same after kills, as fast as `encode`, and of constant memory?
 
-    python benchmarks/embed_corpus.py [--model MODEL] [--rows 100000] [--kills 3] [--seed 0]
+    python benchmarks/embed_corpus.py [--model MODEL] [--rows 100000] [--kills 3] [--seed 0] [--ray_workers 2]
 
-Embeds generated texts with embed_vipolyqwen.py in a process without interruption, and again in processes that get
-SIGKILL at random moments; compares the folders byte for byte. Then measures, side by side in this process, the rows a
-second of `encode` and of `embed_corpus`, and the peak of memory at a tenth of the rows and at all. Without --model, a
-tiny untrained one. Writes benchmarks/results/embed_corpus.json.
+Embeds generated texts with embed_vipolyqwen.py in a process without interruption, in processes that get SIGKILL at
+random moments, and with --ray_workers on a Ray cluster of this machine; compares the folders byte for byte. A folder
+whose manifest has another fingerprint must be refused and left as it is. Then measures, side by side in this process,
+the rows a second of `encode` and of `embed_corpus`, and the peak of memory at a tenth of the rows and at all. Without
+--model, a tiny untrained one. Writes benchmarks/results/embed_corpus.json.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers import TEXTS, save_tiny_model
@@ -26,6 +28,7 @@ from vipolyqwen.evaluation.memory import peak_host, reset_peaks
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
 from vipolyqwen.serving.corpus_run import CorpusOptions, embed_corpus
 from vipolyqwen.serving.loading import LoadedModel, load_model
+from vipolyqwen.serving.shards import MANIFEST
 
 ROUNDS = 5
 SPEED_ROWS = 4096
@@ -42,10 +45,10 @@ def write_texts(path: Path, rows: int, seed: int) -> list[str]:
     return texts
 
 
-def start(model: str, corpus: Path, out: Path) -> subprocess.Popen:
+def start(model: str, corpus: Path, out: Path, *options: str) -> subprocess.Popen:
     """Starts the command."""
     command = [sys.executable, COMMAND, model, corpus, "--out", out, "--device", "cpu", "--unit_rows", "1024"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -91,6 +94,15 @@ def embed_with_kills(model: str, corpus: Path, out: Path, kills: int, seconds: f
     return kept
 
 
+def refuses_another_model(model: str, corpus: Path, folder: Path) -> bool:
+    """Returns whether a folder with another fingerprint in its manifest is refused and stays as it is."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**manifest, "fingerprint": "0" * 16}), encoding="utf-8")
+    before = content(folder)
+    return start(model, corpus, folder).wait() != 0 and content(folder) == before
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Returns name -> bytes of every file but those of killed writes."""
     files = (path for path in folder.rglob("*") if path.is_file() and "_unfinished" not in path.parts)
@@ -127,6 +139,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ray_workers", type=int, default=0, help="also embed through Ray; default: not")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -136,29 +149,48 @@ def main() -> None:
             write_fingerprint(scratch / "tiny")
         texts = write_texts(scratch / "all.jsonl", options.rows, options.seed)
         write_texts(scratch / "tenth.jsonl", options.rows // 10, options.seed)
-        write_texts(scratch / "speed.jsonl", SPEED_ROWS, options.seed)
-        corpus, broken = scratch / "all.jsonl", scratch / "broken"
-        seconds = embed_at_once(source, corpus, scratch / "unbroken")
-        kept = embed_with_kills(source, corpus, broken, options.kills, seconds, options.seed)
-        same = content(broken) == content(scratch / "unbroken")
+        claims, figures = identical_bytes(source, scratch, options)
         model = load_model(source, device="cpu")
-        of_encode, of_corpus = rates(model, texts[:SPEED_ROWS], scratch / "speed.jsonl", scratch)
-        ratio = statistics.median(of_corpus) / statistics.median(of_encode)
+        speed_claims, speed = compare_speed(model, texts, scratch, options.seed)
         small = peak(model, scratch / "tenth.jsonl", scratch / "small")
-        large = peak(model, corpus, scratch / "large")
-    claims = {
-        "same_bytes_after_kills": claim(int(same), 1, same),
-        "rows_a_second_over_encode": claim(round(ratio, 3), 0.95, ratio >= 0.95),
-        "peak_memory_of_ten_times_the_rows": claim(round(large / small, 3), 1.1, large / small <= 1.1),
+        large = peak(model, scratch / "all.jsonl", scratch / "large")
+    claims |= speed_claims
+    claims["peak_memory_of_ten_times_the_rows"] = claim(round(large / small, 3), 1.1, large / small <= 1.1)
+    settings = {"model": options.model or "tiny, untrained", "rows": options.rows, "kills": options.kills}
+    write_result("embed_corpus", claims, **settings, seed=options.seed, **figures, **speed, peak_bytes=[small, large])
+
+
+def identical_bytes(
+    source: str, scratch: Path, options: argparse.Namespace
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Embeds without interruption, with kills and through Ray; returns claims and figures."""
+    corpus, unbroken, broken = scratch / "all.jsonl", scratch / "unbroken", scratch / "broken"
+    seconds = embed_at_once(source, corpus, unbroken)
+    kept = embed_with_kills(source, corpus, broken, options.kills, seconds, options.seed)
+    same = content(broken) == content(unbroken)
+    claims = {"same_bytes_after_kills": claim(int(same), 1, same)}
+    if options.ray_workers:
+        through_ray = scratch / "ray"
+        finish(start(source, corpus, through_ray, "--ray_workers", str(options.ray_workers)))
+        same = content(through_ray) == content(unbroken)
+        claims["same_bytes_through_ray"] = claim(int(same), 1, same)
+    refused = refuses_another_model(source, corpus, broken)
+    claims["another_fingerprint_refused"] = claim(int(refused), 1, refused)
+    figures = {"seconds_unbroken": round(seconds, 1), "shards_kept_by_kills": kept}
+    return claims, {**figures, "ray_workers": options.ray_workers}
+
+
+def compare_speed(
+    model: LoadedModel, texts: list[str], scratch: Path, seed: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Measures `embed_corpus` beside `encode`; returns the claim and the rows a second of each round."""
+    write_texts(scratch / "speed.jsonl", SPEED_ROWS, seed)
+    of_encode, of_corpus = rates(model, texts[:SPEED_ROWS], scratch / "speed.jsonl", scratch)
+    ratio = statistics.median(of_corpus) / statistics.median(of_encode)
+    return {"rows_a_second_over_encode": claim(round(ratio, 3), 0.95, ratio >= 0.95)}, {
+        "rows_a_second_encode": [round(rate) for rate in of_encode],
+        "rows_a_second_corpus": [round(rate) for rate in of_corpus],
     }
-    figures = {
-        "rows": options.rows,
-        "kills": options.kills,
-        "seed": options.seed,
-        "seconds_unbroken": round(seconds, 1),
-    }
-    speed = {"rows_a_second_encode": of_encode, "rows_a_second_corpus": of_corpus}
-    write_result("embed_corpus", claims, **figures, shards_kept_by_kills=kept, **speed, peak_bytes=[small, large])
 
 
 if __name__ == "__main__":

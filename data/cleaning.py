@@ -29,11 +29,7 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
     Raises:
         RowError: a value cannot be converted.
     """
-    record = {
-        column: value
-        for column, value in record.items()
-        if value is not None and (type(value) is str or column == "score" or not _is_nan(value))
-    }
+    record = _present(record)
     return Row(
         id=row_id(place),
         task=clean_name(record.get("task")) or "",
@@ -49,6 +45,36 @@ def clean_row(record: Mapping[str, Any], place: Place, root: str = "") -> Row:
         teacher_a=_clean_vector("teacher_a", record.get("teacher_a"), place),
         teacher_b=_clean_vector("teacher_b", record.get("teacher_b"), place),
     )
+
+
+def clean_content(record: Mapping[str, Any], columns: tuple[str, str, str], place: Place, root: str = "") -> Content:
+    """Converts the text, images and audio of a record and nothing else, for inputs that are not pairs.
+
+    Args:
+        record: as of `clean_row`.
+        columns: those of text, images and audio.
+        place: origin of the record.
+        root: folder to which paths are relative.
+
+    Raises:
+        RowError: a value cannot be converted.
+    """
+    record = _present(record)
+    text, images, audio = columns
+    return Content(
+        _clean_text(text, record.get(text), place),
+        _clean_images(images, record.get(images), place, root),
+        _clean_audio(audio, record.get(audio), place, root),
+    )
+
+
+def _present(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a record that are not missing."""
+    return {
+        column: value
+        for column, value in record.items()
+        if value is not None and (type(value) is str or column == "score" or not _is_nan(value))
+    }
 
 
 def clean_name(value: Any) -> str | None:

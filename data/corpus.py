@@ -8,9 +8,9 @@ from typing import Any
 
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
-from .cleaning import clean_row
+from .cleaning import clean_content
 from .collator import message_parts
-from .schema import Place, RowError
+from .schema import Place, RowError, row_id
 from .source_config import FORMER_COLUMNS, SourceConfig
 from .units import UNIT_ROWS, Unit, UnitReader, source_files
 
@@ -95,11 +95,12 @@ class CorpusReader(UnitReader):
 
     def convert(self, values: Mapping[str, Any], place: Place) -> CorpusRow:
         """Returns the input of a record; see `UnitReader.convert`."""
-        row = clean_row(values, place, self.media_root)
-        content = row.side(self.side)
+        content = clean_content(values, CONTENT[self.side], place, self.media_root)
         if not content.modalities:
             raise place.error(self.side, content.text, "the row is empty; fill it in or drop it.")
-        return CorpusRow(row.id, **vars(content), place=place, image_placeholder=self.source.image_placeholder)
+        return CorpusRow(
+            row_id(place), content.text, content.images, content.audio, place, self.source.image_placeholder
+        )
 
 
 def read_corpus(

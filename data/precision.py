@@ -59,7 +59,7 @@ def pack(vectors: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray | 
     if precision == "int8":
         scales = np.maximum(np.abs(vectors).max(axis=1, initial=0), np.finfo(np.float32).tiny) / 127
         return np.rint(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32)
-    return vectors.astype(precision), None
+    return vectors.astype(precision, copy=False), None
 
 
 def unpack(stored: np.ndarray, precision: str) -> np.ndarray:

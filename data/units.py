@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,20 @@ class Unit:
 
     Attributes:
         name: the same in every run; other files and places have other names.
-        key: changes with the content of the rows (not with that of media files that they name).
+        content: returns a text that changes with the content of the rows (not with that of media files they name).
         rows: number of rows.
         read: returns the rows.
     """
 
     name: str
-    key: str
+    content: Callable[[], str]
     rows: int
     read: Callable[[], list[Any]]
+
+    @cached_property
+    def key(self) -> str:
+        """Returns a hash of the content; computed when it is asked for, since planning a new folder needs none."""
+        return digest(self.content())
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class UnitReader:
                     return self.rows(enumerate(slices.read(piece), start=first), columns)
 
                 rows = min(self.unit_rows, group.num_rows - first)
-                yield Unit(self._name(number), digest(f"{content} {first}"), rows, read)
+                yield Unit(self._name(number), f"{content} {first}".__str__, rows, read)
                 number += 1
             start += group.num_rows
 
@@ -111,8 +116,8 @@ class UnitReader:
             def read(chunk: list[tuple[int, Any]] = chunk, columns: dict[str, str] = columns) -> list[Any]:
                 return self.rows(chunk, columns)
 
-            key = digest(json.dumps(chunk, sort_keys=True, default=str))
-            yield Unit(self._name(number), key, len(chunk), read)
+            content = partial(json.dumps, chunk, sort_keys=True, default=str)
+            yield Unit(self._name(number), content, len(chunk), read)
 
     def _table_units(self, table: datasets.Dataset) -> Iterator[Unit]:
         columns = self.columns(table.column_names)
@@ -123,7 +128,7 @@ class UnitReader:
             def read(first: int = first, last: int = last) -> list[Any]:
                 return self.rows(enumerate(table[first:last].to_pylist(), start=first + 1), columns)
 
-            yield Unit(self._name(number), digest(f"{table._fingerprint} {first} {last}"), last - first, read)
+            yield Unit(self._name(number), f"{table._fingerprint} {first} {last}".__str__, last - first, read)
 
     def _open_table(self) -> datasets.Dataset:
         if suffix_of(self.file) == ".arrow":

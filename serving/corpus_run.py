@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,7 +170,8 @@ def find_work(options: CorpusOptions, units: Callable[[], Iterator[Unit]]) -> tu
         known.add(unit.name)
         if not is_of_rank(unit.name, options.rank, options.ranks):
             continue
-        if shard_key(options.out, unit.name) == unit.key:
+        written = shard_key(options.out, unit.name)
+        if written is not None and written == unit.key:
             skipped += unit.rows
         else:
             wanted[unit.name] = unit.rows
@@ -215,14 +217,18 @@ class _Run:
     def __init__(self, options: CorpusOptions, embedder: Embedder, progress: Progress) -> None:
         self.options, self.embedder, self.progress = options, embedder, progress
         self.open: dict[int, _OpenUnit] = {}
+        self.writer = ThreadPoolExecutor(1)  # the disk is waited for while the model runs
+        self.written: Future[None] | None = None
 
     def embed(self, units: Iterator[Unit]) -> None:
         """Embeds and writes units."""
-        for batch, prepared in self._loader(self._batches(units)):
-            unit = self.open[batch.unit]
-            unit.add(batch, prepared, self.embedder.vectors(prepared.features))
-            self.progress.add(len(batch.positions), len(prepared.reasons))
-            self._write_if_complete(batch.unit)
+        with self.writer:
+            for batch, prepared in self._loader(self._batches(units)):
+                unit = self.open[batch.unit]
+                unit.add(batch, prepared, self.embedder.vectors(prepared.features))
+                self.progress.add(len(batch.positions), len(prepared.reasons))
+                self._write_if_complete(batch.unit)
+            self._wait()
 
     def _loader(self, batches: Iterator[Batch]) -> DataLoader:
         """Returns the loader; its sampler yields batches of rows, so that only their order is decided here."""
@@ -253,7 +259,13 @@ class _Run:
 
     def _write_if_complete(self, number: int) -> None:
         if self.open[number].missing == 0:
-            self.open.pop(number).write(self.options)
+            self._wait()  # at most one unit is being written, so that memory stays bounded
+            self.written = self.writer.submit(self.open.pop(number).write, self.options)
+
+    def _wait(self) -> None:
+        """Waits for the unit that is being written, and raises its error."""
+        if self.written is not None:
+            self.written.result()
 
 
 class _OpenUnit:
@@ -284,7 +296,8 @@ class _OpenUnit:
     def write(self, options: CorpusOptions) -> None:
         """Writes errors, then vectors, so that a unit with vectors is complete."""
         write_errors(options.out, self.unit.name, sorted(self.errors, key=lambda error: error["row"]))
-        vectors, scales = pack(self.vectors[self.ok], options.precision)
+        good = self.vectors if self.ok.all() else self.vectors[self.ok]
+        vectors, scales = pack(good, options.precision)
         ids = [row_id for row_id, ok in zip(self.ids, self.ok, strict=True) if ok]
         write_shard(options.out, self.unit.name, self.unit.key, ids, vectors, scales)
 
