@@ -80,6 +80,9 @@ def clean_text(text: Any, limits: Limits = LIMITS) -> str:
 
 def _check_marks(text: str, limits: Limits) -> None:
     """Refuses long runs of combining marks, whose canonical order takes the square of their number."""
+    limit = limits.combining_marks
+    if limit and not any(map(unicodedata.combining, text[limit::limit])):  # a longer run covers one of these places
+        return
     runs = (sum(1 for _ in run) for marks, run in itertools.groupby(map(unicodedata.combining, text), bool) if marks)
     longest = max(runs, default=0)
     if longest > limits.combining_marks:

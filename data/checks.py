@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +18,7 @@ from .schema import ENCODER_RATE, SIDE_NEEDS, Content, Place, Row, RowError, Tas
 from .source_config import SourceConfig
 
 NONE, HEADER, FULL = "none", "header", "full"  # how far the check of media reads the files
+MEDIA_WORDS = (("an image", "one"), ("audio", "a file"))  # what a task needs, and what to name
 ERROR, SKIP = "error", "skip"  # what happens to a row that cannot be used
 
 
@@ -113,14 +115,14 @@ def check_row(row: Row, tasks: Mapping[str, Task], place: Place, image_placehold
     _check_score(row, task, place)
     _check_text("a", row.a, place)
     _check_text("b", row.b, place)
-    media = row.images_a or row.images_b or row.audio_a is not None or row.audio_b is not None
-    if not media and not row.a.strip() and not row.b.strip():
+    sides = {side: row.side(side) for side in SIDE_NEEDS}
+    if not any(content.modalities for content in sides.values()):
         raise place.error("a", row.a, "side a and side b are both empty; fill them in or drop the row.")
-    for side in SIDE_NEEDS:
-        _check_side(row, side, task, place)
-        _check_placeholders(side, row.side(side), place, image_placeholder)
+    for side, content in sides.items():
+        _check_side(content, side, task, place)
+        _check_placeholders(side, content, place, image_placeholder)
     for negative in row.negatives:
-        if not negative.modalities or negative.equals(row.side("b")):
+        if not negative.modalities or negative.equals(sides["b"]):
             shown = [each.shown() for each in row.negatives]
             raise place.error("negatives", shown, "a negative is empty or equals side b; drop it.")
         if task.text_only_b and negative.modalities != ("text",):
@@ -139,29 +141,33 @@ def _check_text(column: str, text: str, place: Place) -> None:
             raise place.error(column, text, str(error)) from error
 
 
-def _check_side(row: Row, side: str, task: Task, place: Place) -> None:
+def _check_side(content: Content, side: str, task: Task, place: Place) -> None:
     """Checks that a side holds what its task needs, nothing that it excludes, and anything at all."""
-    values = {column: getattr(row, column) for column in SIDE_NEEDS[side]}
-    for (column, value), (what, file) in zip(values.items(), (("an image", "one"), ("audio", "a file")), strict=True):
-        if getattr(task, SIDE_NEEDS[side][column]) and not value:
-            problem = f"{row.task} needs {what} on side {side}; name {file} or change the task."
+    needs, only = (
+        (task.needs_image, task.needs_audio) if side == "a" else (task.needs_image_b, task.needs_audio_b),
+        task.text_only_a if side == "a" else task.text_only_b,
+    )
+    values = content.images, content.audio
+    for column, value, need, what in zip(SIDE_NEEDS[side], values, needs, MEDIA_WORDS, strict=True):
+        if need and not value:
+            problem = f"{task.name} needs {what[0]} on side {side}; name {what[1]} or change the task."
             raise place.error(column, value, problem)
-        if getattr(task, f"text_only_{side}") and value:
+        if only and value:
             shown = [show_media(image) for image in value] if isinstance(value, list) else show_media(value)
             raise place.error(
                 column,
                 shown,
-                f"side {side} of {row.task} is text only (text_only_{side}); leave the column out, move it to the "
+                f"side {side} of {task.name} is text only (text_only_{side}); leave the column out, move it to the "
                 "other side or change the task.",
             )
-    if not row.side(side).modalities:
-        text = getattr(row, side)
-        raise place.error(side, text, f"side {side} has no text, image or audio; fill it in or drop the row.")
+    if not content.modalities:
+        problem = f"side {side} has no text, image or audio; fill it in or drop the row."
+        raise place.error(side, content.text, problem)
 
 
 def _check_placeholders(column: str, content: Content, place: Place, image_placeholder: str) -> None:
-    markers, images = content.text.count(image_placeholder), len(content.images)
-    if images and markers not in (0, images):
+    images = len(content.images)
+    if images and (markers := content.text.count(image_placeholder)) not in (0, images):
         raise place.error(
             column,
             content.text,
@@ -203,6 +209,8 @@ def _check_url(column: str, url: str, place: Place, source: SourceConfig) -> Non
 
 def _check_path(column: str, path: str, place: Place, root: str) -> None:
     """Checks that a file exists and, unless `root` is empty, that it lies inside of it."""
+    if _is_plain_file_inside(path, root):
+        return
     if not os.path.isfile(path):
         kind = "is a folder; name a file" if os.path.isdir(path) else "no such file; correct the path or `media_root`"
         raise place.error(column, path, f"{kind}.", f"missing {column}")
@@ -218,7 +226,17 @@ def _is_inside(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-@lru_cache
+def _is_plain_file_inside(path: str, root: str) -> bool:
+    """Returns whether a path is a regular file in a folder of `root`: one look at the disk where that is so."""
+    folder, name = os.path.split(path)
+    try:
+        plain = name not in ("", "..") and stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+    return plain and (not root or _is_inside(os.path.join(_real(folder), name), _real(root)))
+
+
+@lru_cache(maxsize=2**16)
 def _real(folder: str) -> str:
     return os.path.realpath(folder)
 

@@ -22,7 +22,7 @@ from .cleaning import clean_name, clean_row
 from .files import cache_folder, content_digest, find_files, suffix_of
 from .records import TEXT_READERS, Numbered
 from .row_keys import KEYS, row_keys
-from .schema import MODALITIES, Content, Place, Row, RowError, canonical_task, row_id
+from .schema import MODALITIES, PRESENT, Place, Row, RowError, canonical_task, row_id
 from .shapes import ShapeError, conversation_pairs, pick_lists, take
 from .source_config import FORMER_COLUMNS, SourceConfig
 from .stored_rows import SCHEMA, media_slots, restored, stored
@@ -52,6 +52,7 @@ class RecordReader:
     file: str
     root: str
     _names: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _named: dict[tuple[str, ...], list[str]] = field(default_factory=dict, repr=False, compare=False)
 
     def place(self, number: int, part: int, given_id: Any, existing: Iterable[str]) -> Place:
         """Returns the origin of pair `part` of record `number` with the `existing` columns."""
@@ -66,6 +67,14 @@ class RecordReader:
         if key not in self._names:
             self._names[key] = self.source.column_names(key)
         return self._names[key]
+
+    def named(self, existing: Iterable[str]) -> list[str]:
+        """Returns the columns of a record that are read and told apart from those of other records by their names."""
+        key = tuple(existing)
+        if key not in self._named:
+            read = self.names(key).values()
+            self._named[key] = [name for name in read if isinstance(name, str) and name in NAMED and name in key]
+        return self._named[key]
 
     def seen(self) -> set[str]:
         """Returns the columns of the records so far."""
@@ -293,9 +302,7 @@ def _stored_pair(
         "id": place.id,
         "line": origin[0],
         "part": origin[1],
-        "named": [
-            name for name in place.columns.values() if isinstance(name, str) and name in NAMED and name in record
-        ],
+        "named": records.named(record),
         "task_id": checker.task_ids[row.task],
         "modalities": _modality_bits(row),
         **dict(zip(KEYS, row_keys(row, records.root), strict=True)),
@@ -312,15 +319,11 @@ def _problem(error: RowError, number: int, part: int = 0, name: str | None = Non
 
 def _modality_bits(row: Row) -> int:
     """Returns the modalities of a row: bits 0 to 2 `MODALITIES` of side a, 3 to 5 of b, 6 audio in a negative."""
-    return (
-        _bits(row.side("a"))
-        + 8 * _bits(row.side("b"))
-        + 64 * any(negative.audio is not None for negative in row.negatives)
-    )
+    negatives = any(negative.audio is not None for negative in row.negatives) if row.negatives else False
+    return BITS[row.side("a").modalities] + 8 * BITS[row.side("b").modalities] + 64 * negatives
 
 
-def _bits(content: Content) -> int:
-    return sum(1 << MODALITIES.index(name) for name in content.modalities)
+BITS = {names: sum(1 << MODALITIES.index(name) for name in names) for names in PRESENT.values()}
 
 
 def bad_rows(table: datasets.Dataset) -> list[dict[str, Any]]:

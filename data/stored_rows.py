@@ -45,8 +45,6 @@ def stored(row: Row, root: str, by_reference: bool) -> dict[str, Any]:
         root: folder to which paths are stored relative.
         by_reference: whether bytes and samples stay in the table of origin.
     """
-    contents = [row.side("a"), row.side("b"), *row.negatives]
-    media = [each for content in contents for each in (*content.images, content.audio) if each is not None]
     images = {name: _stored_images(getattr(row, name), root) for name in ("images_a", "images_b")}
     audio = {name: _stored_audio(getattr(row, name), root, by_reference) for name in ("audio_a", "audio_b")}
     negatives = [
@@ -57,12 +55,24 @@ def stored(row: Row, root: str, by_reference: bool) -> dict[str, Any]:
         }
         for each in row.negatives
     ]
-    inline = by_reference and not all(isinstance(each, str) for each in media)
-    return {**vars(row), **images, **audio, "negatives": negatives, "inline": inline}
+    return {
+        **vars(row),
+        **images,
+        **audio,
+        "negatives": negatives,
+        "inline": _is_inline(row) if by_reference else False,
+    }
+
+
+def _is_inline(row: Row) -> bool:
+    """Returns whether a row holds bytes or samples."""
+    contents = [row.side("a"), row.side("b"), *row.negatives]
+    media = [each for content in contents for each in (*content.images, content.audio) if each is not None]
+    return not all(isinstance(each, str) for each in media)
 
 
 def _stored_images(images: list[str | bytes], root: str) -> list[str | None]:
-    return [_relative(image, root) if isinstance(image, str) else None for image in images]
+    return images and [_relative(image, root) if isinstance(image, str) else None for image in images]
 
 
 def _stored_audio(audio: Any, root: str, by_reference: bool) -> dict[str, Any] | None:
