@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "peft", "deepspeed", "mteb")
 
 
@@ -31,6 +34,28 @@ def write_result(name: str, claims: dict[str, dict[str, Any]], **figures: Any) -
     text = json.dumps(result, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     print(text)
+
+
+def write_table(page: str, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a table into a page of docs/, between `<!-- NAME -->` and the next `<!-- end -->`.
+
+    Args:
+        page: file name.
+        name: of the table.
+        header: names of the columns.
+        rows: cells.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    path = DOCS / page
+    place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    text, found = place.subn(lambda _: f"Measured on {machine()}.\n\n{table}\n", path.read_text(encoding="utf-8"))
+    if found != 1:
+        raise ValueError(f"{page} has {found} places `<!-- {name} -->`; give it one.")
+    path.write_text(text, encoding="utf-8")
 
 
 def machine() -> str:

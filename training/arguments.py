@@ -227,6 +227,10 @@ class LossArguments:
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Matryoshka dimensions to train, such as 1024 512 256"}
     )
+    loss_block_rows: int | None = field(
+        default=None,
+        metadata={"help": "rows whose similarities are held at once; none: all of a small batch, else by its size"},
+    )
     distil: Any = field(
         default=None,
         metadata={"help": "weight of the distillation loss: one number for every task, or {TASK: weight}"},

@@ -253,6 +253,7 @@ def build_loss(loss_args: LossArguments, declared: dict[str, dict[str, Any]], ta
         matryoshka_dims=loss_args.matryoshka_dims,
         distillation=_build_distillation(loss_args, losses),
         triplet_negatives=loss_args.triplet_negatives,
+        block_rows=loss_args.loss_block_rows,
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear, log_softmax, normalize
 
 from ..pooling_vipolyqwen import unit_vectors
+from .loss_blocks import BlockPlan, divergence_in_blocks
 from .losses import check_temperature, check_weight
 
 
@@ -56,13 +57,14 @@ class Distillation(nn.Module):
         self.map.requires_grad_(self.cosine > 0)
         return self
 
-    def forward(self, a: Tensor, b: Tensor, teaching: Teaching) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, teaching: Teaching, plan: BlockPlan | None = None) -> Tensor:
         """Returns the mean of Distil over the sides of each pair that have a teacher, (B,) >= 0; 0 without any.
 
         Args:
             a: (B, d) float, unit vectors of sides a; d may be less than D (Matryoshka), which takes W's first columns.
             b: (B, d) float, the same of sides b.
             teaching: the teacher's vectors of some of these sides.
+            plan: blocks of a large batch.
         """
         if self.map is None:
             raise ValueError("The distillation has no map to the teacher yet; call `connect(dim, width)` first.")
@@ -75,9 +77,8 @@ class Distillation(nn.Module):
             return a.new_zeros(len(a))
         students = torch.cat([a, b])[teaching.sides]  # (M, d)
         teachers = normalize(teaching.vectors.to(students), dim=1)  # (M, W)
-        values = self.cosine * self._distances(self.map, students, teachers) + self.kl * self._divergences(
-            students, teachers
-        )
+        values = self.cosine * self._distances(self.map, students, teachers)
+        values = values + self.kl * self._divergences(students, teachers, plan)
         rows = teaching.sides % len(a)
         counts = values.new_zeros(len(a)).index_add(0, rows, torch.ones_like(values))
         return values.new_zeros(len(a)).index_add(0, rows, values) / counts.clamp(min=1)
@@ -87,8 +88,10 @@ class Distillation(nn.Module):
         mapped = linear(students, matrix.weight[:, : students.shape[1]].to(students))
         return 1 - (unit_vectors(mapped) * teachers).sum(dim=1)
 
-    def _divergences(self, students: Tensor, teachers: Tensor) -> Tensor:
+    def _divergences(self, students: Tensor, teachers: Tensor, plan: BlockPlan | None) -> Tensor:
         """KL from the teacher's to the student's similarities with all other sides, (M,) >= 0."""
+        if plan is not None:
+            return divergence_in_blocks(students, teachers, self.temperature, plan)
         wanted, found = (log_softmax(_others(x @ x.T) / self.temperature, dim=1) for x in (teachers, students))
         return kl_div(found, wanted, reduction="none", log_target=True).sum(dim=1)
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,26 @@ def unsharded_class(model: nn.Module) -> Iterator[nn.Module]:
         model.__class__ = sharded
 
 
+@dataclass(frozen=True)
+class RowShare:
+    """Rows of a joined batch that a rank computes; the others compute theirs.
+
+    Attributes:
+        rank: index of this rank.
+        pairs: rows of each rank, in rank order.
+        taught: sides of each rank with a teacher's vector.
+    """
+
+    rank: int
+    pairs: tuple[int, ...]
+    taught: tuple[int, ...] = ()
+
+    def own(self, counts: Sequence[int]) -> slice:
+        """Returns this rank's part of what `counts` counts of each rank."""
+        first = sum(counts[: self.rank])
+        return slice(first, first + counts[self.rank])
+
+
 def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
     """Gathers a few integers of every rank in one collective: (ranks, len(sizes)), in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -74,6 +95,12 @@ def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     return torch.stack(gathered).tolist()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Averages a tensor over all ranks in place, and returns it."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())
 
 
 def gather_rows(parts: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:

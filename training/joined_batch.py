@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .distillation import Teaching
-from .distributed import gather_rows, gather_sizes
-from .mixed_loss import HardNegatives
+from .distributed import RowShare, gather_rows, gather_sizes
+from .negatives import HardNegatives
 
 COLUMNS = ("data_type", "a_keys", "b_keys", "groups", "modalities")  # of a collated batch, int64, one value a pair
 
@@ -49,6 +49,7 @@ def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dic
         "modalities": modalities,
         "negatives": HardNegatives(vectors, owners, keys) if len(owners) else None,
         "teaching": _join_teaching(batch, sides, sizes),
+        "share": RowShare(rank, *zip(*((p, m) for p, _, m in sizes), strict=True)) if len(sizes) > 1 else None,
     }
 
 

@@ -2,7 +2,7 @@
 
 Learnable loss parameters are replicated on every rank and use a separate AdamW, with any launcher: the optimizer of a
 sharded model accepts no other parameters (FSDP2 finds shards by their names in the model, DeepSpeed steps its own).
-Every rank computes the loss of the joined batch, and so has the full gradient.
+The mean over ranks of their gradients is that of the joined batch.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import TrainerCallback
@@ -81,8 +81,8 @@ class LossOptimizer(TrainerCallback):
                 highest = max(group["lr"] for group in optimizer.param_groups)
                 self.adamw.param_groups[0]["lr"] = self.rate * highest / self.model_rate
             for parameter in self.parameters.values():
-                if parameter.grad is not None:  # non-deterministic kernels may differ between ranks
-                    parameter.grad = broadcast(parameter.grad / self._scale)
+                if parameter.grad is not None:  # a rank may have the gradient of its rows alone, see `MixedLoss`
+                    parameter.grad = reduce(parameter.grad / self._scale, reduction="mean")
             self.adamw.step()
         self.zero_grad()
 

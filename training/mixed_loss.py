@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from ..data.schema import MODALITY_PAIRS
 from ..pooling_vipolyqwen import unit_vectors
 from .distillation import Distillation, Teaching
+from .distributed import RowShare, mean_over_ranks
+from .loss_blocks import BlockPlan, block_rows, contrast, rank_in_blocks
 from .loss_figures import LossFigures, MixedLossOutput
 from .losses import (
     COMPONENTS,
@@ -26,19 +27,11 @@ from .losses import (
     pairwise_rank,
     score_mse,
 )
+from .negatives import Exclusions, HardNegatives
 from .weighting import TaskWeighting, UniformWeighting
 
 LOWEST_TEMPERATURE = 0.01  # of a learnable temperature, as in CLIP: below, one pair dominates the gradient
 LEARNED_RANGE = (math.log(LOWEST_TEMPERATURE), math.log(TEMPERATURES[1]))  # of its logarithm
-
-
-@dataclass
-class HardNegatives:
-    """Hard negatives: what rows of the batch name as wrong answers."""
-
-    vectors: Tensor  # (N, D) float, unit vectors
-    owners: Tensor  # (N,) long, the row that names each
-    keys: Tensor | None = None  # (N,) int64, equal for equal content, comparable with the keys of side b
 
 
 class MixedLoss(nn.Module):
@@ -64,6 +57,8 @@ class MixedLoss(nn.Module):
             (Kusupati et al. 2022). None uses the full vector.
         distillation: loss against a teacher, for tasks with a weight of distil.
         triplet_negatives: negative of Triplet: hardest, or semi_hard (less similar than the positive).
+        block_rows: rows whose similarities are held at once (training/loss_blocks.py); None chooses by size, and takes
+            all of a small batch.
     """
 
     def __init__(
@@ -79,6 +74,7 @@ class MixedLoss(nn.Module):
         learnable_temperature: bool = False,
         distillation: Distillation | None = None,
         triplet_negatives: str = "hardest",
+        block_rows: int | None = None,
     ) -> None:
         super().__init__()
         if nce_min_score is not None and not 0 <= nce_min_score <= 1:
@@ -89,7 +85,9 @@ class MixedLoss(nn.Module):
             raise ValueError(
                 f"`triplet_negatives` is {triplet_negatives!r}; it must be one of {', '.join(TRIPLET_NEGATIVES)}."
             )
-        self.semi_hard = triplet_negatives == "semi_hard"
+        if block_rows is not None and block_rows < 1:
+            raise ValueError(f"`loss_block_rows` is {block_rows}; give a number of rows >= 1, or leave it out.")
+        self.semi_hard, self.block_rows = triplet_negatives == "semi_hard", block_rows
         self.tasks = list(tasks)
         self.weighting = UniformWeighting(self.tasks) if weighting is None else weighting
         if self.weighting.tasks != self.tasks:
@@ -108,6 +106,7 @@ class MixedLoss(nn.Module):
         self.figures = LossFigures(self.tasks, names if learnable_temperature else ())
         places = [_sharing(pair, list(temperatures)) if self.temperature_by_pair else 0 for pair in MODALITY_PAIRS]
         losses = tasks.values()
+        self.used = {name for name in COMPONENTS if any(getattr(loss, name) > 0 for loss in losses)}
         constants = {  # derived from the settings, so not saved
             "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 6)
             "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
@@ -135,6 +134,7 @@ class MixedLoss(nn.Module):
         modalities: Tensor | None = None,
         negatives: HardNegatives | None = None,
         teaching: Teaching | None = None,
+        share: RowShare | None = None,
         with_gradients: bool = False,
     ) -> MixedLossOutput:
         """Computes the loss of one batch.
@@ -151,6 +151,8 @@ class MixedLoss(nn.Module):
             modalities: (B,) long, positions in `MODALITY_PAIRS`; needed for temperatures by pair.
             negatives: hard negatives, candidates of every row.
             teaching: teacher's vectors; at least one for each row of a task with a weight of distil.
+            share: rows of the joined batch that this rank computes where the batch is computed in blocks; the gradient
+                of the batch is then the mean over ranks. None: every rank computes the batch.
             with_gradients: whether to measure the tasks' gradients; always on for a weighting that needs them.
         """
         taught = self._taught(len(a), teaching, a.device)
@@ -159,11 +161,18 @@ class MixedLoss(nn.Module):
         scores = scores.to(dtype)
         with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bfloat16
             temperatures = self._temperatures(len(a), modalities).to(dtype)
-            mask = self._mask(a_keys, b_keys, groups, negatives)
+            keys = (a_keys, b_keys) if self.mask_duplicates else (None, None)
+            excluded = Exclusions(len(a), *keys, groups if self.mask_groups else None, negatives)
             candidates = b if negatives is None else torch.cat([b, negatives.vectors])
+            rows = block_rows(len(a), len(candidates), self.block_rows, a.device)
+            plan = None
+            if rows is not None:
+                triplets = "triplet" in self.used
+                plan = BlockPlan(excluded, rows, share, self.false_negative_margin, triplets, self.semi_hard)
+            mask = excluded.of_rows(0, len(a)) if plan is None else None
             values = torch.stack(  # (dims, B, 6)
                 [
-                    self._values(*sides, task_ids, scores, temperatures, mask, teaching)
+                    self._values(*sides, task_ids, scores, temperatures, plan or mask, teaching)
                     for sides in self._prefixes(a.to(dtype), candidates.to(dtype))
                 ]
             ).mean(dim=0)
@@ -175,7 +184,8 @@ class MixedLoss(nn.Module):
             loss = (task_weights * parts).sum() + (self.weighting.penalty().to(parts) * counts).sum() / len(a)
             wanted = with_gradients or self.weighting.needs_gradient_norms
             embeddings = [x for x in (a, b, *([] if negatives is None else [negatives.vectors])) if x.requires_grad]
-            gram = gradient_gram(parts, embeddings) if wanted and embeddings else None
+            shared = plan is not None and share is not None
+            gram = gradient_gram(parts, embeddings, shared) if wanted and embeddings else None
         uses = (weights > 0) & ~(self.by_score & scores.isnan()[:, None]) & (taught[:, None] | ~self.by_teacher)
         shown = dict(zip(COMPONENTS, values.detach().where(uses, torch.nan).unbind(dim=1), strict=True))
         self._observe(parts.detach(), counts, gram)
@@ -233,26 +243,40 @@ class MixedLoss(nn.Module):
         task_ids: Tensor,
         scores: Tensor,
         temperatures: Tensor,
-        mask: Tensor | None,
+        compared: Tensor | BlockPlan | None,
         teaching: Teaching | None,
     ) -> Tensor:
-        """Computes every component of every row, (B, 6) float, unweighted and finite, used or not."""
-        similarities = a @ candidates.T
-        cosines = similarities.diagonal()
-        ranked = self.weights[task_ids, COMPONENTS.index("rank")] > 0
+        """Computes every component of every row, (B, 6) float, unweighted and finite, used or not.
+
+        In blocks, as `compared` may say in place of a mask, components that no task uses are 0.
+        """
+        ranked = scores.where(self.weights[task_ids, COMPONENTS.index("rank")] > 0, torch.nan)
         rank_margins = self.rank_margins.to(scores)[task_ids]
         triplet_margins = self.triplet_margins.to(scores)[task_ids]
-        mask, column_mask = self._with_false_negatives(similarities.detach(), mask)
+        if isinstance(compared, BlockPlan):
+            cosines = torch.bmm(a[:, None], candidates[: len(a), :, None]).flatten()
+            nce, hardest = contrast(a, candidates, cosines, temperatures, compared)
+            uses_rank = "rank" in self.used
+            rank = rank_in_blocks(cosines, ranked, rank_margins, compared) if uses_rank else torch.zeros_like(cosines)
+            triplet = ((hardest - cosines) / temperatures.detach() + triplet_margins).relu()
+        else:
+            similarities = a @ candidates.T
+            cosines = similarities.diagonal()
+            mask, column_mask = self._with_false_negatives(similarities.detach(), compared)
+            nce = info_nce(similarities, temperatures, mask, column_mask)
+            rank = pairwise_rank(cosines, ranked, rank_margins)
+            triplet = hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask, self.semi_hard)
         values = {
-            "nce": info_nce(similarities, temperatures, mask, column_mask),
+            "nce": nce,
             "mse": score_mse(cosines, scores),
-            "rank": pairwise_rank(cosines, scores.where(ranked, torch.nan), rank_margins),
+            "rank": rank,
             "cosine": cosine_distance(cosines),
-            "triplet": hardest_triplet(similarities, temperatures.detach(), triplet_margins, mask, self.semi_hard),
+            "triplet": triplet,
             "distil": torch.zeros_like(cosines),
         }
         if self.distillation is not None and teaching is not None:
-            values["distil"] = self.distillation(a, candidates[: len(a)], teaching)
+            plan = compared if isinstance(compared, BlockPlan) else None
+            values["distil"] = self.distillation(a, candidates[: len(a)], teaching, plan)
         stacked = torch.stack([values[name] for name in COMPONENTS], dim=1)
         if self.nce_min_score is None:
             return stacked
@@ -267,30 +291,6 @@ class MixedLoss(nn.Module):
         limit = similarities.diagonal() + self.false_negative_margin
         by_row, by_column = similarities > limit[:, None], similarities[:, :rows] > limit[None, :]
         return (by_row, by_column) if mask is None else (by_row | mask, by_column | mask[:, :rows])
-
-    def _mask(
-        self, a_keys: Tensor | None, b_keys: Tensor | None, groups: Tensor | None, negatives: HardNegatives | None
-    ) -> Tensor | None:
-        """Masks candidates with the same content or group as the row, (B, C) bool; None without such masks."""
-        masks = []
-        owners = None if negatives is None else negatives.owners
-        if self.mask_duplicates and a_keys is not None:
-            same = a_keys[:, None] == a_keys[None, :]  # hard negatives of an equal question stay negatives
-            masks.append(same if owners is None else nn.functional.pad(same, (0, len(owners))))
-        if self.mask_duplicates and b_keys is not None:
-            candidate_keys = b_keys
-            if negatives is not None and negatives.keys is not None:
-                candidate_keys = torch.cat([b_keys, negatives.keys])
-            same = b_keys[:, None] == candidate_keys[None, :]
-            missing = 0 if owners is None else len(b_keys) + len(owners) - same.shape[1]
-            masks.append(nn.functional.pad(same, (0, missing)))
-        if self.mask_groups and groups is not None:
-            same = (groups[:, None] == groups[None, :]) & (groups[:, None] != 0)
-            if owners is not None:  # other rows' hard negatives may be right within a group
-                names_it = owners[None, :] == torch.arange(len(groups), device=groups.device)[:, None]
-                same = torch.cat([same, same[:, owners] & ~names_it], dim=1)
-            masks.append(same)
-        return torch.stack(masks).any(dim=0) if masks else None
 
     def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor, taught: Tensor) -> None:
         """Raises ValueError for shapes that do not fit, unknown task ids, and rows without score or teacher."""
@@ -326,7 +326,7 @@ class MixedLoss(nn.Module):
         return self.figures.average([self.measure(output)[1]])
 
 
-def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
+def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor], shared: bool = False) -> Tensor:
     """Computes (T, T) inner products of the gradients of T scalars by the embeddings, and leaves every `.grad` alone.
 
     The backward ends at the embeddings: it costs a few products of (B, B) with (B, D), but no backward of the model.
@@ -334,11 +334,14 @@ def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor]) -> Tensor:
     Args:
         parts: (T,) float, with gradient.
         embeddings: the tensors from which `parts` was computed.
+        shared: whether the gradient is the mean over ranks of theirs, see training/loss_blocks.py.
     """
     flat = parts.new_empty(len(parts), sum(x.numel() for x in embeddings))
     for row, part in zip(flat, parts, strict=True):  # in turn: a batched backward would hold T matrices of (B, B)
         gradients = torch.autograd.grad(part, tuple(embeddings), retain_graph=True, materialize_grads=True)
         torch.cat([gradient.flatten().to(flat.dtype) for gradient in gradients], out=row)
+    if shared:
+        flat = mean_over_ranks(flat)
     return flat @ flat.T
 
 

@@ -49,7 +49,7 @@ APPLIED |= {"fsdp_config", "parallelism_config", "accelerator_config", "auto_fin
 APPLIED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"}
 APPLIED |= {"activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 APPLIED |= {"use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps", "use_cache"}
-APPLIED |= {"average_tokens_across_devices", "seed"}  # the order of the rows is that of `data_seed`
+APPLIED |= {"loss_block_rows", "average_tokens_across_devices", "seed"}  # the order of the rows is that of `data_seed`
 
 # Shapes of the model and what its weights came from: another one is another run.
 FIXED = {"model", "prefixes", "lora_rank", "lora_alpha", "lora_targets", "use_dora", "load_in_4bit", *CHOICES}
