@@ -150,13 +150,17 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # noqa: BLE001  Pillow raises several kinds; the pixels are sound
         return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    if orientation not in TURNS:
+        return image
+    turned = image.transpose(TURNS[orientation])
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # else turned again
+    return turned
 
 
 def on_white(image: Image.Image) -> Image.Image:
     """Returns an image as RGB; what is transparent is laid on white, as paper and pages show it."""
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, straight).convert("RGB")

@@ -1,7 +1,7 @@
 """Processor: turns text, images, audio and a task into tensors, and keeps content from forging special tokens."""
 
 import difflib
-import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -501,6 +501,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """Builds the ids of prefix, texts, image slots and end token of each input, truncated and padded."""
         counts = iter(image_tokens)
         limit = self._limit(text_kwargs)
+        end, prefixes = self.tokenizer.eos_token_id, self._prefix_ids(inputs)
         rows, cut = [], []
         for number, (item, of_texts) in enumerate(zip(inputs, texts, strict=True)):
             # audio alone skips the language model; an end token, or a prefix not to be fused, makes it no text
@@ -511,7 +512,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 (next(ids), True) if isinstance(part, str) else (self._image_slot(next(counts)), False)
                 for part in item.parts
             ]
-            row = [] if alone else self._join(segments, item.prefix, limit, _name(number, len(inputs), item))
+            try:
+                row = [] if alone else [*_join(segments, prefixes[item.prefix], limit), end]
+            except ValueError as error:
+                raise ValueError(f"{_name(number, len(inputs), item)}: {error}") from error
             rows.append(row)
             excess = sum(len(segment) for segment, _ in segments) + 1 + (item.prefix is not None) - len(row)
             if excess > 0 and not alone:
@@ -525,7 +529,25 @@ class ViPolyQwenProcessor(ProcessorMixin):
         padding = {name: text_kwargs[name] for name in names if name in text_kwargs}
         if padding.get("padding") == "max_length":
             padding["max_length"] = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        if text_kwargs.get("return_tensors") is not None and padding.get("padding") in (True, "longest"):
+            return self._pad(rows, padding.get("padding_side"), padding.get("pad_to_multiple_of") or 1)
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))
+
+    def _pad(self, rows: list[list[int]], side: str | None, multiple: int) -> dict[str, np.ndarray]:
+        """Returns the rows padded to the longest as arrays, as `tokenizer.pad` does by way of lists."""
+        lengths = np.array([len(row) for row in rows])
+        width = -(-int(lengths.max()) // multiple) * multiple
+        mask = np.arange(width) < lengths[:, None]
+        if (side or self.tokenizer.padding_side) == "left":
+            mask = mask[:, ::-1]
+        ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int64)
+        ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
+        return {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+
+    def _prefix_ids(self, inputs: list[EmbeddingInput]) -> dict[str | None, list[int]]:
+        """Returns the token of each prefix of the inputs, none for none."""
+        named = {item.prefix for item in inputs}
+        return {name: [] if name is None else [self.tokenizer.convert_tokens_to_ids(name)] for name in named}
 
     def _embeds_prefix(self, item: EmbeddingInput) -> bool:
         """Returns whether the prefix of an input is embedded even if it has audio alone."""
@@ -551,29 +573,6 @@ class ViPolyQwenProcessor(ProcessorMixin):
         start, end = self.tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
         return [start, *[self.image_token_id] * count, end]
 
-    def _join(self, segments: list[tuple[list[int], bool]], prefix: str | None, limit: float, name: str) -> list[int]:
-        """Joins the segments of one input; text, but never an image slot, is cut from the end to fit `limit`."""
-        head = [] if prefix is None else [self.tokenizer.convert_tokens_to_ids(prefix)]
-        fixed = len(head) + 1 + sum(len(ids) for ids, is_text in segments if not is_text)
-        if fixed > limit:
-            raise ValueError(
-                f"{name}: images, prefix and end token take {fixed} tokens; the limit is {limit}. "
-                "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
-            )
-        room = limit - fixed
-        if room < 1 and any(ids for ids, is_text in segments if is_text):
-            raise ValueError(
-                f"{name}: images, prefix and end token take {fixed} tokens and leave none of {limit} for the text. "
-                "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
-            )
-        joined = head
-        for ids, is_text in segments:
-            if is_text:
-                ids = ids[: int(min(room, len(ids)))]
-                room -= len(ids)
-            joined = joined + ids
-        return [*joined, self.tokenizer.eos_token_id]
-
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
@@ -594,6 +593,29 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], place: str) -> No
             near = difflib.get_close_matches(str(name), [*known, "text", "images", "audio", "task"], n=1)
             hint = f"do you mean `{near[0]}`?" if near else "drop it."
             raise ValueError(f"The processor takes no argument `{name}`{place}, which would be ignored; {hint}")
+
+
+def _join(segments: list[tuple[list[int], bool]], head: list[int], limit: float) -> list[int]:
+    """Joins prefix and segments of one input; text, but never an image slot, is cut from the end to fit `limit`."""
+    fixed = len(head) + 1 + sum(len(ids) for ids, is_text in segments if not is_text)
+    if fixed > limit:
+        raise ValueError(
+            f"images, prefix and end token take {fixed} tokens; the limit is {limit}. "
+            "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
+        )
+    room = limit - fixed
+    if room < 1 and any(ids for ids, is_text in segments if is_text):
+        raise ValueError(
+            f"images, prefix and end token take {fixed} tokens and leave none of {limit} for the text. "
+            "Pass fewer images or a lower `min_pixels`, or raise `max_length`."
+        )
+    joined = list(head)
+    for ids, is_text in segments:
+        if is_text:
+            ids = ids[: int(min(room, len(ids)))]
+            room -= len(ids)
+        joined += ids
+    return joined
 
 
 @lru_cache
@@ -618,16 +640,30 @@ def _hashable(options: dict[str, Any]) -> tuple | None:
 
 def _share(images: list[Any], bounds: list[int | None]) -> tuple[list[Any], list[int | None], list[int]]:
     """Returns the different ones among loaded images, their bounds of pixels, and which of them is in each slot."""
-    numbers: dict[tuple, int] = {}
+    alike: dict[tuple, list[int]] = {}  # numbers of the different images that have some pixels in common
     different, slots = [], []
     for image, bound in zip(images, bounds, strict=True):
-        pixels = np.asarray(image)
-        key = bound, pixels.shape, pixels.dtype.str, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-        if key not in numbers:
-            numbers[key] = len(different)
+        others = alike.setdefault((bound, *_some_pixels(image)), [])
+        same = next((number for number in others if _are_equal(different[number][0], image)), None)
+        if same is None:
+            same = len(different)
+            others.append(same)
             different.append((image, bound))
-        slots.append(numbers[key])
+        slots.append(same)
     return [image for image, _ in different], [bound for _, bound in different], slots
+
+
+def _some_pixels(image: Any) -> tuple[Any, ...]:
+    """Returns size, type and a few lines of a loaded image, which tell most images apart at little cost."""
+    height, width = loaded_size(image)
+    lines = range(0, height, max(1, height // 4))
+    if isinstance(image, np.ndarray):
+        return image.shape, image.dtype.str, image[list(lines)].tobytes()
+    return height, width, image.mode, b"".join(image.crop((0, y, width, y + 1)).tobytes() for y in lines)
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    return first is second or np.array_equal(np.asarray(first), np.asarray(second))
 
 
 def _named(build: Callable[[int], Any], number: int, count: int) -> Any:

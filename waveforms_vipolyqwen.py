@@ -135,11 +135,12 @@ def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tu
         raise ValueError(f"The audio has shape {samples.shape}; pass (samples,) or (channels, samples).")
     check_length(samples.size, rate, limits)
     samples = _as_float(samples)
-    if not np.isfinite(samples).all():
+    loudest = max(float(samples.max()), -float(samples.min()))
+    if not math.isfinite(loudest):
         count = int((~np.isfinite(samples)).sum())
         raise ValueError(f"The audio has {count} NaN or infinite samples of {samples.size}; repair or drop it.")
-    if np.abs(samples).max() > LOUDEST:
-        raise ValueError(f"The audio has samples up to {np.abs(samples).max():g}; scale them to [-1, 1].")
+    if loudest > LOUDEST:
+        raise ValueError(f"The audio has samples up to {loudest:g}; scale them to [-1, 1].")
     return samples, rate
 
 
@@ -152,7 +153,7 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
     kind, size = samples.dtype.kind, samples.dtype.itemsize
     if kind == "f":
         with np.errstate(over="ignore"):  # an infinite sample is refused afterwards
-            return samples.astype(np.float32)
+            return samples.astype(np.float32, copy=False)
     peak = int(np.abs(samples).max(initial=0)) if kind == "i" and size == 4 else None
     if kind not in "ui" or size == 8 or (kind == "u" and size == 4) or (peak is not None and 0 < peak < 2**15):
         shown = f" up to {peak}" if peak is not None else ""
@@ -274,7 +275,7 @@ class _SeekableFile:
 def _pieces(clip: Any) -> Iterator[np.ndarray]:
     """Yields (samples,) of an open audio file until its end."""
     while len(piece := clip.read(PIECE, dtype="float32", always_2d=True)):
-        yield piece.mean(axis=1)  # (samples, channels) -> (samples,)
+        yield piece[:, 0] if piece.shape[1] == 1 else piece.mean(axis=1)  # (samples, channels) -> (samples,)
 
 
 def _decode_with_av(file: BinaryIO, container: str, limits: Limits) -> tuple[np.ndarray, int]:

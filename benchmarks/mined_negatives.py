@@ -9,6 +9,7 @@ figures are kept in OUTPUT_DIR; the same command resumes.
 
 import argparse
 import json
+import random
 import shlex
 import statistics
 import sys
@@ -37,16 +38,18 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True, help="train_data and eval_data with text pairs")
     parser.add_argument("--group_by", default="language", help="column whose values are measured apart")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--rows", type=int, default=8000, help="training pairs, drawn once (default: 8000)")
+    parser.add_argument("--steps", type=int, default=125)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--count", type=int, default=1, help="negatives of a row (default: 1)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/mined_negatives"))
     options = parser.parse_args()
     started = time.perf_counter()
-    recipe = read_recipe(options.recipe)
+    recipe = drawn(read_recipe(options.recipe), options.rows, options.output_dir)
     runs = [found for seed in range(options.seeds) for found in seed_runs(recipe, seed, options)]
     result = {
         "command": shlex.join(["python", *sys.argv]),
+        "rows": options.rows,
         "steps": options.steps,
         "batch_size": options.batch_size,
         "count": options.count,
@@ -61,14 +64,25 @@ def main() -> None:
     print(page)
 
 
+def drawn(recipe: dict[str, Any], rows: int, folder: Path) -> dict[str, Any]:
+    """Returns the recipe with some of its text pairs as training data; they are written once."""
+    source = next(each for each in recipe["train_data"] if TASK in Path(each["path"]).parts)
+    path = folder / TASK / f"train-{rows}.jsonl"
+    if not path.is_file():
+        lines = Path(source["path"]).read_text(encoding="utf-8").splitlines(keepends=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(random.Random(0).sample(lines, min(rows, len(lines)))), encoding="utf-8")
+    return {**recipe, "train_data": [{**source, "path": str(path)}]}
+
+
 def seed_runs(recipe: dict[str, Any], seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the figures of a seed: trained without mined negatives, and with those of that model."""
-    source = next(each for each in recipe["train_data"] if TASK in Path(each["path"]).parts)
     without = left_out("sounds and images", declare_tasks(recipe.get("tasks")))
-    settings = {name: recipe[name] for name in ("tasks", "nce_min_score") if name in recipe} | SETTINGS | QUIET
+    names = ("train_data", "tasks", "nce_min_score")
+    settings = {name: recipe[name] for name in names if name in recipe} | SETTINGS | QUIET
     settings |= {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "seed": seed}
-    settings |= {"train_data": [source], "loss_table": "nce", "check_media": False}
-    settings["model"] = str(base({**recipe, "train_data": [source]}, without, seed, options.output_dir))
+    settings |= {"loss_table": "nce", "check_media": False}
+    settings["model"] = str(base(recipe, without, seed, options.output_dir))
     first = Stage(settings)
     found = [figures("without", first, recipe, seed, options)]
     folder = options.output_dir / "mined" / first.key
@@ -135,8 +149,9 @@ def report(result: dict[str, Any]) -> str:
         "# Mined negatives",
         "",
         f"Recall@1 of held-out text pairs, mean ± standard deviation of {len(seeds)} seeds; {result['steps']} steps "
-        f"of {result['batch_size']} pairs from random weights, without and with {result['count']} mined negative(s) a "
-        f"row, mined by the model trained without. `{result['command']}`, {result['machine']}.",
+        f"of {result['batch_size']} of {result['rows']} pairs from random weights, without and with {result['count']} "
+        "mined negative(s) a row, mined by the model trained without. "
+        f"`{result['command']}`, {result['machine']}.",
         "",
         "| pairs | queries | chance | without | with | difference | by seed |",
         "|---|---|---|---|---|---|---|",

@@ -20,6 +20,7 @@ from PIL import Image
 from vipolyqwen.data.checks import TokenRoom
 from vipolyqwen.data.schema import RowError, declare_tasks
 from vipolyqwen.data.sources import PairDataset, load_pairs
+from vipolyqwen.images_vipolyqwen import load_image
 
 GOOD = {"task": "instr", "a": "x", "b": "y"}
 MEDIA = {"task": "vqa_single", "a": "x", "b": "y"}
@@ -228,6 +229,8 @@ def test_images_of_other_kinds_are_read_as_upright_rgb(folder: Path, name: str, 
     (folder / "a.jsonl").write_text(json.dumps({**MEDIA, "images": name}))
     image = load(folder / "a.jsonl")[0]["images_a"][0]
     assert (image.mode, image.size) == ("RGB", size)
+    again = load_image(image)  # as the processor does with what a reader has decoded
+    assert again.size == size and np.array_equal(np.asarray(again), np.asarray(image))
 
 
 FILES: list[tuple[str, str, bytes, str]] = [
