@@ -4,11 +4,13 @@
 
     python -m vipolyqwen.doctor REPO --against http://HOST:PORT/v1 [--dtype DTYPE]
     python -m vipolyqwen.doctor REPO --quantization int8
+    python -m vipolyqwen.doctor REPO --towers text [image] [audio] [--dtype DTYPE]
 
 REPO is a folder or a repository on the Hub; its code runs, as with `trust_remote_code=True`, and cannot import this
 package, as on a machine where it is not installed. With --against, a server's vectors are compared with the published
 ones; --dtype says in which one it runs. With --quantization, weights are rounded by torchao while they are loaded, and
-the vectors that they give are compared with the published ones. The exit code is 0 if no check fails, else 1.
+the vectors that they give are compared with the published ones; so are, with --towers, those of a model of which some
+towers alone are loaded. The exit code is 0 if no check fails, else 1.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file, is_torchao_available
 
 from vipolyqwen import __version__
+from vipolyqwen.configuration_vipolyqwen import TOWERS
 from vipolyqwen.fingerprint_vipolyqwen import (
     TOLERANCES,
     Finding,
@@ -50,6 +53,7 @@ from vipolyqwen.serving.parity import compare_server
 PACKAGE = "vipolyqwen"
 # Limits of 1 - cosine with rounded weights: twice that of bfloat16.
 QUANTIZED = {"int8": 1e-2}
+SETTINGS = ("attn_implementation", "fingerprint", "checkpoint")  # options of the check without a server and the like
 
 
 def diagnose(
@@ -240,6 +244,43 @@ def diagnose_quantized(
     return [note, loaded, *compare_vectors(published, model.to(device), processor, QUANTIZED[quantization])]
 
 
+def diagnose_towers(
+    repository: str | Path,
+    towers: list[str],
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> list[Finding]:
+    """Compares the vectors of a model of which some towers are loaded with the fingerprint of its repository.
+
+    Args:
+        repository: a folder or a repository on the Hub.
+        towers: those to load, `text` among them.
+        revision: branch, tag or commit.
+        device: where to run it.
+        dtype: load in this dtype; `None`: as published.
+
+    Returns:
+        A note about the towers, and one finding a kind of input that they can embed.
+
+    Raises:
+        ValueError: the repository has no fingerprint, `towers` lacks `text`, or the code is older than `towers`.
+        OSError: the repository does not exist.
+    """
+    published = read_fingerprint(repository, revision=revision)
+    model_kwargs = {"towers": towers, **({} if dtype is None else {"dtype": dtype})}
+    with package_hidden():
+        try:
+            model, processor, report = load(repository, revision, model_kwargs)
+        except TypeError as error:
+            raise ValueError(f"{repository} was published with code that always loads all towers: {error}") from error
+        limit = tolerance(published, [] if dtype is None else [str(model.dtype).removeprefix("torch.")])
+        absent = [tower for tower in TOWERS if tower not in towers]
+        left_out = f"; inputs with {' or '.join(absent)} are not measured" if absent else ""
+        note = Finding("towers", "note", f"{' and '.join(towers)}{left_out}")
+        return [note, compare_loading(report), *compare_vectors(published, model.to(device), processor, limit)]
+
+
 def quantization_config(name: str) -> Any:
     """Returns the stock `quantization_config` of weights alone; projections, which are small, stay as they are."""
     if not is_torchao_available():
@@ -249,6 +290,28 @@ def quantization_config(name: str) -> Any:
 
     kinds = {"int8": Int8WeightOnlyConfig}
     return TorchAoConfig(kinds[name](), modules_to_not_convert=["projection", "audio_projection"])
+
+
+def refuse_combinations(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with an error if options were given together of which one would be ignored."""
+    given = [name for name in ("against", "quantization", "towers") if getattr(options, name) is not None]
+    ignored = {"against": SETTINGS, "quantization": ("dtype", *SETTINGS), "towers": SETTINGS}
+    both = [*given, *(name for name in ignored[given[0]] if getattr(options, name) is not None)] if given else []
+    if len(both) > 1:
+        parser.error(f"--{both[0]} does not go with --{' and --'.join(both[1:])}; ask for one at a time.")
+
+
+def run_checks(options: argparse.Namespace) -> list[Finding]:
+    """Returns the findings of the check that the command line asks for."""
+    repository, revision, device = options.repository, options.revision, options.device
+    if options.quantization is not None:
+        return diagnose_quantized(repository, options.quantization, revision, device)
+    if options.towers is not None:
+        return diagnose_towers(repository, options.towers, revision, device, options.dtype)
+    if options.against is not None:
+        return diagnose_server(options.against, repository, revision, options.dtype)
+    attention, given = options.attn_implementation, (options.fingerprint, options.checkpoint)
+    return diagnose(repository, revision, device, options.dtype, attention, *given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -272,18 +335,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quantization", choices=QUANTIZED, help="compare the vectors of weights that torchao rounds so"
     )
-    options = vars(parser.parse_args(arguments))
-    url, quantization = options.pop("against"), options.pop("quantization")
-    if quantization is not None and (url is not None or options["dtype"] is not None):
-        parser.error("--quantization goes with neither --against nor --dtype; ask for one at a time.")
+    parser.add_argument(
+        "--towers", nargs="+", choices=TOWERS, help="compare the vectors of a model that has these towers alone"
+    )
+    options = parser.parse_args(arguments)
+    refuse_combinations(parser, options)
     try:
-        if quantization is not None:
-            given = (options["repository"], quantization, options["revision"], options["device"])
-            findings = diagnose_quantized(*given)
-        elif url is not None:
-            findings = diagnose_server(url, options["repository"], options["revision"], options["dtype"])
-        else:
-            findings = diagnose(**options)
+        findings = run_checks(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     for finding in findings:

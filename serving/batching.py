@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..configuration_vipolyqwen import TOWERS
 from ..data.precision import check_dimensions, shorten
 from ..images_vipolyqwen import load_image
 from ..media_vipolyqwen import Limits
@@ -84,6 +85,9 @@ class Batcher:
         self._pool = ThreadPoolExecutor(self.threads)
         self._length = self.model.encoder.processor.tokenizer.model_max_length
         self._limits = limits_of(self.model.encoder.processor)
+        config = self.model.encoder.transformers_model.config
+        loads = vars(type(config)).get("loads")  # code of models published earlier always loads all towers
+        self._kinds = [kind for kind in TOWERS if loads is None or loads(config, kind)]
 
     def run(self, jobs: Sequence[Job]) -> list[Done | RequestError]:
         """Returns the result of each job."""
@@ -130,6 +134,8 @@ class Batcher:
         content, cost = [], 2
         for part in parts:
             kind = part["type"]
+            if kind not in self._kinds:
+                raise ValueError(f"it has {kind}; this server embeds {', '.join(self._kinds)} only: leave it out.")
             loaded = part[kind]
             if kind == "text":
                 cost += len(loaded.encode("utf-8", "surrogatepass")) // BYTES_A_TOKEN

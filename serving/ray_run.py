@@ -47,8 +47,9 @@ def embed_with_ray(model: Mapping[str, Any], options: CorpusOptions, workers: in
     if workers < 1:
         raise ValueError(f"ray_workers is {workers}; it must be at least 1.")
     shares = SHARES * workers
-    units = ray.data.range(shares, override_num_blocks=shares)
-    done = units.map(
+    # In memory: reading blocks would need a free CPU, and the actors may hold all of them.
+    numbers = ray.data.from_items([{"id": share} for share in range(shares)], override_num_blocks=shares)
+    done = numbers.map(
         EmbedShare,
         fn_constructor_args=(dict(model), replace(options, rank=0, ranks=shares)),
         concurrency=workers,

@@ -1,6 +1,7 @@
 import io
 import threading
 import wave
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from helpers import TEXTS, random_image
 from PIL import Image
 
 from vipolyqwen.serving.batching import Batcher, Done, Job
-from vipolyqwen.serving.loading import LoadedModel
+from vipolyqwen.serving.loading import LoadedModel, load_model
 from vipolyqwen.serving.requests import RequestError
 
 
@@ -139,3 +140,17 @@ def test_no_more_is_decoded_than_the_processor_takes(
     assert isinstance(long, RequestError) and long.status == 400 and "max_audio_seconds" in str(long)
     assert isinstance(large, RequestError) and large.status == 400 and "image_pixels" in str(large)
     assert isinstance(fine, Done)
+
+
+def test_inputs_for_a_tower_that_is_not_loaded_are_refused_before_they_are_decoded(
+    repository: Path, model: LoadedModel, rng: np.random.Generator
+) -> None:
+    some = Batcher(load_model(str(repository), device="cpu", towers=["text", "image"]))
+    jobs = [Job([parts(audio=b"no audio")]), Job([parts(text="a", audio=wav(rng))]), Job([parts(image=png(rng))])]
+    *refused, fine = some.run(jobs)
+    for error in refused:
+        assert isinstance(error, RequestError) and (error.status, error.param) == (400, "input[0]")
+        assert "audio" in error.message and "text, image only" in error.message
+    assert isinstance(fine, Done)
+    expected = model.encoder.encode([message(jobs[2].inputs[0])])
+    assert np.abs(fine.vectors - expected).max() <= 1e-6

@@ -543,8 +543,48 @@ def test_rounding_without_its_library_names_it(
     assert "pip install torchao" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--quantization", "int3"], ["--quantization", "int8", "--dtype", "bfloat16"]])
-def test_rounding_is_asked_for_by_name_and_alone(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quantization", "int3"],
+        ["--quantization", "int8", "--dtype", "bfloat16"],
+        ["--quantization", "int8", "--attn_implementation", "eager"],
+        ["--towers", "video"],
+        ["--towers", "text", "--quantization", "int8"],
+        ["--against", "http://127.0.0.1:9/v1", "--towers", "text"],
+        ["--against", "http://127.0.0.1:9/v1", "--checkpoint", "run"],
+    ],
+)
+def test_no_option_is_ignored(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["REPO", *flags])
-    assert "--quantization" in capsys.readouterr().err
+    assert all(flag in capsys.readouterr().err for flag in flags[:1])
+
+
+@pytest.mark.parametrize(
+    ("towers", "kinds"),
+    [(["text"], {"text", "prefix"}), (["text", "image"], {"text", "image", "mix", "prefix"})],
+)
+def test_a_model_of_some_towers_gets_a_certificate(
+    towers: list[str], kinds: set[str], published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(published), "--towers", *towers]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("NOTE  towers") and "audio" in lines[0]
+    assert {line.split()[1] for line in lines if "cosine" in line} == kinds
+    assert all(line.startswith("OK") for line in lines if "cosine" in line)
+
+
+def test_towers_without_text_and_other_vectors_are_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(published), "--towers", "image"])
+    assert "'text' among them" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(published, other)
+    content = json.loads((other / "fingerprint.json").read_text(encoding="utf-8"))
+    content["vectors"]["text: vi"].reverse()
+    (other / "fingerprint.json").write_text(json.dumps(content), encoding="utf-8")
+    assert main([str(other), "--towers", "text"]) == 1
+    assert "FAIL  text " in capsys.readouterr().out
