@@ -66,6 +66,7 @@ class Variants(Study):
         shares: task -> its share of the rows, in place of the sources' weights.
         group_by: columns whose values, with the task, make a cell.
         directions: column whose equal values name one scene, for the six directions between modalities.
+        rivals: column whose equal values, within a group, name the two pairs on one image that differ in the task.
     """
 
     variants: Mapping[str, Settings] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Variants(Study):
     shares: Mapping[str, float] | None = None
     group_by: str | Sequence[str] | None = None
     directions: str | None = None
+    rivals: str | None = None
 
     def settings(self, name: str) -> dict[str, Any]:
         """The recipe with a variant's changes, and the losses of declared tasks that follow from them."""
@@ -93,14 +95,14 @@ class Cells(HeldOut):
 
     def __init__(self, study: Variants) -> None:
         super().__init__(study, study.group_by)
-        self.scenes = None
-        if study.directions is not None:
-            one_column = study.recipe["eval_data"]
-            renamed = [
-                {**source, "columns": {**source.get("columns", {}), "group": study.directions}}
-                for source in one_column
-            ]
-            self.scenes = load_pairs(renamed, self.tasks, 1).groups()
+        self.scenes = None if study.directions is None else self._column(study, study.directions)
+        self.rivals = {} if study.rivals is None else rivals_of(self._column(study, study.rivals))
+
+    def _column(self, study: Variants, name: str) -> list[str | None]:
+        """The values of a column of the held-out pairs."""
+        sources = study.recipe["eval_data"]
+        renamed = [{**source, "columns": {**source.get("columns", {}), "group": name}} for source in sources]
+        return load_pairs(renamed, self.tasks, 1).groups()
 
     def measure(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Adds to the ranks what else a study reports."""
@@ -113,7 +115,15 @@ class Cells(HeldOut):
         found["geometry"] = geometry(vectors, self.row_tasks, self.pairs_above)
         if self.scenes is not None:
             found["directions"] = self._directions(vectors)
+        if self.rivals:
+            found["rivals"] = {"/".join(cell): self._above_rivals(vectors, rows) for cell, rows in self.cells.items()}
         return found
+
+    def _above_rivals(self, vectors: Mapping[str, torch.Tensor], rows: Sequence[int]) -> float:
+        """Share of queries that are nearer to their side b than to that of the other task's pair; chance is 0.5."""
+        a, b = vectors["a"][rows], vectors["b"]
+        nearer = (a * b[rows]).sum(dim=1) > (a * b[[self.rivals[row] for row in rows]]).sum(dim=1)
+        return nearer.float().mean().item()
 
     @cached_property
     def pairs_above(self) -> torch.Tensor:
@@ -136,6 +146,21 @@ class Cells(HeldOut):
             for name, figures in six_directions(sides).items():
                 totals.setdefault(name, []).append(figures["recall@1"])
         return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def rivals_of(names: Sequence[str | None]) -> dict[int, int]:
+    """The other row of the same name for each row.
+
+    Raises:
+        ValueError: a name that is not that of two rows.
+    """
+    members: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        members.setdefault(name, []).append(row)
+    for name, rows in members.items():
+        if name is None or len(rows) != 2:
+            raise ValueError(f"Rivals come in twos, but {len(rows)} pairs have the value {name!r}; name others.")
+    return {row: other for rows in members.values() for row, other in (rows, rows[::-1])}
 
 
 class FrozenBase:
@@ -269,7 +294,7 @@ def run_key(study: Variants, name: str, seed: int) -> str:
             "settings": study.settings(name),
             "base": repository_digest(study.bases[seed % len(study.bases)]),
             "seed": seed,
-            "how": [study.fresh, study.rows, study.shares, study.group_by, study.directions],
+            "how": [study.fresh, study.rows, study.shares, study.group_by, study.directions, study.rivals],
             "data": {
                 s["path"]: data_digest(s["path"]) for s in (*study.recipe["train_data"], *study.recipe["eval_data"])
             },

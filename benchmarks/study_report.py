@@ -19,6 +19,14 @@ AT_CHANCE = 0.01  # p above which the hits of a cell could be those of a random 
 Results = Mapping[str, Any]
 
 
+MEASURES = {
+    "recall": "recall@1",
+    "rho": "ρ",
+    "directions": "recall@1 of six directions",
+    "rivals": "share nearer to the answer than to the other task's",
+}
+
+
 @dataclass(frozen=True)
 class Question:
     """A claim that one variant measures more than another one.
@@ -30,7 +38,8 @@ class Question:
         theirs: the variant that it is compared with.
         ours_view: own (prefixes as trained) or bare (no prefix).
         theirs_view: likewise.
-        figure: recall (recall@1), rho (Spearman) or directions (recall@1 between modalities).
+        figure: recall (recall@1), rho (Spearman), directions (recall@1 between modalities) or rivals (share of queries
+            nearer to their side b than to that of the other task on the same image).
         tasks: whose cells count; empty: all.
         groups: parts of the names of groups that count; empty: all.
     """
@@ -115,8 +124,8 @@ def value(view: Mapping[str, Any], figure: str, cells: Sequence[str]) -> float:
     """The figure of one run, the mean over cells."""
     if figure == "directions":
         return statistics.mean(view["directions"].values())
-    if figure == "rho":
-        return statistics.mean(view["rho"][cell] for cell in cells)
+    if figure in ("rho", "rivals"):
+        return statistics.mean(view[figure][cell] for cell in cells)
     return statistics.mean(recall(view["ranks"][cell]) for cell in cells)
 
 
@@ -130,8 +139,8 @@ def _cells(results: Results, question: Question) -> tuple[list[str], list[str]]:
     runs = results["runs"]
     if question.figure == "directions":
         return ["all"], []
-    if question.figure == "rho":
-        return [cell for cell in runs[question.ours][0]["own"]["rho"] if question.concerns(cell)], []
+    if question.figure in ("rho", "rivals"):
+        return [cell for cell in runs[question.ours][0]["own"][question.figure] if question.concerns(cell)], []
     chosen = [cell for cell in results["chance"] if question.concerns(cell)]
     sides = ((question.ours, question.ours_view), (question.theirs, question.theirs_view))
     at_chance = [cell for cell in chosen if all(is_at_chance(results, name, view, cell) for name, view in sides)]
@@ -242,7 +251,7 @@ def sentence(question: Question, found: Answer | None) -> str:
     head = f"**{question.hypothesis}**, {question.claim}"
     if found is None:
         return f"{head}: **not answered**, every cell is at chance."
-    measure = {"recall": "recall@1", "rho": "ρ", "directions": "recall@1 of six directions"}[question.figure]
+    measure = MEASURES[question.figure]
     text = (
         f"{head}: **{found.verdict}**. {measure} {found.ours:.3f} against {found.theirs:.3f}: "
         f"{found.ours - found.theirs:+.4f}"

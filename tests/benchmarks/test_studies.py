@@ -12,6 +12,7 @@ import studies
 import study_report
 import torch
 import yaml
+from demo_runs import write_look_alikes
 from frozen_heads import Heads, head_vectors, tower_states
 from pair_vectors import collate, embed
 from paired_statistics import power, seeds_needed
@@ -23,6 +24,9 @@ from verdicts import from_recalls
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.demo.rows import Split
+from vipolyqwen.demo.scenes import held_out_scenes
+from vipolyqwen.demo.world import read_rows
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
@@ -217,3 +221,28 @@ def test_verdicts_of_the_quick_ablations_count_the_hits_of_each_seed() -> None:
     assert found["runs"]["other"][1]["own"]["ranks"]["instr/vi"].count(1) == 4
     said = answer(found, Question("H1", "more", "base", "other"))
     assert said.excluded == ["ocr/zh"] and said.by_seed == pytest.approx([0.25, 0.125])
+
+
+def test_look_alikes_are_two_tasks_on_one_image(tmp_path: Path) -> None:
+    split = Split("held out", held_out_scenes(0))
+    rows = read_rows(write_look_alikes(tmp_path, "look_alikes", split, 2))
+    assert len(rows) == 2 * 3 * 4 and len({row["images"][0] for row in rows}) == 6
+    assert all((tmp_path / row["images"][0]).is_file() for row in rows)
+    rivals = studies.rivals_of([row["rivals"] for row in rows])
+    for number, row in enumerate(rows):
+        other = rows[rivals[number]]
+        assert {row["task"], other["task"]} == {"ocr", "vqa_single"} and row["images"] == other["images"]
+        assert row["b"] != other["b"] and (row["a"] == other["a"]) == (row["asked"] == "unasked")
+    with pytest.raises(ValueError, match=r"1 pairs have the value 'x'"):
+        studies.rivals_of(["y", "y", "x"])
+
+
+def test_rivals_count_queries_nearer_to_their_answer() -> None:
+    corners = torch.eye(3)
+    cells = object.__new__(studies.Cells)
+    cells.rivals = {0: 1, 1: 0, 2: 3, 3: 2}
+    # Rows 0 and 1 answer each other's question, row 2 its own, row 3 is as near to both.
+    vectors = {"a": corners[[0, 1, 2, 2]], "b": corners[[1, 0, 2, 2]]}
+    assert cells._above_rivals(vectors, [0, 1]) == 0 and cells._above_rivals(vectors, [2, 3]) == 0
+    vectors["b"] = corners[[0, 1, 2, 0]]
+    assert cells._above_rivals(vectors, [0, 1]) == 1 and cells._above_rivals(vectors, [2, 3]) == 0.5

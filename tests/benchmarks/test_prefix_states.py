@@ -1,0 +1,28 @@
+"""What a prefix changes inside: nothing before the first layer, something after it."""
+
+from pathlib import Path
+
+from prefix_states import distances, report
+
+from vipolyqwen.data.schema import declare_tasks
+from vipolyqwen.data.sources import load_pairs
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+
+
+def test_a_prefix_reaches_the_other_tokens_through_the_layers(world: Path) -> None:
+    model = ViPolyQwenModel.from_pretrained(world / "base").eval()
+    processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
+    tasks = declare_tasks(None)
+    for task in tasks.values():
+        processor.add_task(task.name, task.prefix, task.prefix_sides)
+    model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+    pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
+    found = {name: distances(model, processor, tasks, pairs, name, 2) for name in ("ocr", "text_pair", "audio")}
+    assert found["audio"] == {}  # audio alone has no tokens
+    for task in ("ocr", "text_pair"):
+        first, *later = found[task]["layers"]
+        assert abs(first) < 1e-6 and len(later) == 1 and later[0] > 1e-4
+        assert found[task]["vector"] > 1e-4 and found[task]["other_vector"] > 1e-4
+    page = report({"distances": {"ocr": found["ocr"]}, "command": "x", "machine": "y"})
+    assert "| ocr | 0.000 |" in page
