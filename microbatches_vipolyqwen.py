@@ -70,7 +70,9 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
         inputs["attention_mask"] = mask[:, used]
     if batch["images_per_row"][rows].any():
         slots = members(batch["images_per_row"], rows)
-        images, inputs["image_indices"] = batch["image_indices"][slots].unique(return_inverse=True)
+        images, places = batch["image_indices"][slots].unique(return_inverse=True)
+        by_size = batch["image_grid_thw"][images].prod(dim=-1).argsort(stable=True)  # attention takes runs of one size
+        images, inputs["image_indices"] = images[by_size], by_size.argsort()[places]
         patches = members(batch["image_grid_thw"].prod(dim=-1), images)
         inputs["pixel_values"] = select_media(batch["pixel_values"], patches)
         inputs["image_grid_thw"] = batch["image_grid_thw"][images]

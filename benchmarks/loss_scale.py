@@ -3,10 +3,11 @@
     python benchmarks/loss_scale.py [--rows 1024 4096 16384 65536] [--dim 1024] [--repeats 2] [--most_rows 16384]
 
 Rows are pairs of unit vectors of all six tasks in turn, a tenth with a duplicate, with the losses of the table
-`mixed`; the step is forward and backward to the vectors, without monitors. Above `WHOLE` similarities the loss is computed in
-blocks. Its matrix products are those that it makes, in the same blocks: the similarities (twice in blocks, since the
-backward computes them again), and the gradients of both sides. On a CPU a batch of more rows than `--most_rows` is
-measured as one of 16 ranks that share it, which computes its rows against all columns; collectives are left out.
+`mixed`; the step is forward and backward to the vectors, without monitors. Above `WHOLE` similarities the loss is
+computed in blocks. Its matrix products are those that it makes, in the same blocks: the similarities (twice in
+blocks, since the backward computes them again), and the gradients of both sides. On a CPU a batch of more rows than
+`--most_rows` is measured as one of 16 ranks that share it, which computes its rows against all columns, without the
+collectives.
 
 Memory is the peak of a fresh process less that before the vectors were made (on CUDA what torch allocated), with the
 vectors and their gradients. Writes benchmarks/results/loss_scale.json and the table of docs/performance.md.

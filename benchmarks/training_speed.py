@@ -149,7 +149,7 @@ class Contest:
         tasks = declare_tasks(None)
         config = ViPolyQwenConfig.from_pretrained(folder / "model")
         processor = ViPolyQwenProcessor.from_pretrained(folder / "model", config=config)
-        self.collator = MixedBatchCollator(processor, tasks, prefix_dropout=1.0)
+        self.collator = MixedBatchCollator(processor, tasks, prefix_dropout=1.0, with_negatives=False)
         self.pairs = load_pairs(sources, tasks, processor.min_audio_samples, check_media=False)
         self.arguments = {
             "output_dir": str(folder / "out"),
@@ -218,7 +218,8 @@ class Contest:
     def make_own(self) -> ViPolyQwenTrainer:
         """This trainer, with the loss of the other and forwards as large."""
         given = {"model": self.folder / "model", "loss_table": "nce", "temperature": TEMPERATURE, **self.arguments}
-        given |= {"embed_chunk_tokens": self.tokens_a_forward(), "mask_duplicates": False, "nce_min_score": 0.0}
+        given |= {"embed_chunk_tokens": self.tokens_a_forward(), "mask_duplicates": False, "mask_groups": False}
+        given["nce_min_score"] = 0.0
         _, _, loss_args, args = read_arguments([word for k, v in given.items() for word in (f"--{k}", str(v))])
         model = ViPolyQwenModel.from_pretrained(self.folder / "model")
         loss = build_loss(loss_args, {}, list(declare_tasks(None)))
