@@ -61,8 +61,13 @@ def _samples(file: str) -> Iterator[dict[str, Any]]:
             if sample and sample["__key__"] != key:
                 yield sample
                 sample = {}
+            if column in sample:
+                raise ValueError(f"{file}: the member {member.name!r} occurs twice; rename or drop one.")
             content = archive.extractfile(member).read()
-            sample |= {column: _decoded(column, content), "__key__": key, "__url__": file}
+            try:
+                sample |= {column: _decoded(column, content), "__key__": key, "__url__": file}
+            except ValueError as error:
+                raise ValueError(f"{file}: the member {member.name!r} cannot be read: {error}. Repair it.") from error
     if sample:
         yield sample
 

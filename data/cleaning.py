@@ -1,5 +1,6 @@
 """Converts the values of a record to a row: missing values, numbers, paths, hard negatives."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +15,17 @@ from .media_paths import below, find_media
 from .schema import Content, Place, Row, row_id
 
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
-MISSING_WORDS = {"nan", "none", "null", "<na>"}  # how pandas and others write a missing value as text
+MISSING_WORDS = {
+    "nan",
+    "-nan",
+    "none",
+    "null",
+    "<na>",
+    "n/a",
+    "#n/a",
+    "nat",
+}  # how pandas and others write a missing value as text
+MEDIA_PARTS = {"bytes", "path", "array", "sampling_rate"}  # as `datasets` stores media
 WHOLE_NUMBER = re.compile(r"[+-]?\d+\.0+")  # as text
 
 
@@ -107,9 +118,12 @@ def _clean_text(column: str, value: Any, place: Place) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        remedy = (
-            f"choose with `lists: {{{column}: all}}` (or first, random)" if isinstance(value, list) else "quote it"
-        )
+        remedies = {
+            list: f"choose with `lists: {{{column}: all}}` (or first, random)",
+            dict: f"name the column in it, `columns: {{{column}: COLUMN.KEY}}`",
+            bytes: "store it as a string",
+        }
+        remedy = remedies.get(type(value), "quote it")
         raise place.error(column, value, f"a text is expected, not {type(value).__name__}; {remedy}.")
     try:
         value.encode()
@@ -122,16 +136,40 @@ def _clean_text(column: str, value: Any, place: Place) -> str:
 
 def listed(value: Any) -> list[Any]:
     """Returns a list as it is, and one value as a list of it; empty without a value."""
-    if value is None or (isinstance(value, str) and not value):
+    if is_missing(value):
         return []
+    if isinstance(value, str):
+        return json_list(value) or [value]
     return value if isinstance(value, list) else [value]
+
+
+def is_missing(value: Any) -> bool:
+    """Returns whether there is no value: `None`, `""`, NaN, or media that hold neither bytes nor a path."""
+    if isinstance(value, dict):
+        parts = value.values() if MEDIA_PARTS.issuperset(value) else [value]
+        return bool(value) and not any(each or not isinstance(each, (str, bytes, type(None))) for each in parts)
+    return value is None or value == "" or _is_nan(value)
+
+
+def json_list(text: str) -> list[Any] | None:
+    """Returns the list of texts or objects that a cell holds as JSON, as CSV files have them; `None` for other texts.
+
+    A text of that form that is not meant as a list cannot be told apart.
+    """
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if found and all(isinstance(each, (str, dict)) for each in found) else None
 
 
 def _clean_negatives(record: Mapping[str, Any], place: Place, root: str) -> list[Content]:
     """Returns the hard negatives of three columns; each entry of a column is one negative."""
     images, audio = record.get("negative_images"), record.get("negative_audio")
     return [
-        *(_clean_negative(entry, place, root) for entry in listed(record.get("negatives"))),
+        *(_clean_negative(entry, place, root) for entry in listed(record.get("negatives")) if entry is not None),
         *(Content(images=_clean_images("negative_images", entry, place, root)) for entry in listed(images)),
         *(Content(audio=_clean_audio("negative_audio", entry, place, root)) for entry in listed(audio)),
     ]
@@ -157,6 +195,9 @@ def _clean_images(column: str, value: Any, place: Place, root: str) -> list[str 
 def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes:
     if isinstance(value, dict):  # as `datasets` stores media
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.startswith("data:"):
+        problem = "the file stands in the text; write it to the disk and name its path, or keep its bytes in Parquet."
+        raise place.error(column, value, problem)
     if isinstance(value, str) and value:
         return find_media(below(root, _clean_text(column, value, place)))
     if not isinstance(value, bytes) or not value:
@@ -165,7 +206,7 @@ def _clean_file(column: str, value: Any, place: Place, root: str) -> str | bytes
 
 
 def _clean_audio(column: str, value: Any, place: Place, root: str) -> str | bytes | dict[str, Any] | None:
-    if value is None or value == "":
+    if is_missing(value):
         return None
     if isinstance(value, list):
         value = {"array": value}
@@ -210,6 +251,8 @@ def _clean_score(value: Any, place: Place) -> float | None:
     if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
         value = value.replace(",", ".")
     try:
+        if isinstance(value, str) and "_" in value:  # Python alone reads 0_5 as 5
+            raise ValueError(value)
         return float(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise place.error("score", value, "a number in [0, 1] is expected; correct it or drop the row.") from error

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +22,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 DELIMITERS = ",;\t|"
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line, as Excel writes it
+HEAD = 2**16  # bytes by which encoding and line ends are known
 WRAPPERS = ("data", "rows", "train", "validation", "test")  # keys of an object around the rows of a JSON file
 Numbered = Iterator[
     tuple[int, dict[str, Any] | RowError]
@@ -33,11 +36,27 @@ def encoding_of(head: bytes, given: str | None = None) -> str:
 
 
 def _open(file: str, source: SourceConfig | None) -> TextIO:
-    """Opens a text file; bytes that are not UTF-8 become lone surrogates, so that they spoil their row alone."""
+    """Opens a text file; bytes that are not UTF-8 become lone surrogates, so that they spoil their row alone.
+
+    Lines end with a line feed; those of a file that begins with carriage returns alone, with a carriage return.
+
+    Raises:
+        RowError: it is UTF-16 or UTF-32 without a byte order mark.
+    """
+    given = None if source is None else source.encoding
     with open(file, "rb") as binary:
-        encoding = encoding_of(binary.read(4), None if source is None else source.encoding)
+        head = binary.read(HEAD)
+    encoding = encoding_of(head, given)
+    _refuse_wide(head, encoding, given, file)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    return open(file, encoding=encoding, errors=errors, newline="\n")
+    return open(file, encoding=encoding, errors=errors, newline="\n" if b"\n" in head or b"\r" not in head else "\r")
+
+
+def _refuse_wide(head: bytes, encoding: str, given: str | None, file: str) -> None:
+    """Refuses a text of two or four bytes a character that has no mark to say so."""
+    if given is None and encoding == "utf-8" and b"\0" in head[:4]:
+        problem = f"{file}: it begins with NUL bytes, as UTF-16 without a byte order mark; name its `encoding`."
+        raise RowError(problem, "invalid encoding")
 
 
 def parse_object(line: str | bytes, file: str, number: int) -> dict[str, Any]:
@@ -95,7 +114,9 @@ def _decoded(lines: Iterable[str], file: str) -> Iterator[tuple[int, str]]:
 def json_records(file: str, source: SourceConfig | None = None) -> Numbered:
     """Yields the objects of a JSON array, of an array inside an object (`{"data": […]}`), or of JSON lines."""
     content = Path(file).read_bytes()
-    encoding = encoding_of(content, None if source is None else source.encoding)
+    given = None if source is None else source.encoding
+    encoding = encoding_of(content, given)
+    _refuse_wide(content, encoding, given, file)
     try:
         text = content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except UnicodeError as error:
@@ -128,16 +149,19 @@ def csv_records(file: str, source: SourceConfig | None = None) -> Numbered:
     delimiter = None if source is None else source.delimiter
     with _open(file, source) as opened:
         lines = (line for _, line in _decoded(opened, file))
-        head = next(lines, "")
-        if head.lower().startswith("sep=") and len(head.strip()) == 5:  # as Excel writes it
-            delimiter, head = delimiter or head.strip()[4], next(lines, "")
+        head, before = next(lines, ""), 0
+        if separator := SEPARATOR.fullmatch(head.rstrip("\r\n")):
+            delimiter, head, before = delimiter or separator[1], next(lines, ""), 1
+        while head and not head.strip():
+            head, before = next(lines, ""), before + 1
         delimiter = delimiter or _delimiter(head, file)
         quoting = csv.QUOTE_MINIMAL if source is None or source.quotes else csv.QUOTE_NONE
         reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, quoting=quoting, strict=True)
-        yield from _csv_rows(reader, file)
+        yield from _csv_rows(reader, file, before)
 
 
-def _csv_rows(reader: Any, file: str) -> Numbered:
+def _csv_rows(reader: Any, file: str, before: int) -> Numbered:
+    """Yields the rows of an open file; `before` counts the lines before those of the reader."""
     names: list[str] | None = None
     while True:
         try:
@@ -145,20 +169,20 @@ def _csv_rows(reader: Any, file: str) -> Numbered:
         except StopIteration:
             return
         except csv.Error as error:
-            fault = _csv_error(file, reader.line_num, str(error))
+            fault = _csv_error(file, before + reader.line_num, str(error))
             if names is None or "unexpected end" in str(error):  # the rest of the file is inside the quotes
                 raise fault from error
-            yield reader.line_num, fault
+            yield before + reader.line_num, fault
             continue
         if names is None:
             names = [name.strip() for name in fields]
             _check_header(names, file)
         elif len(fields) > len(names) and any(fields[len(names) :]):
             problem = f"{fields[len(names) :]!r:.100} is beyond the last column; quote fields that hold commas"
-            yield reader.line_num, _csv_error(file, reader.line_num, problem)
+            yield before + reader.line_num, _csv_error(file, before + reader.line_num, problem)
         elif fields:
             padded = [*fields, *[None] * (len(names) - len(fields))]
-            yield reader.line_num, dict(zip(names, padded, strict=False))
+            yield before + reader.line_num, dict(zip(names, padded, strict=False))
 
 
 def _csv_error(file: str, line: int, problem: str) -> RowError:

@@ -7,11 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cleaning import json_list, listed
+
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+TOOL = "tool"  # what a tool was asked and what it gave: of the dialogue, neither question nor answer
 ROLES = {
     **dict.fromkeys(("user", "human", "question", "prompter"), USER),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "bing", "answer"), ASSISTANT),
-    "system": SYSTEM,
+    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("tool", "function", "function_call", "function_response", "tool_call", "tool_response"), TOOL),
+    "observation": TOOL,
 }
 ALL, FIRST, LAST, RANDOM, JOIN = "all", "first", "last", "random", "join"
 PICKS = (ALL, FIRST, RANDOM, JOIN)  # of a column with a list: a pair for each entry, one entry, or all as one text
@@ -51,6 +56,8 @@ def take(record: Mapping[str, Any], column: str | Sequence[str]) -> Any:
 def _part(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return value.get(name)
+    if isinstance(value, list) and value and all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        return dict(value).get(name)  # a map of Arrow
     if isinstance(value, list) and name.isdigit():
         return value[int(name)] if int(name) < len(value) else None
     return [_part(each, name) for each in value] if isinstance(value, list) else None
@@ -66,6 +73,7 @@ def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[dict[st
     choices = []
     for column, pick in picks.items():
         value = values.get(column)
+        value = (json_list(value) or value) if isinstance(value, str) else value
         entries = [each for each in value if each not in (None, "")] if isinstance(value, list) else [value]
         if pick == RANDOM and len(entries) > 1:
             digest = hashlib.blake2b(repr((column, values)).encode("utf-8", "replace"), digest_size=8).digest()
@@ -136,6 +144,8 @@ def conversation_pairs(
 def _answers(turns: list[_Turn], values: dict[str, Any], shape: ConversationShape) -> Iterator[dict[str, Any]]:
     before, asked, answered = _Turn(USER), False, 0
     for turn in turns:
+        if turn.role == SYSTEM and not shape.system and (turn.images or turn.audio):
+            raise ShapeError(shape.column, turn.text, "a system turn has images or audio; set `system: true`.")
         if turn.role == ASSISTANT and asked and (turn.text or turn.images or turn.audio):
             record = {**values, "a": before.text, "images_a": list(before.images), "b": turn.text}
             record |= {"images_b": turn.images} if turn.images else {}
@@ -166,7 +176,7 @@ def _read_turns(turns: Any, column: str, placeholder: str) -> list[_Turn]:
                 column, turns, f"it is neither a list of turns nor its JSON: {error}; repair it."
             ) from error
     if isinstance(turns, Mapping):  # as `datasets` stores a list of structs
-        turns = [dict(zip(turns, parts, strict=False)) for parts in zip(*turns.values(), strict=False)]
+        turns = _rows_of(turns, column)
     if not isinstance(turns, list):
         raise ShapeError(column, turns, "a conversation is a list of turns; correct `conversation` or drop the row.")
     joined: list[_Turn] = []
@@ -178,6 +188,14 @@ def _read_turns(turns: Any, column: str, placeholder: str) -> list[_Turn]:
     return joined
 
 
+def _rows_of(turns: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """Returns the turns of columns of equal length."""
+    lengths = {len(part) if isinstance(part, list) else -1 for part in turns.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        raise ShapeError(column, turns, "its columns are no lists of equal length; correct or drop the row.")
+    return [dict(zip(turns, parts, strict=True)) for parts in zip(*turns.values(), strict=True)]
+
+
 def _message(message: Any, column: str, placeholder: str) -> Iterator[_Turn]:
     if isinstance(message, Mapping) and {USER, ASSISTANT} <= set(message):
         yield from (_turn(role, message[role], column, placeholder) for role in (USER, ASSISTANT))
@@ -185,10 +203,11 @@ def _message(message: Any, column: str, placeholder: str) -> Iterator[_Turn]:
     if not isinstance(message, Mapping) or not {"role", "from"} & set(message):
         raise ShapeError(column, message, "a turn has `from` and `value`, or `role` and `content`; correct the row.")
     role = message.get("role") or message.get("from")
-    if str(role).lower() not in ROLES:
+    name = str(role).strip().lower()
+    if name not in ROLES:
         raise ShapeError(column, role, f"the role of a turn is unknown; known: {', '.join(ROLES)}. Drop the row.")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    yield _turn(ROLES[str(role).lower()], content, column, placeholder)
+    yield _turn(ROLES[name], content, column, placeholder)
 
 
 def _turn(role: str, content: Any, column: str, placeholder: str) -> _Turn:
@@ -216,7 +235,7 @@ def _add_part(turn: _Turn, part: Any, column: str, placeholder: str) -> None:
         turn.images += [None] * text.count(placeholder)
     elif kind in ("image", "image_url"):
         turn.text += placeholder
-        turn.images.append(NEXT if _source(part) is None else _source(part))
+        turn.images.append(_source(part) or (part["index"] if type(part.get("index")) is int else NEXT))
     elif kind in ("audio", "audio_url", "input_audio"):
         turn.audio.append(_source(part))
     else:
@@ -233,7 +252,9 @@ def _source(part: Mapping[str, Any]) -> Any:
 
 def _place_images(turns: list[_Turn], images: Any, shape: ConversationShape, placeholder: str) -> list[_Turn]:
     """Gives the marks of the turns the images of the record, in their order."""
-    given = images if isinstance(images, list) else [] if images in (None, "") else [images]
+    given = listed(images)
+    if numbered := [(turn, at) for turn in turns for at, image in enumerate(turn.images) if type(image) is int]:
+        return _place_numbered(turns, numbered, given, shape)
     marks = [(turn, at) for turn in turns for at, image in enumerate(turn.images) if image in (None, NEXT)]
     first = next((turn for turn in turns if turn.role == USER), None)
     if not given:
@@ -247,6 +268,22 @@ def _place_images(turns: list[_Turn], images: Any, shape: ConversationShape, pla
         first.images = [*given, *first.images]
     for (turn, at), image in zip(marks, given, strict=False):
         turn.images[at] = image
+    return turns
+
+
+def _place_numbered(
+    turns: list[_Turn], numbered: list[tuple[_Turn, int]], given: list[Any], shape: ConversationShape
+) -> list[_Turn]:
+    """Gives the parts that have an `index` the image of that number."""
+    for turn, at in numbered:
+        index = turn.images[at]
+        if not 0 <= index < len(given):
+            raise ShapeError(
+                shape.column, index, f"a part names this image, of {len(given)}; correct the row or map `images_a`."
+            )
+        turn.images[at] = given[index]
+    if any(image is None or image is NEXT for turn in turns for image in turn.images):
+        raise ShapeError(shape.column, turns[0].text, "some of its images have an `index` and some have none.")
     return turns
 
 

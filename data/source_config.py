@@ -1,6 +1,5 @@
 """Settings of one entry of a recipe's data: where its rows are and how its columns become those of the schema."""
 
-import codecs
 import fnmatch
 import math
 import re
@@ -140,8 +139,8 @@ class SourceConfig:
         if self.delimiter is not None and (not isinstance(self.delimiter, str) or len(self.delimiter) != 1):
             raise ValueError(f"{self.path}: delimiter is {self.delimiter!r}; write one character, such as ';'.")
         try:
-            codecs.lookup(self.encoding or "utf-8")
-        except LookupError as error:
+            "".encode(self.encoding or "utf-8")
+        except (LookupError, TypeError) as error:  # unknown, or one of bytes, such as hex
             raise ValueError(f"{self.path}: encoding is {self.encoding!r}; write one that Python knows.") from error
 
     def _check_columns(self) -> None:

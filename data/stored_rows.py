@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..waveforms_vipolyqwen import load_audio
-from .cleaning import listed
+from .cleaning import is_missing, listed
 from .media_paths import below
 from .row_keys import KEYS
 from .schema import Content, Place, Row, row_id
@@ -118,14 +118,14 @@ def media_slots(values: Mapping[str, Any]) -> Iterator[Any]:
     for side in ("a", "b"):
         yield from listed(values.get(f"images_{side}"))
         audio = values.get(f"audio_{side}")
-        yield from [] if audio in (None, "") else [audio]
+        yield from [] if is_missing(audio) else [audio]
     for entry in listed(values.get("negatives")):
         if isinstance(entry, dict):
             yield from listed(entry.get("images"))
-            yield from [] if entry.get("audio") in (None, "") else [entry["audio"]]
+            yield from [] if is_missing(entry.get("audio")) else [entry["audio"]]
     for entry in listed(values.get("negative_images")):
         yield from listed(entry)
-    yield from (each for each in listed(values.get("negative_audio")) if each not in (None, ""))
+    yield from (each for each in listed(values.get("negative_audio")) if not is_missing(each))
 
 
 def _images(paths: list[str | None], root: str, media: Iterator[Any]) -> list[str | bytes]:

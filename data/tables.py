@@ -27,7 +27,7 @@ class Table:
         existing: names of all columns, also of those not used.
         digest: changes with the content.
         rows: the rows by number if they may hold media themselves, otherwise `None`.
-        labels: column -> names of its classes.
+        labels: column -> names of its classes, of nested columns as `{name: …}`.
         opened: the file or table that `records` reads.
         used: names of the used columns.
     """
@@ -36,7 +36,7 @@ class Table:
     existing: list[str]
     digest: str
     rows: datasets.Dataset | None
-    labels: Mapping[str, list[str]]
+    labels: Mapping[str, Any]
     opened: pq.ParquetFile | datasets.Dataset
     used: list[str]
 
@@ -108,7 +108,7 @@ def _open_parquet(file: str, source: SourceConfig) -> Table:
             columns=used,
             cache_dir=str(cache_folder() / digest),
         ).with_format("arrow")
-    labels = _labels(datasets.Features.from_arrow_schema(schema), used)
+    labels = _labels(_features(schema, used), used)
     return Table(file, schema.names, digest, rows, labels, opened if rows is None else rows, used)
 
 
@@ -131,17 +131,18 @@ def _open_dataset(file: str, source: SourceConfig) -> Table:
     return Table(file, table.column_names, digest, opened if has_media else None, labels, opened, used)
 
 
-def class_names(file: str, source: SourceConfig) -> dict[str, list[str]]:
+def class_names(file: str, source: SourceConfig) -> dict[str, Any]:
     """Returns the names of the classes of each used column that has classes; none in text files."""
     if suffix_of(file) in (".jsonl", ".json", ".csv", ".tsv"):
         return {}
     if suffix_of(file) == ".parquet":
         schema = pq.read_schema(file)
-        return _labels(datasets.Features.from_arrow_schema(schema), source.used_columns(schema.names))
+        used = source.used_columns(schema.names)
+        return _labels(_features(schema, used), used)
     return dict(_open_dataset(file, source).labels)
 
 
-def name_classes(record: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+def name_classes(record: dict[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces numbers of classes in a record by their names."""
     return {**record, **{column: _label(record[column], names) for column, names in labels.items()}}
 
@@ -186,18 +187,34 @@ def _holds_media(kind: pa.DataType) -> bool:
     return any(_holds_media(kind.field(number).type) for number in range(kind.num_fields))
 
 
-def _labels(features: datasets.Features, used: list[str]) -> dict[str, list[str]]:
+def _features(schema: pa.Schema, used: list[str]) -> datasets.Features:
+    """Returns the features of the used columns; `datasets` knows no maps, which have no classes."""
+    known = [schema.field(name) for name in used if not pa.types.is_map(schema.field(name).type)]
+    return datasets.Features.from_arrow_schema(pa.schema(known, schema.metadata))
+
+
+def _labels(features: datasets.Features, used: list[str]) -> dict[str, Any]:
     """Returns the names of the classes of each used column that has classes."""
-    found = {}
-    for column in used:
-        feature = features[column]
-        feature = feature.feature if isinstance(feature, datasets.List) else feature
-        if isinstance(feature, datasets.ClassLabel):
-            found[column] = feature.names
-    return found
+    found = {column: _names_in(features[column]) for column in used if column in features}
+    return {column: names for column, names in found.items() if names is not None}
 
 
-def _label(value: Any, names: list[str]) -> Any:
+def _names_in(feature: Any) -> Any:
+    """Returns the names of a feature's classes, of nested features as `{name: …}`; `None` without classes."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return _names_in(feature.feature)
+    inner = {name: _names_in(each) for name, each in feature.items()} if isinstance(feature, dict) else {}
+    return {name: names for name, names in inner.items() if names is not None} or None
+
+
+def _label(value: Any, names: Any) -> Any:
+    """Returns a class by its name; -1, which is no class, as `None`, other unknown numbers unchanged."""
     if isinstance(value, list):
         return [_label(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+    if isinstance(names, dict):
+        return {**value, **{name: _label(value.get(name), of) for name, of in names.items()}} if value else value
+    if not isinstance(value, int) or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None

@@ -75,6 +75,13 @@ def test_damaged_and_empty_archives_are_errors(content: bytes, tmp_path: Path) -
         load_pairs([{"path": str(tmp_path / "x.tar"), "task": "instr"}], declare_tasks(), 400)
 
 
+@pytest.mark.parametrize(("name", "content"), [("0.json", b"{"), ("0.txt", b"\xff"), ("0.cls", b"one")])
+def test_a_damaged_member_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "a.tar", {name: content})
+    with pytest.raises(ValueError, match=f"a.tar: the member '{name}' cannot be read"):
+        load_pairs([{"path": path, "task": "instr"}], declare_tasks(), 400)
+
+
 def test_a_truncated_archive_is_an_error(archive: str, tmp_path: Path) -> None:
     content = Path(archive).read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[: content.index(b"shard/2.png") + 700])

@@ -383,7 +383,10 @@ def test_media_of_a_conversation_may_stand_in_the_table(folder: Path) -> None:
     [
         ({"turns": [{"from": "gpt", "value": "x"}]}, "no answer follows a question"),
         ({"turns": [{"from": "human", "value": "x"}]}, "no answer follows a question"),
-        ({"turns": [{"from": "tool", "value": "x"}]}, "'tool': the role of a turn is unknown; known: user, human"),
+        (
+            {"turns": [{"from": "narrator", "value": "x"}]},
+            "'narrator': the role of a turn is unknown; known: user, human",
+        ),
         ({"turns": [{"value": "x"}]}, "a turn has `from` and `value`, or `role` and `content`"),
         ({"turns": 3}, "a conversation is a list of turns"),
         ({"turns": "[{"}, "nor its JSON"),
@@ -505,3 +508,111 @@ def test_a_gap_in_the_scores_of_other_tasks_is_none(folder: Path) -> None:
     assert [pairs.row(number).score for number in range(2)] == [0.5, None]
     with pytest.raises(RowError, match="column 'score' is nan"):
         load(write_json(folder / "a.jsonl", rows), columns={}, task="text_pair")
+
+
+# As other programs write them
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "a,b\rx,y\r"),
+        ("a.csv", "\n\na,b\nx,y\n"),
+        ("a.csv", "a,b\r\nx,y\n"),
+        ("a.csv", "sep=\t\r\na\tb\r\nx\ty\r\n"),
+        ("a.csv", '"sep=;"\na;b\nx;y\n'),
+        ("a.jsonl", '{"a": "x", "b": "y"}\r'),
+    ],
+)
+def test_line_ends_and_first_lines_of_other_programs(folder: Path, name: str, content: str) -> None:
+    assert texts(load(write(folder / name, content), task="instr")) == [("x", "y")]
+
+
+def test_a_row_is_named_by_its_line_after_those_before_the_header(folder: Path) -> None:
+    with pytest.raises(RowError, match="a.csv, row 4, column 'b'"):
+        load(write(folder / "a.csv", "sep=;\n\na;b\nx;\n"), task="instr")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_wide_characters_without_a_mark_are_named(folder: Path, name: str) -> None:
+    content = {"a.csv": "a;b\nx;y\n"}.get(name, '{"a": "x", "b": "y"}').encode("utf-16-le")
+    with pytest.raises(RowError, match="UTF-16 without a byte order mark; name its `encoding`"):
+        load(write(folder / name, content), task="instr")
+    assert texts(load(folder / name, task="instr", encoding="utf-16-le")) == [("x", "y")]
+
+
+def test_an_encoding_of_bytes_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="encoding is 'hex'"):
+        load(write_json(folder / "a.jsonl", [{"a": "x", "b": "y"}]), task="instr", encoding="hex")
+
+
+@pytest.mark.parametrize("score", ["0_5", 10**400])
+def test_what_only_python_takes_for_a_number_is_no_score(folder: Path, score: Any) -> None:
+    with pytest.raises(RowError, match="'score' is .*a number in"):
+        load(write_json(folder / "a.jsonl", [{"a": "x", "b": "y", "score": score}]), task="text_pair")
+
+
+def test_a_cell_may_hold_a_list_as_json(folder: Path) -> None:
+    row = {"a": "x", "b": '["y", "z"]', "negatives": '["n", "m"]', "images": '["0.png", "1.png"]'}
+    pairs = load(write_csv(folder / "a.csv", [row]), task="ocr", lists={"b": "all"})
+    assert texts(pairs) == [("x", "y"), ("x", "z")]
+    assert [[negative.text for negative in pairs.row(number).negatives] for number in (0, 1)] == [["n", "m"]] * 2
+    assert [Path(image).name for image in pairs.row(0).images_a] == ["0.png", "1.png"]
+
+
+def test_null_among_negatives_is_none(folder: Path) -> None:
+    pairs = load(write_json(folder / "a.jsonl", [{"a": "x", "b": "y", "negatives": ["n", None]}]), task="instr")
+    assert [negative.text for negative in pairs.row(0).negatives] == ["n"]
+
+
+def test_media_without_bytes_and_path_are_none(folder: Path) -> None:
+    media = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    empty, image = {"bytes": None, "path": None}, {"bytes": (folder / "0.png").read_bytes(), "path": None}
+    audio = {"bytes": (folder / "word.wav").read_bytes(), "path": None}
+    columns = {"images": pa.array([empty, image, None], media), "audio": pa.array([audio, empty, audio], media)}
+    pq.write_table(pa.table({"a": ["x"] * 3, "b": ["y"] * 3, **columns}), folder / "a.parquet")
+    pairs = load(folder / "a.parquet", task="instr")
+    found = [(len(pairs[number]["images_a"]), pairs[number]["audio_a"] is not None) for number in range(3)]
+    assert found == [(0, True), (1, False), (0, True)]
+
+
+def test_classes_inside_other_columns_have_their_names_and_unknown_numbers_are_errors(folder: Path) -> None:
+    features = {"a": datasets.Value("string"), "q": {"label": datasets.ClassLabel(names=["no", "yes"])}}
+    table = datasets.Dataset.from_dict({"a": ["x"], "q": [{"label": 1}]}, features=datasets.Features(features))
+    table.to_parquet(folder / "a.parquet")
+    assert texts(load(folder / "a.parquet", task="instr", columns={"b": "q.label"})) == [("x", "yes")]
+    stored = pq.read_table(folder / "a.parquet")
+    wrong = pa.table({"a": ["x"], "q": [{"label": 7}]}, stored.schema)
+    pq.write_table(wrong, folder / "b.parquet")
+    with pytest.raises(RowError, match="'q.label' is 7: a text is expected"):
+        load(folder / "b.parquet", task="instr", columns={"b": "q.label"})
+
+
+def test_maps_of_arrow_are_nested_columns(folder: Path) -> None:
+    maps = pa.array([[("vi", "y"), ("en", "z")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"a": ["x"], "b": maps, "other": maps}), folder / "a.parquet")
+    assert texts(load(folder / "a.parquet", task="instr", columns={"b": "b.vi"})) == [("x", "y")]
+
+
+def test_a_file_inside_a_text_is_named(folder: Path) -> None:
+    row = {"a": "x", "b": "y", "images": "data:image/png;base64,AAAA"}
+    with pytest.raises(RowError, match="the file stands in the text; write it to the disk"):
+        load(write_json(folder / "a.jsonl", [row]), task="ocr")
+
+
+def test_turns_of_tools_belong_to_the_dialogue(folder: Path) -> None:
+    asked = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
+    turns = [{"role": "developer", "content": "rules"}, {"role": "user", "content": "q"}, asked]
+    turns += [{"role": "tool", "content": "42"}, {"role": " Assistant ", "content": "it is 42"}]
+    pairs = load(write_json(folder / "a.jsonl", [{"turns": turns}]), conversation="turns")
+    assert texts(pairs) == [("q\n42", "it is 42")]
+
+
+def test_parts_with_an_index_take_the_image_of_that_number(folder: Path) -> None:
+    parts = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "q"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+    rows = [{"images": ["0.png", "1.png"], "turns": turns}, {"images": ["0.png"], "turns": turns}]
+    pairs = load(write_json(folder / "a.jsonl", rows[:1]), conversation="turns")
+    assert [Path(image).name for image in pairs.row(0).images_a] == ["1.png", "0.png"]
+    with pytest.raises(RowError, match="'turns' is 1: a part names this image, of 1"):
+        load(write_json(folder / "b.jsonl", rows[1:]), conversation="turns")
