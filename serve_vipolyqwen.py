@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serves until it is stopped."""
     options = read_options(argv)
     try:
+        from vipolyqwen.serving.connections import BoundedConnections
         from vipolyqwen.serving.server import ServerOptions, build_server
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         max_batch_requests=options.max_batch_requests,
         batch_seconds=options.batch_seconds,
         max_tokens=options.max_batch_tokens,
+        max_decoded=options.max_decoded_mib * MEBIBYTE,
     )
     check_port(options.host, options.port)
     server = build_server(served, options.accelerator, options.devices)
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         generate_client_file=False,
         log_level="warning",
         limit_concurrency=4 * options.max_requests,
+        http=BoundedConnections,
     )
     return 0
 
@@ -126,7 +129,16 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         help="MiB of all bodies in progress; default: %(default)s",
     )
     limits.add_argument(
-        "--body_seconds", type=float, default=load.body_seconds, help="seconds to send a body; default: %(default)s"
+        "--max_decoded_mib",
+        type=int,
+        default=512,
+        help="MiB of the decoded images and audio of a request; default: %(default)s",
+    )
+    limits.add_argument(
+        "--body_seconds",
+        type=float,
+        default=load.body_seconds,
+        help="seconds to send a body, and to read an answer; default: %(default)s",
     )
     limits.add_argument("--timeout", type=float, default=60.0, help="seconds a request may wait; default: %(default)s")
     limits.add_argument("--allow_urls", action="store_true", help="fetch media from URLs that clients name")

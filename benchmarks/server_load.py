@@ -2,14 +2,17 @@
 
     python benchmarks/server_load.py [--model MODEL] [--seconds 10] [--requests 10000] [--seed 0]
 
-Starts serve_vipolyqwen.py on 127.0.0.1 and asks it for one text at a time: requests a second, p50 and p99 in
-milliseconds, beside `encode` in this process, one text at a time. Then sends --requests of which a tenth are hostile,
-by 32 clients, and compares every vector with that of `encode`. Load goes to this machine only, by at most 32 clients.
-Without --model, a tiny untrained one. Writes benchmarks/results/server_load.json.
+Starts serve_vipolyqwen.py on 127.0.0.1 and asks it for one text at a time, by plain HTTP and with the official
+`openai` client if it is installed: requests a second, p50 and p99 in milliseconds, beside `encode` in this process,
+one text at a time. Then sends --requests of which a tenth are hostile, by 32 clients, while as many connections as the
+server takes stay silent, and compares every vector with that of `encode`. Load goes to this machine only. Without
+--model, a tiny untrained one. Writes benchmarks/results/server_load.json.
 """
 
 import argparse
+import base64
 import http.client
+import io
 import json
 import os
 import random
@@ -18,14 +21,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers import TEXTS, save_tiny_model
@@ -34,10 +39,24 @@ from result_files import claim, write_result
 from vipolyqwen.fingerprint_vipolyqwen import write_fingerprint
 from vipolyqwen.serving.loading import load_model
 
+
+def _bomb(side: int) -> str:
+    """Returns a PNG file of side × side white pixels, some kilobytes, in base64."""
+    file = io.BytesIO()
+    Image.new("1", (side, side), 1).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+try:
+    import openai  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:
+    openai = None
+
 CLIENTS = (1, 8, 32)
 HOST = "127.0.0.1"
 COMMAND = Path(__file__).parent.parent / "serve_vipolyqwen.py"
 START_SECONDS = 300
+SILENT = 512  # connections, as many as the server takes
 HOSTILE: list[bytes] = [
     b"",
     b"{",
@@ -54,6 +73,15 @@ HOSTILE: list[bytes] = [
     b'{"messages": [{"role": "system", "content": "<ocr>"}]}',
     b'{"input": "' + b"a b " * 30_000 + b'"}',
     b"\xff\xfe\x00",
+    b'{"input": "a", "input": "b"}',
+    b'{"input": "a", "\\ud800": 1}',
+    b'{"input": "a", "dimensions": NaN}',
+    b'{"input": "a", "dimensions": "64"}',
+    b'{"input": "a", "encoding_format": ["float"]}',
+    b'{"input": ' + b"[" * 800 + b"]" * 800 + b"}",
+    json.dumps({"input": ["a"] * 100_000}).encode(),
+    json.dumps({"input": [{"image": [_bomb(7000)] * 64}] * 16}).encode(),
+    json.dumps({"input": {"image": f"data:image/png;base64,{_bomb(20_000)}"}}).encode(),
 ]
 
 
@@ -99,28 +127,41 @@ def start(model: str) -> tuple[subprocess.Popen, int]:
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> float:
-    """Runs `work(number)` in threads; returns the seconds until all have ended."""
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    """Runs `work(number)` in threads; returns the seconds until all have ended, and raises the first error."""
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
     return time.perf_counter() - begin
 
 
-def measure(port: int, clients: int, seconds: float, texts: list[str]) -> dict[str, float]:
+def plain_client(port: int, model: str) -> Callable[[str], object]:
+    """Returns a function that asks for the vector of a text over a connection that stays open."""
+    client = Client(port)
+
+    def ask(text: str) -> None:
+        status, _ = client.ask(json.dumps({"input": text, "model": model, "encoding_format": "base64"}).encode())
+        if status != 200:
+            raise RuntimeError(f"The server answered {status}.")
+
+    return ask
+
+
+def openai_client(port: int, model: str) -> Callable[[str], object]:
+    """Returns the same function with OpenAI's client, which raises an error unless the status is 200."""
+    client = openai.OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="none", max_retries=0)
+    return lambda text: client.embeddings.create(model=model, input=text)
+
+
+def measure(connect: Callable[[], Callable[[str], object]], clients: int, seconds: float, texts: list[str]) -> dict:
     """Asks for one text at a time; returns requests a second and percentiles in milliseconds."""
     times: list[float] = []
     end = time.perf_counter() + seconds
 
     def work(number: int) -> None:
-        client, rng = Client(port), random.Random(number)
+        ask, rng = connect(), random.Random(number)
         while time.perf_counter() < end:
             begin = time.perf_counter()
-            status, _ = client.ask(json.dumps({"input": rng.choice(texts), "encoding_format": "base64"}).encode())
-            if status != 200:
-                raise RuntimeError(f"The server answered {status}.")
+            ask(rng.choice(texts))
             times.append(time.perf_counter() - begin)
 
     return figures(times, in_threads(clients, work))
@@ -184,11 +225,17 @@ def main() -> None:
             times.append(time.perf_counter() - begin)
         speed = {"encode, one at a time": figures(times, sum(times))}
         server, port = start(source)
+        connect = {"HTTP": plain_client, **({} if openai is None else {"openai": openai_client})}
         try:
-            for clients in CLIENTS:
-                speed[f"server, {clients} clients"] = measure(port, clients, options.seconds, texts)
+            for kind, client in connect.items():
+                for clients in CLIENTS:
+                    ask = partial(client, port, Path(source).name)
+                    speed[f"server, {clients} clients, {kind}"] = measure(ask, clients, options.seconds, texts)
+            silent = [socket.create_connection((HOST, port)) for _ in range(SILENT)]
             attacked = attack(port, options.requests, texts, vectors)
             healthy = Client(port).ask(b"", "/health", "GET")[0] == 200 and server.poll() is None
+            for connection in silent:
+                connection.close()
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait()

@@ -1,22 +1,21 @@
 """The requests that wait, as few passes through the model: similar inputs share one, bounded by padded tokens."""
 
-import io
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.utils import logging
 
 from ..configuration_vipolyqwen import TOWERS
 from ..data.precision import check_dimensions, shorten
-from ..images_vipolyqwen import load_image
+from ..images_vipolyqwen import image_size, load_image
 from ..media_vipolyqwen import Limits
-from ..waveforms_vipolyqwen import load_audio
-from .embedding import INPUT_ERRORS, Embedder, prompt_of
+from ..waveforms_vipolyqwen import audio_length, load_audio
+from .embedding import INPUT_ERRORS, Embedder, prompt_of, without_direction
 from .loading import LoadedModel
 from .requests import RequestError
 
@@ -24,7 +23,6 @@ logger = logging.get_logger(__name__)
 
 # A text that is too long is refused, not cut; a text is never taken for a path.
 REFUSE = {"chat_template": {"plain_text": True}, "text": {"truncation": False}}
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 BYTES_A_TOKEN = 3  # of text, as an estimate that sorts inputs
 
 
@@ -72,25 +70,61 @@ class Batcher:
         model: the model; one thread at a time uses it.
         max_tokens: padded tokens of a pass, estimated.
         max_pixels: pixels of an image; more are refused before they are decoded.
+        max_decoded: bytes of the decoded media of a request; more are refused before anything is decoded, and no more
+            are held at a time.
         threads: threads that decode images and audio.
     """
 
     model: LoadedModel
     max_tokens: int = 16_384
     max_pixels: int = 50_000_000
+    max_decoded: int = 512 * 2**20
     threads: int = 4
     lock: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(self.threads)
         self._length = self.model.encoder.processor.tokenizer.model_max_length
-        self._limits = limits_of(self.model.encoder.processor)
+        limits = limits_of(self.model.encoder.processor)
+        self._limits = replace(limits, image_pixels=min(limits.image_pixels, self.max_pixels))
         config = self.model.encoder.transformers_model.config
         loads = vars(type(config)).get("loads")  # code of models published earlier always loads all towers
         self._kinds = [kind for kind in TOWERS if loads is None or loads(config, kind)]
 
     def run(self, jobs: Sequence[Job]) -> list[Done | RequestError]:
         """Returns the result of each job."""
+        sizes = [sum(self._pool.map(self._decoded_bytes, job.inputs)) for job in jobs]
+        results: list[Done | RequestError] = []
+        for group in self._groups(sizes):
+            if len(group) == 1 and sizes[group[0]] > self.max_decoded:
+                limit = f"{self.max_decoded} bytes; send several requests, or smaller images and shorter audio."
+                text = f"The images and audio take {sizes[group[0]]} bytes when they are decoded; the limit is {limit}"
+                results.append(RequestError(400, text, "input"))
+            else:
+                results += self._run_together([jobs[number] for number in group])
+        return results
+
+    def _groups(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Groups jobs in their order so that the decoded media of a group stay within `max_decoded`."""
+        groups: list[list[int]] = []
+        for number, size in enumerate(sizes):
+            if groups and sum(sizes[other] for other in groups[-1]) + size <= self.max_decoded:
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+        return groups
+
+    def _decoded_bytes(self, parts: list[dict[str, Any]]) -> int:
+        """Returns the memory of an input's media by their headers; 0 for what cannot be read, or is a URL."""
+        total = 0
+        for part in parts:
+            source = part[part["type"]]
+            if isinstance(source, bytes) and part["type"] in self._kinds:
+                with suppress(ValueError, OSError):
+                    total += decoded_bytes(part["type"], source, self._limits)
+        return total
+
+    def _run_together(self, jobs: Sequence[Job]) -> list[Done | RequestError]:
         errors: dict[int, RequestError] = {}
         items = [item for number, job in enumerate(jobs) for item in self._load(number, job, errors)]
         with self.lock:
@@ -140,7 +174,6 @@ class Batcher:
             if kind == "text":
                 cost += len(loaded.encode("utf-8", "surrogatepass")) // BYTES_A_TOKEN
             elif kind == "image":
-                check_pixels(loaded, self.max_pixels)
                 loaded = load_image(loaded, self.model.encoder.processor.allow_urls, limits=self._limits)
                 counted = self.model.encoder.processor._get_num_multimodal_tokens([loaded.size[::-1]])
                 cost += counted["num_image_tokens"][0]
@@ -175,7 +208,8 @@ class Batcher:
             for item in batch:
                 errors.setdefault(item.job, RequestError(500, f"The batch failed: {type(error).__name__}."))
             return
-        for position, reason in prepared.reasons.items():
+        faults = {prepared.kept[row]: reason for row, reason in without_direction(vectors).items()}
+        for position, reason in {**prepared.reasons, **faults}.items():
             item = batch[position]
             errors.setdefault(item.job, RequestError(400, f"{item.place}: {reason}", item.place))
         tokens = prepared.tokens()
@@ -193,15 +227,14 @@ def limits_of(processor: Any) -> Limits:
     return replace(Limits.of(vars(processor).get("limits")), audio_seconds=seconds)
 
 
-def check_pixels(image: bytes | str, limit: int) -> None:
-    """Raises a ValueError unless the header of an image file names a known format and at most `limit` pixels."""
-    if isinstance(image, str):  # a URL, bounded where it is fetched
-        return
-    try:
-        with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as opened:
-            width, height = opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        known = ", ".join(IMAGE_FORMATS)
-        raise ValueError(f"The image <{len(image)} bytes> cannot be read: {error}; send one of {known}.") from error
-    if width * height > limit:
-        raise ValueError(f"The image is {width}×{height}; the limit is {limit} pixels: scale it down.")
+def decoded_bytes(kind: str, file: bytes, limits: Limits) -> int:
+    """Returns the memory of a decoded image (RGB) or audio file (mono float32), by its header.
+
+    Raises:
+        ValueError: it cannot be read, or exceeds the limits.
+    """
+    if kind == "image":
+        width, height = image_size(file, limits)
+        return 3 * width * height
+    samples, rate = audio_length(file, limits)
+    return 4 * min(samples, int(limits.audio_seconds * rate))  # some headers state no length, but a huge number

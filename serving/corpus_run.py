@@ -20,7 +20,7 @@ from ..data.corpus import CorpusRow, read_corpus
 from ..data.folder_lock import lock_folder
 from ..data.precision import check_precision, pack
 from ..data.units import UNIT_ROWS, BadRow, Unit
-from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of
+from .embedding import PLAIN_TEXT, Embedder, Prepared, prompt_of, without_direction
 from .loading import LoadedModel
 from .shards import AnotherModelError, open_folder, shard_key, shard_names, write_errors, write_shard
 
@@ -225,8 +225,8 @@ class _Run:
         with self.writer:
             for batch, prepared in self._loader(self._batches(units)):
                 unit = self.open[batch.unit]
-                unit.add(batch, prepared, self.embedder.vectors(prepared.features))
-                self.progress.add(len(batch.positions), len(prepared.reasons))
+                bad = unit.add(batch, prepared, self.embedder.vectors(prepared.features))
+                self.progress.add(len(batch.positions), bad)
                 self._write_if_complete(batch.unit)
             self._wait()
 
@@ -279,19 +279,20 @@ class _OpenUnit:
         self.ok = np.zeros(len(rows), bool)
         self.missing = len(rows)
 
-    def add(self, batch: Batch, prepared: Prepared, vectors: np.ndarray) -> None:
-        """Takes the vectors of a batch's good rows and the reasons of the others."""
+    def add(self, batch: Batch, prepared: Prepared, vectors: np.ndarray) -> int:
+        """Takes the vectors of a batch's good rows and the reasons of the others; returns the number of these."""
         reasons = dict(prepared.reasons)
-        finite = np.isfinite(vectors).all(axis=1)
-        positions = np.array([batch.positions[place] for place in prepared.kept], int)[finite]
-        self.vectors[positions], self.ok[positions] = vectors[finite], True
-        for row in np.flatnonzero(~finite):
-            reasons[prepared.kept[row]] = "the model's vector has NaN or infinite components; try another dtype."
+        faults = without_direction(vectors)
+        good = [row for row in range(len(prepared.kept)) if row not in faults]
+        positions = [batch.positions[prepared.kept[row]] for row in good]
+        self.vectors[positions], self.ok[positions] = vectors[good], True
+        reasons |= {prepared.kept[row]: reason for row, reason in faults.items()}
         for place, reason in reasons.items():
             position = batch.positions[place]
             file, row = self.places[position]
             self.errors.append(vars(BadRow(self.ids[position], file, row, reason)))
         self.missing -= len(batch.positions)
+        return len(reasons)
 
     def write(self, options: CorpusOptions) -> None:
         """Writes errors, then vectors, so that a unit with vectors is complete."""

@@ -107,6 +107,16 @@ class Embedder:
         return shorten(output["sentence_embedding"].float().cpu().numpy(), self.dimensions)
 
 
+def without_direction(vectors: np.ndarray) -> dict[int, str]:
+    """Returns row -> what is wrong with each of (rows, width) vectors that cannot be compared with others."""
+    norms = np.linalg.norm(vectors, axis=1)
+    return {
+        int(row): f"the model's vector {'is 0' if norms[row] == 0 else 'has NaN or infinite components'}, which no "
+        "search can compare; try another dtype, or leave the input out."
+        for row in np.flatnonzero(~(norms > 0) | ~np.isfinite(norms))
+    }
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """Vectors of N inputs.
@@ -157,11 +167,14 @@ def embed(
     for first in range(0, len(inputs), batch_size):
         positions = order[first : first + batch_size]
         prepared = embedder.prepare([lambda item=inputs[position]: item for position in positions])
-        for place, reason in prepared.reasons.items():
+        found = embedder.vectors(prepared.features)
+        faults = {prepared.kept[row]: reason for row, reason in without_direction(found).items()}
+        for place, reason in {**prepared.reasons, **faults}.items():
             if on_error == "raise":
                 raise ValueError(f"Input {positions[place]} of {len(inputs)}: {reason}")
             reasons[positions[place]] = reason
-        vectors[[positions[place] for place in prepared.kept]] = embedder.vectors(prepared.features)
+        good = [row for row, place in enumerate(prepared.kept) if place not in faults]
+        vectors[[positions[prepared.kept[row]] for row in good]] = found[good]
     ok = np.array([reason is None for reason in reasons], bool)
     return Embeddings(vectors[ok] if on_error == "skip" else vectors, ok, reasons)
 

@@ -23,7 +23,7 @@ class Load:
         max_requests: requests in progress; more are answered 429.
         max_body: bytes of a body; more are answered 413.
         max_pending: bytes of all bodies in progress; more are answered 429.
-        body_seconds: time to send a body; more is answered 408.
+        body_seconds: time to send a body, beyond which the answer is 408, and to read an answer.
     """
 
     max_requests: int = 128
@@ -57,7 +57,8 @@ class LimitLoad:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), *self.headers]}
-            await send(message)
+            async with asyncio.timeout(self.load.body_seconds):
+                await send(message)
 
         if scope["method"] in ("GET", "HEAD") and scope["path"] != "/health":  # answered from memory
             await self.app(scope, receive, send_with_headers)
@@ -71,8 +72,8 @@ class LimitLoad:
             if error.status != 408:
                 await self._discard(receive, reading)
             await _answer(error, send_with_headers)
-        except ConnectionError:
-            pass  # the client left while it sent the body: nobody to answer
+        except (ConnectionError, TimeoutError):
+            pass  # the client left while it sent the body, or does not read its answer: nobody to answer
         finally:
             self.requests -= 1
             self.bytes -= reading.held

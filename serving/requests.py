@@ -8,17 +8,22 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..download_vipolyqwen import is_url
+
 KEYS = ("model", "input", "messages", "dimensions", "encoding_format", "prompt_name", "user")
 ENCODING_FORMATS = ("float", "base64")
 ITEM_KEYS = ("image", "text", "audio")  # the order of the parts of an item
 ROLES = ("user", "assistant")
-DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
+WHITESPACE = dict.fromkeys(map(ord, " \t\r\n"))  # base64 comes in lines from many tools
+MAX_CONTAINERS = 1_000_000  # brackets and braces of a body; an empty list takes 60 bytes of memory
 
 
 class RequestError(Exception):
@@ -38,7 +43,8 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """Returns the body of the answer, as OpenAI's clients read it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param)
+        return {"error": {"message": _encodable(self.message), "type": kind, "param": param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,28 @@ def parse_body(body: bytes) -> dict[str, Any]:
     Raises:
         RequestError: it is not one.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise RequestError(400, f"The body has more than {MAX_CONTAINERS} brackets; send several requests.")
     try:
-        payload = json.loads(body)
+        payload = json.loads(body, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"The body is not JSON: {error}. Send an object.") from error
     if not isinstance(payload, dict):
         raise RequestError(400, f"The body is a {type(payload).__name__}; send an object with `input`.")
     return payload
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object; of a key that comes twice, one value would be dropped silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RequestError(400, f"{_short(twice)} occurs twice in an object; pass it once.", twice[:100])
+    return found
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def read_request(payload: Mapping[str, Any], model: str, bounds: Bounds) -> EmbeddingRequest:
@@ -242,21 +263,26 @@ def _part(kind: str, value: Any, place: str, bounds: Bounds) -> dict[str, Any]:
 
 def _media(value: str, place: str, bounds: Bounds) -> bytes | str:
     """Returns the bytes of base64 or of a data URL, or an http(s) URL."""
-    if value.startswith(("http://", "https://")):
+    if is_url(value):
         if not bounds.allow_urls:
             raise RequestError(400, f"{place} is a URL; this server takes base64 or data URLs only.", place)
         return value
     header = DATA_URL.match(value[:200])
     try:
-        content = base64.b64decode(value[header.end() :] if header else value, validate=True)
+        content = base64.b64decode((value[header.end() :] if header else value).translate(WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
-        remedy = "pass base64 of the file, or data:TYPE/SUBTYPE;base64,…"
+        remedy = "pass base64 (with + and /) of the file, or data:TYPE/SUBTYPE;base64,…"
         raise RequestError(
             400, f"{place} is {_short(value)}, which is not base64 ({error}); {remedy}", place
         ) from error
     if not content:
         raise RequestError(400, f"{place} is empty; pass the bytes of a file in base64.", place)
     return content
+
+
+def _encodable(text: str) -> str:
+    """Returns a text with lone surrogates, which JSON can name and UTF-8 cannot hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _short(value: Any) -> str:

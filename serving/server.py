@@ -44,6 +44,7 @@ class ServerOptions:
         max_batch_requests: requests that pass the model together.
         batch_seconds: how long a request waits for others.
         max_tokens: padded tokens of a pass through the model.
+        max_decoded: bytes of the decoded images and audio of a request.
     """
 
     model: str
@@ -59,6 +60,7 @@ class ServerOptions:
     max_batch_requests: int = 64
     batch_seconds: float = 0.005
     max_tokens: int = 16_384
+    max_decoded: int = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class EmbeddingAPI(litserve.LitAPI):
         )
         if self.model.fingerprint != options.fingerprint:
             raise ValueError(f"{options.model!r} changed while the server started; start it again.")
-        self.batcher = Batcher(self.model, options.max_tokens)
+        self.batcher = Batcher(self.model, options.max_tokens, max_decoded=options.max_decoded)
 
     def decode_request(self, request: Job | HealthCheck) -> Job | HealthCheck:
         """Returns the request; the process that answers HTTP has read it."""
@@ -146,6 +148,8 @@ class EmbeddingSpec(LitSpec):
     async def embeddings(self, request: Request) -> JSONResponse:
         """Answers `POST /v1/embeddings`."""
         try:
+            if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+                raise RequestError(415, f"The content-encoding is {encoding!r:.80}; send the body as it is.")
             body = await request.body()
             asked = await asyncio.to_thread(self._read, body)
             result = await self._ask(Job(asked.inputs, asked.prompt_name, asked.dimensions))

@@ -9,7 +9,10 @@ import pytest
 from helpers import TEXTS, random_image
 from PIL import Image
 
-from vipolyqwen.serving.batching import Batcher, Done, Job
+from vipolyqwen.images_vipolyqwen import load_image
+from vipolyqwen.serving import batching
+from vipolyqwen.serving.batching import Batcher, Done, Job, decoded_bytes
+from vipolyqwen.serving.embedding import embed
 from vipolyqwen.serving.loading import LoadedModel, load_model
 from vipolyqwen.serving.requests import RequestError
 
@@ -154,3 +157,46 @@ def test_inputs_for_a_tower_that_is_not_loaded_are_refused_before_they_are_decod
     assert isinstance(fine, Done)
     expected = model.encoder.encode([message(jobs[2].inputs[0])])
     assert np.abs(fine.vectors - expected).max() <= 1e-6
+
+
+def test_media_that_would_fill_the_memory_are_refused_before_they_are_decoded(
+    model: LoadedModel, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = io.BytesIO()
+    Image.new("1", (2000, 1000)).save(large, "PNG")  # 6 MB in RGB
+    strict = Batcher(model, max_decoded=13_000_000)
+    decoded: list[int] = []
+    monkeypatch.setattr(
+        batching, "load_image", lambda *given, **named: (decoded.append(1), load_image(*given, **named))[1]
+    )
+    refused = Job([[{"type": "image", "image": large.getvalue()}] * 2, parts(image=large.getvalue())])
+    (error,) = strict.run([refused])
+    assert isinstance(error, RequestError) and error.status == 400 and not decoded
+    assert "18000000" in error.message and "13000000" in error.message
+    assert strict._groups([6, 6, 0, 13_000_000, 14_000_000, 1]) == [[0, 1, 2], [3], [4], [5]]
+    long = Job([parts(audio=wav(rng))] * 2)
+    small = Job([parts(image=large.getvalue())])
+    results = strict.run([small, refused, Job([parts(text="a")]), long, small])
+    assert [isinstance(result, Done) for result in results] == [True, False, True, True, True]
+    assert decoded_bytes("audio", wav(rng), strict._limits) == 4 * 8000
+
+
+def test_a_vector_without_direction_is_an_error_of_its_input(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, values = model.encoder.forward, {"is 0": 0.0, "NaN": float("nan"), "infinite": float("inf")}
+
+    def spoil(features: dict, **kwargs: Any) -> dict:
+        output = forward(features, **kwargs)
+        output["sentence_embedding"][0] = values[word]
+        return output
+
+    monkeypatch.setattr(model.encoder, "forward", spoil)
+    for word in values:
+        spoiled, good = Batcher(model).run([Job([parts(text="a long text")]), Job([parts(text="a")])])
+        assert isinstance(spoiled, RequestError) and spoiled.status == 400 and word in spoiled.message
+        assert isinstance(good, Done)
+        found = embed(model.encoder, ["a long text", "a"], on_error="none")
+        assert list(found.ok) == [False, True] and word in str(found.reasons[0]) and np.isnan(found.vectors[0]).all()
+        with pytest.raises(ValueError, match="Input 0 of 2"):
+            embed(model.encoder, ["a long text", "a"])

@@ -192,3 +192,23 @@ def test_wrong_options(options: dict, word: str, model: LoadedModel, corpus: Pat
     with pytest.raises(ValueError, match=word):
         run(model, corpus, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_whose_vector_has_no_direction_are_listed(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "the longest"}\n{"text": "short"}\n', encoding="utf-8")
+    forward = model.encoder.forward
+
+    def spoil(features: dict, **kwargs: Any) -> dict:
+        output = forward(features, **kwargs)
+        output["sentence_embedding"][0] = 0.0
+        return output
+
+    monkeypatch.setattr(model.encoder, "forward", spoil)
+    summary = run(model, path, tmp_path / "out")
+    assert (summary.embedded, summary.bad) == (1, 1)
+    assert read_vectors(tmp_path / "out")[0] == ["rows.jsonl:2"]
+    (error,) = pq.read_table(tmp_path / "out/errors.parquet").to_pylist()
+    assert error["row"] == 1 and "is 0" in error["error"]

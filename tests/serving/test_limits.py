@@ -79,3 +79,17 @@ def test_a_client_that_leaves_frees_its_place() -> None:
 def test_a_complete_body_that_is_too_large_is_not_waited_for() -> None:
     status, _, _ = asyncio.run(call(limited(body_seconds=60), [b"0123456789!"]))
     assert status == 413
+
+
+def test_a_client_that_does_not_read_its_answer_frees_its_place() -> None:
+    async def stall(message: dict) -> None:
+        await asyncio.sleep(60)
+
+    async def ask(app: LimitLoad) -> None:
+        body = {"type": "http.request", "body": b"0", "more_body": False}
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": []}
+        await app(scope, lambda: asyncio.sleep(0, body), stall)
+
+    app = limited(body_seconds=0.05)
+    asyncio.run(asyncio.wait_for(ask(app), 5))
+    assert (app.requests, app.bytes) == (0, 0)

@@ -26,6 +26,9 @@ def read(payload: dict[str, Any], **bounds: Any) -> list[list[dict[str, Any]]]:
             [[("image", b"\x89PNG")] * 2 + [("text", "a"), ("audio", b"\x89PNG")]],
         ),
         ({"image": f"data:image/png;base64,{PNG}"}, [[("image", b"\x89PNG")]]),
+        ({"image": f"DATA:Image/PNG;charset=x;BASE64,{PNG}"}, [[("image", b"\x89PNG")]]),
+        ({"image": f"data:;base64,{PNG}"}, [[("image", b"\x89PNG")]]),
+        ({"image": f" {PNG[:4]}\r\n{PNG[4:]}\n"}, [[("image", b"\x89PNG")]]),
     ],
 )
 def test_inputs(given: Any, parts: list) -> None:
@@ -45,10 +48,11 @@ def test_messages_are_one_input_in_their_order() -> None:
 
 
 def test_urls_are_refused_unless_they_are_allowed() -> None:
-    payload = {"input": {"image": "https://example.org/a.png"}}
-    with pytest.raises(RequestError, match="URL"):
-        read(payload)
-    assert read(payload, allow_urls=True) == [[{"type": "image", "image": "https://example.org/a.png"}]]
+    for url in ("https://example.org/a.png", "HTTP://example.org/a.png"):
+        payload = {"input": {"image": url}}
+        with pytest.raises(RequestError, match="URL"):
+            read(payload)
+        assert read(payload, allow_urls=True) == [[{"type": "image", "image": url}]]
 
 
 TEXT = {"role": "user", "content": "a"}
@@ -108,11 +112,29 @@ def test_refusals_name_value_and_remedy(payload: dict, status: int, words: list[
     assert len(error.value.message) < 500
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"input": ' + b"9" * 5000 + b"}"])
-def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+BODIES = {
+    b"": "JSON",
+    b"{": "JSON",
+    b"[]": "list",
+    b"\xff": "JSON",
+    b"[" * 100_000: "JSON",
+    b"[" + b"[]," * 1_000_001: "1000000 brackets",
+    b'{"input": ' + b"9" * 5000 + b"}": "JSON",
+    b'{"input": "a", "dimensions": NaN}': "NaN",
+    b'{"input": "a", "user": -Infinity}': "-Infinity",
+    b'{"input": "a", "input": "b"}': "'input' occurs twice",
+    b'{"input": {"text": "a", "text": "b"}}': "'text' occurs twice",
+    b'{"\\ud800": 1, "input": "a"}': "ud800",
+    b'{"input": {"\\ud800": 1}}': "ud800",
+}
+
+
+@pytest.mark.parametrize("body", BODIES, ids=BODIES.get)
+def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as error:
         read_request(parse_body(body), "tiny", Bounds())
-    assert error.value.status == 400
+    assert error.value.status == 400 and BODIES[body] in error.value.message
+    assert len(json.dumps(error.value.body(), ensure_ascii=False).encode()) < 600
 
 
 def test_vectors_are_written_exactly() -> None:

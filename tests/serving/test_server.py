@@ -151,6 +151,8 @@ def test_the_openai_client_reads_the_answers(port: int, model: LoadedModel) -> N
         (b"[" * 50_000, 400),
         (b'{"input": "' + b"a" * 2**20 + b'"}', 413),
         (b'{"input": "\\ud800"}', 400),
+        (b'{"input": "a", "\\ud800": 1}', 400),
+        (b'{"input": "a", "input": "b"}', 400),
         (b'{"input": {"image": "/etc/passwd"}}', 400),
         (b'{"input": {"image": "L2V0Yy9wYXNzd2Q="}}', 400),
         (b'{"input": {"audio": "UklGRgAAAABXQVZF"}}', 400),
@@ -187,6 +189,25 @@ def test_more_requests_than_allowed_are_refused_and_the_others_answered(port: in
     finally:
         for client in waiting:
             client.close()
+
+
+def test_silent_connections_lock_nobody_out(port: int) -> None:
+    opened = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(80)]  # uvicorn serves 32
+    try:
+        for client in opened[::2]:
+            client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\n")  # headers that never end
+        assert all(ask(port, "/v1/embeddings", {"input": "a"})[0] == 200 for _ in range(3))
+    finally:
+        for client in opened:
+            client.close()
+
+
+def test_a_compressed_body_is_refused(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/embeddings", b'{"input": "a"}', {"Content-Encoding": "gzip"})
+    answer = connection.getresponse()
+    assert answer.status == 415 and "gzip" in json.loads(answer.read())["error"]["message"]
+    connection.close()
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy(port: int) -> None:
