@@ -146,7 +146,7 @@ def in_defined_order(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[
     if len(spoken) != 1 or spoken[0]["role"] != "user" or spoken[0].get("keep_order"):
         return messages
     content = spoken[0]["content"]
-    if isinstance(content, str):
+    if isinstance(content, str) or len(content) == 1:
         return messages
     blocks = [kind for kind, _ in itertools.groupby(content, key=lambda part: _part_content(part)[0])]
     if len(blocks) != len(set(blocks)):

@@ -1,5 +1,6 @@
 """Divides a batch into micro-batches of like length: the plan of least cost, and the inputs of some rows."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -182,7 +183,11 @@ def sharing(images: Sequence[int]) -> list[list[int]]:
 def _buckets(units: list[list[int]], lengths: Sequence[int], cost: int) -> list[list[int]]:
     """Groups units of rows by length."""
     longest = [max(lengths[row] for row in unit) for unit in units]
-    buckets = length_buckets(longest, cost, counts=[len(unit) for unit in units])
+    counts = [len(unit) for unit in units]
+    padding = max(longest, default=0) * sum(counts) - sum(map(operator.mul, longest, counts))
+    if units and padding <= cost:  # a second micro-batch would cost as much
+        return [[row for unit in units for row in unit]]
+    buckets = length_buckets(longest, cost, counts=counts)
     return [[row for number in bucket for row in units[number]] for bucket in buckets]
 
 
@@ -212,9 +217,10 @@ def _images_of_rows(
     pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
     if (pixels is None) != (grids is None):
         return None
-    slots = [
-        int((ids[:length] == image_token_id).sum()) for ids, length in zip(tokens.ids, tokens.lengths, strict=True)
-    ]
+    columns = np.arange(tokens.ids.shape[1]) < np.asarray(tokens.lengths)[:, None]
+    slots = ((tokens.ids == image_token_id) & columns).sum(axis=1).tolist()
+    if pixels is None and inputs["image_indices"] is None and not any(slots):
+        return [[] for _ in slots]
     patches = [] if grids is None else grids.prod(dim=-1).tolist()
     if sum(patches) != (0 if pixels is None else len(pixels)):
         return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -124,6 +124,16 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
         dtype_was_asked_for = kwargs.get("dtype", "auto") != "auto"
         compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
         return (model, report) if wants_report else model
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode of all modules as torch does, unless they have it: `encode` calls `eval()` each time."""
+        found: list[nn.Module] = [self]
+        while found:
+            module = found.pop()
+            if module.training != mode:
+                return super().train(mode)
+            found.extend(part for part in module._modules.values() if part is not None)
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -296,19 +306,12 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     def _may_divide(self, inputs: dict[str, torch.Tensor | None]) -> bool:
         """Returns whether `forward` may divide a batch: in inference, if each row can be taken from the inputs."""
         given = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["audio_features"]
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        refused = inputs["inputs_embeds"] is not None or inputs["position_ids"] is not None
+        if torch.is_grad_enabled() or refused or given is None or len(given) == 1 or given.is_meta:
+            return False
         config = self.vlm.language_model.config
         recorded = config.output_hidden_states or config.output_attentions
-        refused = inputs["inputs_embeds"] is not None or inputs["position_ids"] is not None
-        return not (
-            torch.is_grad_enabled()
-            or traced
-            or recorded
-            or refused
-            or given is None
-            or given.is_meta
-            or len(given) == 1
-        )
+        return not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
     def _divide(self, inputs: dict[str, torch.Tensor | None], by_length: bool) -> Division | None:
         """Returns the micro-batches of a batch in inference."""
@@ -420,7 +423,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
             position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)
         # no real position of a causal model sees the padding on its right
-        unmasked = right_padded and kwargs.get("is_causal") is not False
+        unmasked = (right_padded or _is_one_text(mask)) and kwargs.get("is_causal") is not False
         attention = {"attention_mask": None if unmasked else mask.long(), "position_ids": position_ids}
         if packing:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -483,6 +486,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         image_indices: torch.LongTensor | None,
     ) -> None:
         """Raises ValueError unless pixels, grids and image slots are those of the same images."""
+        slots = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
+        if slots == 0 and pixel_values is None and image_grid_thw is None and image_indices is None:
+            return
         if (pixel_values is None) != (image_grid_thw is None):
             given, missing = ("image_grid_thw", "pixel_values")[:: 1 if pixel_values is None else -1]
             raise ValueError(f"`{given}` was passed without `{missing}`; pass both, as the processor returns them.")
@@ -495,7 +501,11 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             )
         if input_ids is None:  # embeddings may already hold the images
             return
-        slots = int((input_ids == self.config.image_token_id).sum())
+        if image_indices is not None and len(image_indices) > 0 and int(image_indices.max()) >= len(grids):
+            raise ValueError(
+                f"`image_indices` names image {int(image_indices.max())}, but {len(grids)} images were passed; pass "
+                "`pixel_values` and `image_grid_thw` of all images that it names."
+            )
         shown = grids if image_indices is None else grids[image_indices]
         filled = int(shown.prod(dim=-1).sum()) // self.config.vision_config.spatial_merge_size**2
         if slots != filled:
@@ -541,6 +551,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
 
     def _fuse(self, routes: list["Route"], batch: int) -> torch.Tensor:
         """Adds up the unit vectors (rows, projection_dim) of each route on its rows, as `audio_fusion` says."""
+        if len(routes) == 1 and len(routes[0].rows) == batch:
+            return unit_vectors(routes[0].vectors)  # again, as the sum of several would be
         rows = torch.cat([route.rows for route in routes]) if routes else torch.empty(0)
         missing = batch - len(rows.unique())
         if missing:
@@ -565,6 +577,12 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
 def select_rows(tensor: torch.Tensor | None, rows: torch.Tensor, batch: int, dim: int = 0) -> torch.Tensor | None:
     """Selects `rows` of dimension `dim`, without a copy if they are all."""
     return tensor if tensor is None or len(rows) == batch else tensor.index_select(dim, rows)
+
+
+def _is_one_text(mask: torch.BoolTensor) -> bool:
+    """Returns whether a batch in inference is one row without padding, (1, tokens)."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (len(mask) > 1 or torch.is_grad_enabled() or traced or mask.is_meta) and bool(mask.all())
 
 
 def _audio_rows(has_audio: torch.Tensor | None, clips: int, batch: int, device: torch.device) -> torch.Tensor:

@@ -374,16 +374,16 @@ class ViPolyQwenProcessor(ProcessorMixin):
         self, messages: Sequence[Mapping[str, Any]], merged: dict[str, dict], plain_text: bool
     ) -> EmbeddingInput:
         """Reads one conversation as one input."""
-        result = EmbeddingInput()
+        result, limits = EmbeddingInput(), self._limits
         clips = []
-        parts = read_parts(messages, self._limits)
+        parts = read_parts(messages, limits)
         is_bare = len([role for role, *_ in parts if role != "system"]) == 1  # not beside others, so perhaps a path
         for role, kind, source in parts:
             if kind == "text" and role == "system":
-                result.prefix, source = self._split_prefix(clean_text(source, self._limits))
+                result.prefix, source = self._split_prefix(clean_text(source, limits))
                 result.parts.extend([source] if source else [])
             elif kind == "text":
-                result.parts.append(clean_text(source, self._limits))
+                result.parts.append(clean_text(source, limits))
                 if is_bare and not plain_text:
                     check_is_text(source)
             elif kind == "image":

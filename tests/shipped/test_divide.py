@@ -8,7 +8,7 @@ import torch
 from helpers import build_tiny_model, random_audio, random_image, speech_config
 from torch import Tensor
 
-from vipolyqwen.microbatches_vipolyqwen import divide_batch, first_equal
+from vipolyqwen.microbatches_vipolyqwen import INFERENCE_COST, divide_batch, first_equal
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
@@ -227,3 +227,45 @@ def test_tensors_of_equal_sum_are_told_apart() -> None:
     items = [torch.tensor(values) for values in ([1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [float("nan"), 0.0])]
     assert first_equal(items, [0, 0, 0, 0]) == [0, 1, 0, 3]
     assert first_equal(items[:1] * 2, [[1, 2, 2], [1, 4, 1]]) == [0, 1]
+
+
+def test_a_single_text_takes_no_mask_and_gets_the_same_vector(
+    model: ViPolyQwenModel, processor: ViPolyQwenProcessor, passes: Passes
+) -> None:
+    alone = tensors(processor, [{"text": LONG}])
+    padded = processor(
+        text=[LONG], padding="max_length", max_length=len(alone["input_ids"][0]) + 5, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        vectors = [model(**batch).embeddings for batch in (alone, padded)]
+        vectors.append(model(**alone, is_causal=False).embeddings)
+    assert passes.masks == [False, True, True]
+    assert (vectors[0] - vectors[1]).abs().max() <= 1e-6
+    assert (vectors[0] - vectors[2]).abs().max() > 1e-3
+
+
+def test_texts_whose_padding_costs_less_than_a_pass_share_one(
+    model: ViPolyQwenModel, processor: ViPolyQwenProcessor, passes: Passes
+) -> None:
+    batch = tensors(processor, [{"text": f"Huế {'1' * number}"} for number in range(5)])
+    assert 0 < int((batch["attention_mask"] == 0).sum()) <= INFERENCE_COST
+    with torch.inference_mode():
+        model(**batch)
+    assert [rows for rows, _ in passes.texts] == [5]
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_indices": torch.tensor([0])}, {"image_grid_thw": torch.tensor([[1, 2, 2]])}]
+)
+def test_images_without_pixels_stay_an_error(change: dict[str, Tensor], model: ViPolyQwenModel) -> None:
+    ids = torch.full((2, 3), 40)
+    with torch.inference_mode(), pytest.raises((ValueError, TypeError)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **change)
+
+
+def test_setting_the_mode_reaches_a_module_that_differs(model: ViPolyQwenModel) -> None:
+    model.pooling.train()
+    assert model.eval() is model
+    assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.train().modules())
+    model.eval()

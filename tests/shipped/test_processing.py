@@ -157,6 +157,17 @@ def test_the_limit_of_tokens_is_no_limit_of_samples(processor: Any, rng: np.rand
     assert np.shape(chat["audio_features"]) == (1, 3200)
 
 
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_that_of_the_tokenizer(side: str, multiple: int | None, processor: Any) -> None:
+    options = {"padding_side": side, "pad_to_multiple_of": multiple}
+    for texts in (["Huế", "Hà Nội, Đà Nẵng"], ["Hà Nội"]):
+        rows = ids_of(processor, text=texts)
+        expected = processor.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **options)
+        batch = processor(text=texts, return_tensors="pt", **options)
+        assert {name: values.tolist() for name, values in batch.items()} == dict(expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_on_the_side_that_was_asked_for(side: str, processor: Any) -> None:
     batch = processor(text=["Huế", "Hà Nội, Đà Nẵng"], padding_side=side)
