@@ -8,9 +8,10 @@ from the disk. Needs the extra `search`: pip install -c constraints.txt -e '.[se
 """
 
 import argparse
-import hashlib
 import json
 import shutil
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import pyarrow.parquet as pq
 
 from ..data.atomic import UNFINISHED, flush_file, flush_folder
 from ..data.command_line import run_command
+from ..data.folder_lock import lock_folder
 from ..data.nearest import new_index
 from ..data.precision import pack, unpack
-from .shards import AnotherModelError, count_rows, read_manifest, read_shards, shard_key, shard_names
+from ..data.units import digest
+from .shards import AnotherModelError, count_rows, mark_of, read_manifest, read_shards, shard_key, shard_names
 
 try:
     import faiss
@@ -34,6 +37,7 @@ except ModuleNotFoundError as error:
 
 KINDS = ("flat", "hnsw", "binary")
 INDEX, SETTINGS, FAISS_FILE, IDS_FILE, RESCORE_FILE = "index", "index.json", "vectors.faiss", "ids.parquet", "int8.npy"
+UNIT = 1e-3  # limit of |length - 1| of a query; its scores would be no cosines
 CANDIDATES = 10  # times k, that are scored again or visited
 
 
@@ -64,13 +68,17 @@ class VectorIndex:
             Cosines, (queries, k) float32 in descending order, and the ids.
 
         Raises:
-            ValueError: the queries have another number of dimensions, or k is below 1.
+            ValueError: the queries have another number of dimensions or are no unit vectors, or k is below 1.
         """
         width = self.settings["dimensions"]
         if queries.ndim != 2 or queries.shape[1] != width:
             raise ValueError(f"The queries have shape {queries.shape}; the index needs (queries, {width}).")
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1.")
+        norms = np.linalg.norm(queries, axis=1)
+        if not np.all(np.abs(norms - 1) < UNIT):
+            worst = float(norms[np.argmax(np.where(np.isfinite(norms), np.abs(norms - 1), np.inf))])
+            raise ValueError(f"A query has length {worst:g}; it must be 1: normalise, also after truncation.")
         k = min(k, len(self.ids))
         queries = np.ascontiguousarray(queries, np.float32)
         scores, rows = self._search_bits(queries, k) if self.settings["kind"] == "binary" else self._search(queries, k)
@@ -103,25 +111,38 @@ class VectorIndex:
 def build_index(folder: Path, kind: str = "flat") -> dict[str, Any]:
     """Builds the index of a folder's vectors in `folder/index`, in place of an earlier one.
 
+    Shards that a run adds meanwhile are left out, and the index is then refused as older than its vectors.
+
     Returns:
         The settings of the index.
 
     Raises:
-        ValueError: the folder has no vectors, or the kind is unknown.
+        ValueError: the folder has no vectors, a shard is damaged or of other settings, or the kind does not fit.
+        FolderInUseError: another process of this machine builds the index.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
-    manifest, rows = read_manifest(folder), count_rows(folder)
+    manifest = read_manifest(folder)
+    with lock_folder(folder, "vipolyqwen.serving.index", f"_index-{socket.gethostname()}.lock"):
+        return _build(folder, kind, manifest, shard_names(folder))
+
+
+def _build(folder: Path, kind: str, manifest: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    rows = count_rows(folder, names)
     if rows == 0:
         raise ValueError(f"{folder} has no vectors; embed some with embed_vipolyqwen.py first.")
     if manifest["precision"] == "binary" and kind != "binary":
         raise ValueError(f"{folder} holds binary vectors, so kind must be binary, not {kind!r}.")
+    if kind == "binary" and manifest["dimensions"] % 8:
+        width = manifest["dimensions"]
+        raise ValueError(f"{folder} has vectors of {width} dimensions; binary needs a multiple of 8: choose flat.")
     written = folder / UNFINISHED / INDEX
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     kept = ("model", "fingerprint", "dimensions", "precision", "prompt_name", "prompt")
-    settings = {"kind": kind, "rows": rows, "shards": shards_mark(folder), **{name: manifest[name] for name in kept}}
-    _write_vectors(folder, written, settings)
+    settings = {"kind": kind, "rows": rows, "shards": shards_mark(folder, names)}
+    settings |= {name: manifest.get(name) for name in kept}
+    _write_vectors(folder, written, settings, names)
     (written / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for path in written.iterdir():
         flush_file(path)
@@ -131,13 +152,13 @@ def build_index(folder: Path, kind: str = "flat") -> dict[str, Any]:
     return settings
 
 
-def shards_mark(folder: Path) -> str:
-    """Returns a hash of the names and keys of all shards; it tells whether an index is of these vectors."""
-    keys = "\n".join(f"{name} {shard_key(folder, name)}" for name in shard_names(folder))
-    return hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
+def shards_mark(folder: Path, names: Sequence[str]) -> str:
+    """Returns a hash of the manifest and of the names and keys of shards: whether an index is of these vectors."""
+    keys = "\n".join(f"{name} {shard_key(folder, name)}" for name in names)
+    return digest(f"{mark_of(read_manifest(folder))}\n{keys}")
 
 
-def _write_vectors(folder: Path, written: Path, settings: dict[str, Any]) -> None:
+def _write_vectors(folder: Path, written: Path, settings: dict[str, Any], names: list[str]) -> None:
     """Writes FAISS's file, the ids and the int8 vectors, one shard after the other."""
     width, precision, is_binary = settings["dimensions"], settings["precision"], settings["kind"] == "binary"
     index = _new_index(settings["kind"], width)
@@ -146,7 +167,7 @@ def _write_vectors(folder: Path, written: Path, settings: dict[str, Any]) -> Non
         shape = (settings["rows"], width)
         rescore = np.lib.format.open_memmap(written / RESCORE_FILE, mode="w+", dtype=np.int8, shape=shape)
     with pq.ParquetWriter(written / IDS_FILE, pa.schema([("id", pa.string())])) as ids_file:
-        for ids, stored in read_shards(folder):
+        for ids, stored in read_shards(folder, names):
             vectors = unpack(stored, precision)
             if rescore is not None:
                 rescore[index.ntotal : index.ntotal + len(ids)] = pack(vectors, "int8")[0]
@@ -180,22 +201,32 @@ def read_index(folder: str | Path, fingerprint: str | None = None) -> VectorInde
     remedy = f"build it with: python -m vipolyqwen.serving.index {folder}"
     if not (path / SETTINGS).is_file():
         raise ValueError(f"{folder} has no index; {remedy}")
-    settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    settings = _opened(path / SETTINGS, lambda file: json.loads(file.read_text(encoding="utf-8")), remedy)
     if fingerprint is not None and settings["fingerprint"] != fingerprint:
         raise AnotherModelError(
             f"The vectors in {folder} are of the model {settings['model']!r} with fingerprint "
             f"{settings['fingerprint']}; the queries' model has {fingerprint}. Use that model, or embed again."
         )
-    if settings["shards"] != shards_mark(folder):
+    if settings["shards"] != shards_mark(folder, shard_names(folder)):
         raise ValueError(f"The vectors in {folder} changed since the index was built; {remedy}")
     read = faiss.read_index_binary if settings["kind"] == "binary" else faiss.read_index
-    rescore = path / RESCORE_FILE
+    rescore = None
+    if settings["kind"] == "binary" and settings["precision"] != "binary":
+        rescore = _opened(path / RESCORE_FILE, lambda file: np.load(file, mmap_mode="r"), remedy)
     return VectorIndex(
         settings,
-        read(str(path / FAISS_FILE)),
-        pq.read_table(path / IDS_FILE)["id"],
-        np.load(rescore, mmap_mode="r") if rescore.is_file() else None,
+        _opened(path / FAISS_FILE, lambda file: read(str(file)), remedy),
+        _opened(path / IDS_FILE, pq.read_table, remedy)["id"],
+        rescore,
     )
+
+
+def _opened(path: Path, read: Callable[[Path], Any], remedy: str) -> Any:
+    """Reads a file of an index; a damaged or missing one is a ValueError that names it."""
+    try:
+        return read(path)
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error)[:200]}; {remedy}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

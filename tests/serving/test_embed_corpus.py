@@ -212,3 +212,26 @@ def test_rows_whose_vector_has_no_direction_are_listed(
     assert read_vectors(tmp_path / "out")[0] == ["rows.jsonl:2"]
     (error,) = pq.read_table(tmp_path / "out/errors.parquet").to_pylist()
     assert error["row"] == 1 and "is 0" in error["error"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 cut off", None])
+def test_damaged_and_lost_shards_are_written_anew(
+    damage: bytes | None, model: LoadedModel, corpus: Path, tmp_path: Path
+) -> None:
+    run(model, corpus, tmp_path / "out")
+    before = content(tmp_path / "out")
+    shard = sorted((tmp_path / "out/vectors").glob("*.parquet"))[1]
+    shard.unlink() if damage is None else shard.write_bytes(damage)
+    summary = run(model, corpus, tmp_path / "out")
+    assert summary.skipped == 10 and content(tmp_path / "out") == before
+
+
+def test_a_shard_of_another_model_is_refused(model: LoadedModel, corpus: Path, tmp_path: Path) -> None:
+    run(model, corpus, tmp_path / "out")
+    run(LoadedModel(model.encoder, model.name, "0123456789abcdef", model.source), corpus, tmp_path / "other")
+    shard = sorted((tmp_path / "out/vectors").glob("*.parquet"))[0]
+    shard.write_bytes((tmp_path / "other/vectors" / shard.name).read_bytes())
+    with pytest.raises(AnotherModelError, match=f"{shard.name}.*another model"):
+        run(model, corpus, tmp_path / "out")
+    with pytest.raises(AnotherModelError, match=f"{shard.name}.*another model"):
+        read_vectors(tmp_path / "out")

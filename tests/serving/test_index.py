@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers import TEXTS
 
@@ -62,12 +63,13 @@ def test_nearest_rows_by_kind_and_precision(precision: str, kind: str, recall: f
 def test_rescoring_beats_bits_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = write_random(tmp_path)
     build_index(tmp_path, "binary")
+    queries = np.roll(vectors[:50], 1, axis=0) + 0.9 * vectors[:50]
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     found = []
     for candidates in (1, 10):
         monkeypatch.setattr(index_module, "CANDIDATES", candidates)
-        _, ids = read_index(tmp_path).search(np.roll(vectors[:50], 1, axis=0) + 0.9 * vectors[:50], 1)
+        _, ids = read_index(tmp_path).search(queries, 1)
         found.append(ids)
-    queries = np.roll(vectors[:50], 1, axis=0) + 0.9 * vectors[:50]
     best = np.argmax(queries @ vectors.T, axis=1)
     hits = [np.mean([int(one[0]) == row for one, row in zip(ids, best, strict=True)]) for ids in found]
     assert hits[1] > hits[0]
@@ -156,3 +158,97 @@ def test_an_empty_query_is_refused_before_the_model_is_loaded(embedded: Path) ->
 def test_the_settings_say_whose_vectors_they_are(model: LoadedModel, embedded: Path) -> None:
     settings = json.loads((embedded / "index/index.json").read_text(encoding="utf-8"))
     assert (settings["fingerprint"], settings["dimensions"], settings["rows"]) == (model.fingerprint, 128, 11)
+
+
+def change_manifest(folder: Path, **values: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"fingerprint": "ff"}, {"dimensions": 16}, {"precision": "int8"}, {"prompt": "<a>"}]
+)
+def test_vectors_of_two_models_are_never_mixed(changed: dict[str, Any], tmp_path: Path) -> None:
+    write_random(tmp_path / "one")
+    write_random(tmp_path / "two")
+    build_index(tmp_path / "one")
+    change_manifest(tmp_path / "one", **changed)  # as if the folder had been moved over another one
+    for read in (build_index, read_index, read_vectors):
+        with pytest.raises(AnotherModelError, match="mark"):
+            read(tmp_path / "one")
+    (tmp_path / "two/vectors/part-0300.parquet").write_bytes((tmp_path / "one/vectors/part-0000.parquet").read_bytes())
+    assert build_index(tmp_path / "two")["rows"] == 400  # the same manifest
+    change_manifest(tmp_path / "two", versions={"torch": "other"})
+    assert read_index(tmp_path / "two", "00").settings["rows"] == 400
+
+
+def test_shards_that_no_run_wrote_are_refused(tmp_path: Path) -> None:
+    write_random(tmp_path)
+    table = pq.read_table(tmp_path / "vectors/part-0000.parquet").replace_schema_metadata({})
+    pq.write_table(table, tmp_path / "vectors/stranger.parquet")
+    for read in (build_index, read_vectors):
+        with pytest.raises(AnotherModelError, match="stranger.parquet has no mark"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"a"', "{}", '{"fingerprint": "00"}'])
+def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
+    write_random(tmp_path)
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    for read in (build_index, read_vectors):
+        with pytest.raises(ValueError, match=r"manifest\.json.*damaged"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index.json", "vectors.faiss", "ids.parquet", "int8.npy"])
+def test_a_damaged_index_is_named_with_the_remedy(name: str, tmp_path: Path) -> None:
+    write_random(tmp_path)
+    build_index(tmp_path, "binary")
+    path = tmp_path / "index" / name
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], None):
+        path.write_bytes(damaged) if damaged is not None else path.unlink()
+        with pytest.raises(ValueError, match=f"({re.escape(name)}|no index).*build it with"):
+            read_index(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut off"])
+def test_a_damaged_shard_is_named(content: bytes, tmp_path: Path) -> None:
+    write_random(tmp_path)
+    (tmp_path / "vectors/part-0100.parquet").write_bytes(content)
+    for read in (build_index, read_vectors):
+        with pytest.raises(ValueError, match=r"part-0100\.parquet cannot be read.*embed_vipolyqwen"):
+            read(tmp_path)
+
+
+def test_shards_that_are_added_meanwhile_are_left_out_and_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = write_random(tmp_path)
+    count = index_module.count_rows
+
+    def add_one(folder: Path, names: list[str]) -> int:
+        write_shard(folder, "part-0050", "key", ["new"], vectors[:1], None)
+        return count(folder, names)
+
+    monkeypatch.setattr(index_module, "count_rows", add_one)
+    assert build_index(tmp_path, "binary")["rows"] == 300
+    with pytest.raises(ValueError, match="changed since the index was built"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, float("nan")])
+def test_queries_that_are_no_unit_vectors_are_refused(factor: float, tmp_path: Path) -> None:
+    vectors = write_random(tmp_path)
+    build_index(tmp_path)
+    with pytest.raises(ValueError, match="normalise"):
+        read_index(tmp_path).search(vectors[:3] * np.float32([[1], [factor], [1]]))
+
+
+def test_bits_need_a_multiple_of_8(tmp_path: Path) -> None:
+    manifest = {"model": "a", "fingerprint": "00", "dimensions": 12, "precision": "float32"}
+    open_folder(tmp_path, {**manifest, "prompt_name": None, "prompt": None})
+    write_shard(tmp_path, "part", "key", ["a"], np.full((1, 12), 12**-0.5, np.float32), None)
+    with pytest.raises(ValueError, match="12 dimensions.*multiple of 8"):
+        build_index(tmp_path, "binary")
+    assert build_index(tmp_path)["rows"] == 1
