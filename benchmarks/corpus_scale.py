@@ -16,13 +16,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 from PIL import Image
-from result_files import claim, write_result
+from result_files import RESULTS, claim, write_result
 
 TASKS = {"text_pair": 0.40, "instr": 0.35, "ocr": 0.08, "vqa_single": 0.07, "vqa_multi": 0.04, "audio": 0.06}
 WORDS = {
@@ -33,6 +34,7 @@ WORDS = {
 LANGUAGES, SHARES = ("vi", "en", "zh"), (0.6, 0.3, 0.1)
 MEDIA = 64  # distinct images, and clips
 ROWS_OF_FILE = 250_000
+INDEXED = ("index_s", "index_cpu_s", "index_gib")  # figures of `index`
 
 
 def text(rng: np.random.Generator, language: str, words: int) -> str:
@@ -121,9 +123,9 @@ def read(folder: Path, workers: int, batch_size: int, batches: int) -> dict[str,
 
 
 def in_process(work: Any, *given: Any) -> dict[str, float]:
-    """Runs a function in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, given)
+    """Runs a function in a new process, which may start others."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
 
 
 def claims(figures: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -144,21 +146,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=2, help="processes that index (default: 2)")
+    parser.add_argument(
+        "--reread", action="store_true", help="read the index of the last run; its cost is that of the result file"
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--batches", type=int, default=20_000, help="batches over which memory stays flat")
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/corpus_scale"), help="of the corpora and the cache"
     )
     options = parser.parse_args()
-    os.environ["HF_DATASETS_CACHE"] = str((options.folder / "cache").absolute())
     found = []
+    former = json.loads((RESULTS / "corpus_scale.json").read_text(encoding="utf-8")) if options.reread else {}
+    indexed = {size["rows"]: {name: size[name] for name in INDEXED} for size in former.get("sizes", [])}
     for rows in options.rows:
         corpus = options.folder / str(rows)
-        shutil.rmtree(options.folder / "cache", ignore_errors=True)
+        os.environ["HF_DATASETS_CACHE"] = str((options.folder / f"cache{rows}").absolute())
+        if not options.reread:
+            shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
         if not corpus.is_dir():
             write_corpus(corpus, rows)
         figures: dict[str, float] = {"rows": rows}
-        figures |= in_process(index, corpus, options.workers)
+        figures |= indexed[rows] if options.reread else in_process(index, corpus, options.workers)
         figures |= in_process(read, corpus, options.workers, options.batch_size, options.batches)
         print(json.dumps(figures), file=sys.stderr, flush=True)
         found.append(figures)

@@ -1,5 +1,6 @@
 """Reads one entry of a recipe's data: its records become checked rows, stored once as a table on disk."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,7 +171,7 @@ def store_files(sources: Sequence[SourceConfig], checker: Checker, workers: int)
     if len(missing) < 2:
         return
     context = get_context("fork") if "fork" in get_all_start_methods() else None
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=_collect_rarely) as pool:
         futures = [pool.submit(_store_file, *given, checker) for given in missing]
         try:
             for future in as_completed(futures):
@@ -178,6 +179,12 @@ def store_files(sources: Sequence[SourceConfig], checker: Checker, workers: int)
         except ValueError:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _collect_rarely() -> None:
+    """Lets a process that stores rows look for cyclic garbage rarely: rows leave none, and each look takes time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
 
 
 def _store_file(file: str, source: SourceConfig, checker: Checker) -> None:

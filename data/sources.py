@@ -18,8 +18,10 @@ import torch
 from ..images_vipolyqwen import load_image
 from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
+from .files import cache_folder
 from .media_paths import read_media
 from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source, store_files
+from .resident import release_mapped
 from .row_keys import hash_parts
 from .sampler import EpochRows
 from .schema import (
@@ -39,6 +41,8 @@ from .vector_cache import VectorCache
 AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
 OTHERS = 32  # rows that are tried in place of one that cannot be read
 CHUNK = 1024  # rows that are read together where all are
+LARGE = 2**18  # rows from which on the pages of the index that were read are given back
+RELEASED = 2048  # rows after which they are
 SHOWN = 20  # bad rows that an error lists
 
 
@@ -117,6 +121,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.modalities = np.concatenate([piece.modalities for piece in self.pieces])  # (rows,) int8, see `Piece`
         self.teacher: VectorCache | None = None  # vectors of the text-only sides of `taught_tasks`, for distillation
         self.taught_tasks: Collection[str] = ()
+        self._rows_read = 0  # since pages were given back
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -273,6 +278,10 @@ class PairDataset(torch.utils.data.Dataset):
             records = piece.records[[int(indices[place]) - first for place in of_piece]].to_pylist()
             for place, record in zip(of_piece, records, strict=True):
                 found[place] = (number, *piece.reader.read(record))
+        self._rows_read += len(indices)
+        if self._rows_read >= RELEASED and len(self) >= LARGE:
+            self._rows_read = 0
+            release_mapped(os.path.realpath(cache_folder()))
         return [found[place] for place in range(len(indices))]
 
 
@@ -335,6 +344,7 @@ def load_pairs(
                 table = table.select(good)
             if len(table):
                 pieces[-1].append(_piece(table, reader))
+            release_mapped(os.path.realpath(cache_folder()))  # which were looked through for bad rows and tasks
     check_bad_rows(bad, len(bad) + sum(len(piece.table) for of_source in pieces for piece in of_source), max_bad_rows)
     sources, pieces = _without_empty(sources, pieces)
     if without_tasks:

@@ -132,7 +132,7 @@ def test_every_row_of_an_epoch_comes_once_and_spelled_alike_over_ranks_workers_a
     good = sorted(str(number) for number in range(64) if number not in (5, 20, 63))
     _, spelled = epoch_of(pairs, Respell(), 1, 1, 0)
     assert len(set(spelled.values())) == 2
-    for ranks, workers in ((1, 0), (2, 0), (3, 0), (3, 2)):
+    for ranks, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2)):
         ids, found = epoch_of(pairs, Respell(), 1, ranks, workers)
         assert sorted(ids) == good and found == spelled
         before = MixtureSampler(pairs.source_lengths, pairs.source_weights, seed=3)
@@ -140,7 +140,7 @@ def test_every_row_of_an_epoch_comes_once_and_spelled_alike_over_ranks_workers_a
         half = 4 * ranks * 2
         seen = [pairs.row(number).id for number in before.rows(0, half)]
         for after in {1, ranks, 2}:  # also with another number of ranks
-            ids, found = epoch_of(pairs, Respell(), 1, after, 0, resumed_at=half)
+            ids, found = epoch_of(pairs, Respell(), 1, after, workers if after == ranks else 0, resumed_at=half)
             assert sorted(seen + ids) == good and found.items() <= spelled.items()
     assert epoch_of(pairs, Respell(), 0, 1, 0)[1] != spelled
 

@@ -1,10 +1,11 @@
 import json
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
-from vipolyqwen.data import readers
+from vipolyqwen.data import readers, sources
 from vipolyqwen.data.schema import RowError, declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.data.tables import BATCH
@@ -71,3 +72,28 @@ def test_rows_of_a_batch_are_read_together_and_are_the_same(parallel: Path) -> N
     assert list(pairs.texts()) == [(pairs.row(number).a, "x") for number in range(12)]
     with pytest.raises(IndexError, match="Row 12 of 12"):
         pairs.__getitems__([0, 12])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells which pages are resident")
+def test_pages_of_a_large_index_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [json.dumps({"a": f"{number} " * 50, "b": "b"}) for number in range(2 * BATCH)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pairs = load_pairs([{"path": str(tmp_path / "rows.jsonl"), "task": "instr"}], declare_tasks(), 400)
+    read = [pairs.row(number).a for number in range(0, 2 * BATCH, 100)]
+    assert resident(tmp_path / "cache") > 0
+    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(sources, "RELEASED", 1)
+    assert [pairs.row(number).a for number in range(0, 2 * BATCH, 100)] == read
+    assert resident(tmp_path / "cache") == 0
+
+
+def resident(folder: Path) -> int:
+    """Returns the resident kilobytes of the mapped files below a folder."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if not line.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
