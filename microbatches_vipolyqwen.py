@@ -69,6 +69,8 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.T
     if used.any():
         inputs["input_ids"] = batch["input_ids"][rows][:, used]
         inputs["attention_mask"] = mask[:, used]
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"][:, rows][:, :, used]
     if batch["images_per_row"][rows].any():
         slots = members(batch["images_per_row"], rows)
         images, places = batch["image_indices"][slots].unique(return_inverse=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .augmentation import Augmentation
+from .positions import token_positions
 from .schema import MODALITY_PAIRS, Task, modality_pair, present_modalities
 from .sources import content_key
 
@@ -64,8 +65,8 @@ class MixedBatchCollator:
         Returns:
             `input_ids`, `attention_mask` (2B, tokens) long; if there are images `pixel_values` (patches, patch values)
             float and `image_grid_thw` (images, 3) long of each distinct image, and `image_indices` (slots,)
-            long, the image of each image slot; `audio_features` (clips, samples) float,
-            `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if a row has audio;
+            long, the image of each image slot, and `position_ids` (3, 2B, tokens) long; `audio_features` (clips,
+            samples) float, `audio_attention_mask` (clips, samples) long and `has_audio` (2B,) bool if a row has audio;
             `images_per_row` (2B,) long, `has_image` (2B,) bool; `data_type` (B,) long task ids, `similarity_scores`
             (B,) float32 in [0, 1], NaN for a pair without score, `a_keys`, `b_keys` (B,) long, `groups` (B,) long, 0
             for none, `modalities` (B,) long (positions in `MODALITY_PAIRS`), the list `ids`, and the
@@ -102,6 +103,8 @@ class MixedBatchCollator:
                 share_images=True,
             )
         )
+        if "image_indices" in batch:
+            batch["position_ids"] = self._positions(batch)
         task_ids = {name: task_id for task_id, name in enumerate(self.tasks)}
         images_per_row = _long(
             [sum(part["type"] == "image" for part in turns[-1]["content"]) for turns in conversations]
@@ -123,6 +126,13 @@ class MixedBatchCollator:
             "replaced": [row["replaces"] for row in rows if row.get("replaces") is not None],
             **(self._teaching(rows) if self.teacher_width else {}),
         }
+
+    def _positions(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the positions of the tokens, which the model would read back from the device to compute."""
+        grids = batch["image_grid_thw"][batch["image_indices"]].tolist()
+        merge_size = self.processor.image_processor.merge_size
+        tokens = (batch["input_ids"], batch["attention_mask"])
+        return token_positions(*tokens, grids, self.processor.image_token_id, merge_size)
 
     def _teaching(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns the teacher's vectors of the sides that have one, and these sides."""

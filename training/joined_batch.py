@@ -8,9 +8,11 @@ from torch import Tensor
 
 from .distillation import Teaching
 from .distributed import RowShare, gather_rows, gather_sizes
+from .feed import move
 from .negatives import HardNegatives
 
 COLUMNS = ("data_type", "a_keys", "b_keys", "groups", "modalities")  # of a collated batch, int64, one value a pair
+OTHERS = ("similarity_scores", "negative_owners", "negative_keys", "teacher_vectors", "teacher_sides")
 
 
 def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -21,12 +23,13 @@ def join_batches(embeddings: Tensor, batch: Mapping[str, Any], rank: int) -> dic
 
     Args:
         embeddings: (2 · pairs + N, D) float, sides a, sides b, then hard negatives of this rank.
-        batch: collated batch of this rank; see `MixedBatchCollator`.
+        batch: collated batch of this rank, on any device; see `MixedBatchCollator`.
         rank: index of this rank.
 
     Returns:
         The arguments of `MixedLoss.forward` that describe the joined batch, the same on every rank.
     """
+    batch = {name: move(batch[name], embeddings.device) for name in (*COLUMNS, *OTHERS) if name in batch}
     pairs, count = len(batch["data_type"]), len(batch["negative_owners"])
     taught = batch.get("teacher_sides", batch["data_type"].new_empty(0))  # (M,)
     sizes = gather_sizes([pairs, count, len(taught)], embeddings.device)  # (ranks, 3)

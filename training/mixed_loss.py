@@ -111,12 +111,14 @@ class MixedLoss(nn.Module):
             "weights": [[getattr(loss, name) for name in COMPONENTS] for loss in losses],  # (T, 6)
             "triplet_margins": [loss.triplet_margin for loss in losses],  # (T,)
             "rank_margins": [loss.rank_margin for loss in losses],  # (T,)
-            "requires_score": [loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses],  # (T,)
             "by_score": [name in SCORE_COMPONENTS for name in COMPONENTS],  # (6,)
             "by_positive": [name in POSITIVE_COMPONENTS for name in COMPONENTS],  # (6,)
             "by_teacher": [name == "distil" for name in COMPONENTS],  # (6,)
             "temperature_places": places,  # (pairs,) long, of each pair's T in `log_temperatures`
         }
+        # (T,) bool, on the host, where batches are checked
+        self.needs_score = torch.tensor([loss.mse + loss.rank > 0 and not loss.score_optional for loss in losses])
+        self.needs_teacher = torch.tensor([loss.distil > 0 for loss in losses])
         for name, values in constants.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
@@ -136,6 +138,7 @@ class MixedLoss(nn.Module):
         teaching: Teaching | None = None,
         share: RowShare | None = None,
         with_gradients: bool = False,
+        checked: bool = False,
     ) -> MixedLossOutput:
         """Computes the loss of one batch.
 
@@ -153,10 +156,14 @@ class MixedLoss(nn.Module):
             teaching: teacher's vectors; at least one for each row of a task with a weight of distil.
             share: rows of the joined batch that this rank computes where the batch is computed in blocks; the gradient
                 of the batch is then the mean over ranks. None: every rank computes the batch.
+            checked: whether `check_rows` has seen the rows already; on a device, looking at them waits for it.
             with_gradients: whether to measure the tasks' gradients; always on for a weighting that needs them.
         """
-        taught = self._taught(len(a), teaching, a.device)
-        self._check_batch(a, b, task_ids, scores, taught)
+        sides = None if teaching is None else teaching.sides
+        taught = self._taught(task_ids, sides)
+        _check_shapes(a, b, task_ids, scores)
+        if not checked:
+            self.check_rows(task_ids, scores, sides)
         dtype = torch.promote_types(a.dtype, torch.float32)
         scores = scores.to(dtype)
         with torch.autocast(a.device.type, enabled=False):  # autocast would run the matmul in bfloat16
@@ -229,11 +236,11 @@ class MixedLoss(nn.Module):
             )
         return [(unit_vectors(a[:, :dim]), unit_vectors(candidates[:, :dim])) for dim in self.matryoshka_dims]
 
-    def _taught(self, rows: int, teaching: Teaching | None, device: torch.device) -> Tensor:
+    def _taught(self, task_ids: Tensor, sides: Tensor | None) -> Tensor:
         """Returns which rows have a teacher's vector of a side, (B,) bool."""
-        taught = torch.zeros(rows, dtype=torch.bool, device=device)
-        if self.distillation is not None and teaching is not None and len(teaching.sides):
-            taught[teaching.sides % rows] = True
+        taught = torch.zeros_like(task_ids, dtype=torch.bool)
+        if self.distillation is not None and sides is not None and len(sides):
+            taught[sides % len(task_ids)] = True
         return taught
 
     def _values(
@@ -292,17 +299,24 @@ class MixedLoss(nn.Module):
         by_row, by_column = similarities > limit[:, None], similarities[:, :rows] > limit[None, :]
         return (by_row, by_column) if mask is None else (by_row | mask, by_column | mask[:, :rows])
 
-    def _check_batch(self, a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor, taught: Tensor) -> None:
-        """Raises ValueError for shapes that do not fit, unknown task ids, and rows without score or teacher."""
-        rows = a.shape[:1]
-        if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
-            shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
-            raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
+    def check_rows(self, task_ids: Tensor, scores: Tensor, sides: Tensor | None = None) -> None:
+        """Checks a batch, best while it is still on the host.
+
+        Args:
+            task_ids: (B,) long, positions in `tasks`.
+            scores: (B,) float, NaN where absent.
+            sides: (M,) long, sides with a teacher's vector, see `Teaching`.
+
+        Raises:
+            ValueError: a task id is unknown, or a row lacks the score or the teacher that its task needs.
+        """
+        taught = self._taught(task_ids, sides)
+        needs_score, needs_teacher = (flags.to(task_ids.device) for flags in (self.needs_score, self.needs_teacher))
         unknown = (task_ids < 0) | (task_ids >= len(self.tasks))
         known_ids = task_ids.clamp(0, len(self.tasks) - 1)
-        missing = self.requires_score[known_ids] & scores.isnan()
-        untaught = (self.weights[known_ids, COMPONENTS.index("distil")] > 0) & ~taught
-        if not (unknown | missing | untaught).any():  # one transfer to the host
+        missing = needs_score[known_ids] & scores.isnan()
+        untaught = needs_teacher[known_ids] & ~taught
+        if not (unknown | missing | untaught).any():
             return
         if unknown.any():
             raise ValueError(f"task_ids {task_ids.tolist()} must lie in [0, {len(self.tasks)}): {self.tasks}.")
@@ -324,6 +338,14 @@ class MixedLoss(nn.Module):
     def summarise(self, output: MixedLossOutput) -> dict[str, float]:
         """Returns the figures of one batch by name; see `LossFigures`."""
         return self.figures.average([self.measure(output)[1]])
+
+
+def _check_shapes(a: Tensor, b: Tensor, task_ids: Tensor, scores: Tensor) -> None:
+    """Raises ValueError for shapes that do not fit."""
+    rows = a.shape[:1]
+    if a.ndim != 2 or a.shape != b.shape or task_ids.shape != rows or scores.shape != rows or not a.numel():
+        shapes = [tuple(x.shape) for x in (a, b, task_ids, scores)]
+        raise ValueError(f"a, b, task_ids, scores have shapes {shapes}; they must be (B, D), (B, D), (B,), (B,).")
 
 
 def gradient_gram(parts: Tensor, embeddings: Sequence[Tensor], shared: bool = False) -> Tensor:

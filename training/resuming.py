@@ -53,8 +53,6 @@ class ResumingTrainer(Trainer):
     `_get_train_sampler` of a subclass returns a `MixtureSampler`.
     """
 
-    keeps_media_on_host = False  # `_prepare_inputs` moves the rest of a batch to the device
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unfinished: Path | None = None  # parent of the checkpoint being written
@@ -214,7 +212,7 @@ class ResumingTrainer(Trainer):
             args.device,
             num_processes=1,
             process_index=0,
-            put_on_device=not self.keeps_media_on_host,
+            put_on_device=False,  # each micro-batch moves when its turn comes
             non_blocking=self.accelerator.non_blocking,
         )
 

@@ -20,7 +20,6 @@ from ..data.collator import MixedBatchCollator
 from ..data.sampler import MixtureSampler
 from ..data.sources import PairDataset
 from ..evaluation.metrics import pair_retrieval, spearman
-from ..microbatches_vipolyqwen import take_rows
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -33,6 +32,7 @@ from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
 from .distributed import unsharded_class, unsharded_loading
 from .faults import StepState
+from .feed import MicrobatchFeed, move
 from .joined_batch import join_batches
 from .learning import LearningCallback, check_that_it_learns
 from .loss_figures import MixedLossOutput
@@ -47,7 +47,6 @@ from .speedups import batch_vision_attention, compile_layers, use_liger_kernels
 
 logger = logging.get_logger(__name__)
 
-MEDIA = ("pixel_values", "audio_features", "audio_attention_mask")
 LOSS_STATE = (
     "loss_state.safetensors"  # in a checkpoint: learned loss parameters, weighting, initial values of the new modules
 )
@@ -159,17 +158,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
                 self._halve_microbatches(inputs, before, error)
             before.restore()  # not above, where the exception still holds the activations
 
-    @property
-    def keeps_media_on_host(self) -> bool:
-        """Returns whether images and audio move to the device with their micro-batch, as with cached gradients."""
-        return self.in_chunks
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Moves a batch to the device, but for the media that move with their micro-batch."""
-        if not self.keeps_media_on_host:
-            return super()._prepare_inputs(inputs)
-        rest = {name: value for name, value in inputs.items() if name not in MEDIA}
-        return {**super()._prepare_inputs(rest), **{name: inputs[name] for name in MEDIA if name in inputs}}
+        """Leaves a batch on the host; its micro-batches and the columns of the loss move when their turn comes."""
+        return inputs
 
     def _halve_microbatches(self, inputs: dict[str, Any], before: StepState, error: torch.OutOfMemoryError) -> None:
         """Halves the micro-batch; raises if that cannot help, or if the step cannot be taken again."""
@@ -190,10 +181,12 @@ class ViPolyQwenTrainer(ResumingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the mixed loss of the joined batch of all ranks (STW paper §4.2)."""
+        self.mixed_loss.check_rows(inputs["data_type"], inputs["similarity_scores"], inputs.get("teacher_sides"))
         embeddings = self.embed(model, inputs)  # sides a, sides b, hard negatives
         monitor_steps = self.args.monitor_steps
         output = self.mixed_loss(
             **join_batches(embeddings, inputs, self.args.process_index),
+            checked=True,
             epoch=self.state.epoch or 0,
             with_gradients=monitor_steps > 0 and self.state.global_step % monitor_steps == 0,
         )
@@ -219,17 +212,20 @@ class ViPolyQwenTrainer(ResumingTrainer):
         same order. `embed_chunk` and `embed_chunk_tokens` limit the size of a micro-batch (the row for every tower not
         counted), and all ranks run the same number of them.
         """
-        device = inputs["attention_mask"].device
-        microbatches = self._microbatches(inputs)
+        microbatches, device = self._microbatches(inputs), self.args.device
+        extra = range(_row_count(inputs), len(inputs["attention_mask"]))
+        feed = MicrobatchFeed(inputs, microbatches, extra, device)
 
         def embed(rows: Sequence[int]) -> torch.Tensor:
-            return _embed_rows(model, inputs, torch.tensor(rows, dtype=torch.long, device=device), self.packing)
+            vectors = _embed_rows(model, feed.take(rows), len(rows), len(extra) > 0, self.packing)
+            feed.move_ahead(rows)
+            return vectors
 
         if self.in_chunks:
             vectors = embed_in_chunks(embed, microbatches, model, device, exchange=self.accelerator.sync_gradients)
         else:
             vectors = torch.cat([embed(rows) for rows in microbatches])
-        order = torch.tensor([row for rows in microbatches for row in rows], dtype=torch.long, device=device)
+        order = move(torch.tensor([row for rows in microbatches for row in rows], dtype=torch.long), device)
         return torch.empty_like(vectors).index_copy(0, order, vectors)
 
     def _microbatches(self, inputs: dict[str, Any]) -> list[Sequence[int]]:
@@ -242,7 +238,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
         limit = MicrobatchLimit(self.embed_chunk, self.args.embed_chunk_tokens, self.packing)
         microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
-        if self.in_chunks:
+        if self.in_chunks and self.args.world_size > 1:
             count = torch.tensor([len(microbatches)], device=self.args.device)
             microbatches += [()] * (int(self.accelerator.gather(count).max()) - len(microbatches))
         return microbatches
@@ -370,8 +366,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
     def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> torch.utils.data.DataLoader:
         """Returns the stock loader with the collator without prefix dropout."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
-        placement = self.accelerator.device_placement
-        self.accelerator.device_placement = placement and not self.keeps_media_on_host
+        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -395,7 +390,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
             with self.compute_loss_context_manager():
                 embeddings = self.embed(self.model, inputs)
             row = {"a": embeddings[:pairs], "b": embeddings[pairs:]}
-            row |= {name: inputs[name] for name in ("data_type", "similarity_scores", "a_keys", "b_keys")}
+            names = ("data_type", "similarity_scores", "a_keys", "b_keys")
+            row |= {name: move(inputs[name], self.args.device) for name in names}
             for name, value in self.accelerator.gather_for_metrics(row).items():
                 columns[name].append(value.cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -531,12 +527,12 @@ def _row_count(batch: Mapping[str, Any]) -> int:
     return 2 * len(batch["data_type"]) + len(batch["negative_owners"])
 
 
-def _embed_rows(model: nn.Module, batch: Mapping[str, Any], rows: torch.Tensor, packing: bool) -> torch.Tensor:
-    """Embeds some rows of a collated batch in one forward, together with the row for every tower at weight 0.
+def _embed_rows(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], rows: int, with_extra: bool, packing: bool
+) -> torch.Tensor:
+    """Embeds the rows of a micro-batch in one forward, together with the row for every tower at weight 0.
 
     That row means several ranks, which have to call a sharded tower equally often: all windows of audio at once.
     """
-    extra = torch.arange(_row_count(batch), len(batch["attention_mask"]), device=rows.device)
-    inputs = take_rows(batch, torch.cat([rows, extra]))
-    vectors = model(**inputs, packing=packing, divide=False, all_windows_at_once=len(extra) > 0).embeddings
-    return vectors[: len(rows)] + 0.0 * vectors[len(rows) :].sum()
+    vectors = model(**inputs, packing=packing, divide=False, all_windows_at_once=with_extra).embeddings
+    return vectors[:rows] + 0.0 * vectors[rows:].sum()

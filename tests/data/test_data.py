@@ -666,7 +666,7 @@ def test_rows_taken_from_a_batch_have_the_embeddings_they_had_in_it(
         torch.testing.assert_close(model(**part).embeddings, whole[chosen], atol=1e-5, rtol=0)
     assert set(take_rows(batch, torch.tensor([2]))) == set(audio)
     assert take_rows(batch, torch.tensor([2]))["audio_features"].shape == (1, 8000)
-    assert set(take_rows(batch, torch.tensor([8, 9]))) == {"input_ids", "attention_mask"}
+    assert set(take_rows(batch, torch.tensor([8, 9]))) == {"input_ids", "attention_mask", "position_ids"}
     short = take_rows(batch, order[-4:-2])["input_ids"]
     assert short.shape[1] == row_lengths(batch)[order[-4]]
 

@@ -268,7 +268,7 @@ def accumulate(trainer: ViPolyQwenTrainer, rows: list[dict[str, Any]], model: nn
 def learn_from_unlike_gradients(trainer: ViPolyQwenTrainer, rank: int) -> Tensor:
     """The temperature after a step, for which the processes have gradients of opposite signs."""
     temperature = trainer.mixed_loss.log_temperatures
-    temperature.grad = torch.ones_like(temperature) * (1 - 2 * rank)
+    temperature.grad = torch.ones_like(temperature) * (3 - 4 * rank)  # the mean is 1
     optimizer = trainer.accelerator.prepare_optimizer(trainer.create_optimizer())
     trainer.loss_optimizer.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
     return temperature.detach()

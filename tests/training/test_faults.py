@@ -213,11 +213,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch, rows: int, in_backward: bool)
     sizes: list[int] = []
     original = trainer_module._embed_rows
 
-    def embed(model: Any, inputs: Any, chosen: torch.Tensor, packing: bool) -> torch.Tensor:
-        if len(chosen) > rows and (torch.is_grad_enabled() or not in_backward):
-            raise torch.OutOfMemoryError(f"tried to allocate {len(chosen)} rows")
-        sizes.append(len(chosen))
-        return original(model, inputs, chosen, packing)
+    def embed(model: Any, inputs: Any, count: int, *options: bool) -> torch.Tensor:
+        if count > rows and (torch.is_grad_enabled() or not in_backward):
+            raise torch.OutOfMemoryError(f"tried to allocate {count} rows")
+        sizes.append(count)
+        return original(model, inputs, count, *options)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "_embed_rows", embed)

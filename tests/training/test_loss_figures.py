@@ -59,7 +59,7 @@ def test_a_step_reads_few_numbers_from_the_device(world: Path, tmp_path: Path, w
     trainer.embed = lambda *_: embeddings
     with CountTransfers() as transfers:
         trainer.compute_loss(trainer.model, batch)
-    known = 3  # are ids and scores valid; is the loss finite; tokens of the batch
+    known = 3  # of the host: are ids and scores valid, tokens of the batch; of the device: is the loss finite
     assert transfers.count <= known + 6 * (weighting == "gradnorm")  # it looks at which tasks are active
 
 

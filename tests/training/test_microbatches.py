@@ -9,8 +9,7 @@ import torch
 from helpers import assert_same_gradients, build_trainer, gradients_of, training_step
 from torch import Tensor
 
-from vipolyqwen import microbatches_vipolyqwen
-from vipolyqwen.microbatches_vipolyqwen import length_buckets, members, select_media, take_rows
+from vipolyqwen.microbatches_vipolyqwen import length_buckets, members, take_rows
 from vipolyqwen.training.arguments import read_arguments
 from vipolyqwen.training.microbatches import (
     MicrobatchLimit,
@@ -234,47 +233,3 @@ def test_a_shared_image_gives_each_row_the_vector_it_has_alone(corpus: Path) -> 
         inputs = take_rows(unshared(batch), torch.tensor([row]))
         del inputs["image_indices"]  # the model's own interface
         torch.testing.assert_close(model(**inputs).embeddings[0], together[row], atol=1e-5, rtol=0)
-
-
-# --- media on the host
-
-
-def test_media_stay_on_the_host_and_the_rest_moves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, pairs = build_trainer(corpus, "--embed_chunk", "2")
-    batch = trainer.data_collator(list(pairs))
-    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
-    moved = trainer._prepare_inputs(batch)
-    on_host = {name for name, value in moved.items() if isinstance(value, Tensor) and not value.is_meta}
-    assert on_host == {"pixel_values", "audio_features", "audio_attention_mask"}
-    assert moved.keys() == batch.keys()
-    trainer.in_chunks = False
-    moved = trainer._prepare_inputs(batch)
-    assert all(value.is_meta for value in moved.values() if isinstance(value, Tensor))
-
-
-def test_only_the_media_of_a_micro_batch_move_at_a_time(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, pairs = build_trainer(corpus, "--embed_chunk", "2")
-    batch = trainer.data_collator(list(pairs))
-    moves: list[int] = []  # rows of media
-
-    def select(values: Tensor, indices: Tensor) -> Tensor:
-        selected = select_media(values, indices)
-        if values is batch["pixel_values"]:
-            moves.append(selected.nbytes)
-        return selected
-
-    monkeypatch.setattr(microbatches_vipolyqwen, "select_media", select)
-    trainer.training_step(trainer.model, batch)
-    image = batch["pixel_values"].nbytes // len(batch["image_grid_thw"])  # of equal size
-    assert len(moves) > 2
-    assert max(moves) <= 2 * image < batch["pixel_values"].nbytes
-    passes = len(moves) // 2
-    assert moves[:passes] == moves[passes:]  # once without gradient, once with
-
-
-def test_loaders_leave_a_batch_on_the_host_only_with_cached_gradients(corpus: Path) -> None:
-    for flags, device in ((("--embed_chunk", "2"), None), ((), torch.device("cpu"))):
-        trainer, pairs = build_trainer(corpus, *flags)
-        assert trainer.get_train_dataloader().device == device
-        assert trainer.get_eval_dataloader(pairs).device == device
-        assert trainer.accelerator.device_placement
