@@ -119,6 +119,7 @@ def build_index(folder: Path, kind: str = "flat") -> dict[str, Any]:
     Raises:
         ValueError: the folder has no vectors, a shard is damaged or of other settings, or the kind does not fit.
         FolderInUseError: another process of this machine builds the index.
+        OSError: the index cannot be written; an earlier one stays as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
@@ -142,10 +143,14 @@ def _build(folder: Path, kind: str, manifest: dict[str, Any], names: list[str]) 
     kept = ("model", "fingerprint", "dimensions", "precision", "prompt_name", "prompt")
     settings = {"kind": kind, "rows": rows, "shards": shards_mark(folder, names)}
     settings |= {name: manifest.get(name) for name in kept}
-    _write_vectors(folder, written, settings, names)
-    (written / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for path in written.iterdir():
-        flush_file(path)
+    try:
+        _write_vectors(folder, written, settings, names)
+        (written / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for path in written.iterdir():
+            flush_file(path)
+    except BaseException:
+        shutil.rmtree(written, ignore_errors=True)  # a disk that is full would stay so
+        raise
     shutil.rmtree(folder / INDEX, ignore_errors=True)
     written.rename(folder / INDEX)
     flush_folder(folder)
@@ -176,7 +181,10 @@ def _write_vectors(folder: Path, written: Path, settings: dict[str, Any], names:
     if rescore is not None:
         rescore.flush()
     write = faiss.write_index_binary if is_binary else faiss.write_index
-    write(index, str(written / FAISS_FILE))
+    try:
+        write(index, str(written / FAISS_FILE))
+    except RuntimeError as error:
+        raise OSError(f"{written / FAISS_FILE} cannot be written: {error}. Is the disk full?") from error
 
 
 def _new_index(kind: str, width: int) -> Any:

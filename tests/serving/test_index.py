@@ -252,3 +252,21 @@ def test_bits_need_a_multiple_of_8(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="12 dimensions.*multiple of 8"):
         build_index(tmp_path, "binary")
     assert build_index(tmp_path)["rows"] == 1
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("write error: No space left on device"), OSError(28, "No space left")])
+def test_a_full_disk_leaves_the_earlier_index_and_nothing_else(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random(tmp_path)
+    build_index(tmp_path)
+
+    def fail(index: Any, name: str) -> None:
+        Path(name).write_bytes(b"part")
+        raise fault
+
+    monkeypatch.setattr(index_module.faiss, "write_index", fail)
+    with pytest.raises(OSError, match="No space"):
+        build_index(tmp_path, "hnsw")
+    assert read_index(tmp_path).settings["kind"] == "flat"
+    assert not list((tmp_path / "_unfinished").rglob("*"))
