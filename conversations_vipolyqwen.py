@@ -140,6 +140,7 @@ def in_defined_order(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[
     Raises:
         ValueError: a message or part has the wrong shape.
     """
+    messages = [inner for message in messages for inner in _unwrap_messages(message)]
     for number, message in enumerate(messages):
         _check_message(message, number)
     spoken = [message for message in messages if message["role"] != "system"]
@@ -153,6 +154,16 @@ def in_defined_order(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[
         return messages
     ordered = sorted(content, key=lambda part: DEFINED_ORDER[part["type"]])
     return [{**message, "content": ordered} if message is spoken[0] else message for message in messages]
+
+
+def _unwrap_messages(message: Any) -> Sequence[Any]:
+    """Returns the messages of a conversation that sentence-transformers, beside other inputs, made a part of one."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
+        inner = content[0].get("message") if content[0].get("type") == "message" else None
+        if isinstance(inner, (list, tuple)):
+            return inner
+    return [message]
 
 
 def _check_message(message: Any, number: int) -> None:

@@ -36,6 +36,7 @@ TURNS = dict(
         start=2,
     )
 )
+STRIP = 2**20  # pixels that are laid on white at a time
 SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a smaller copy of another page
 
 
@@ -72,6 +73,8 @@ def load_image(source: Any, allow_urls: bool | str = False, rescale: bool = True
         with open_source(source, allow_urls, limits) as file:
             image = _open_image(file)
             _check_pages(image)
+            if isinstance(image, Image.Image):
+                _scale_transparency(image)
             return _finish(image, limits)
     except Exception as error:  # noqa: BLE001  Pillow raises nearly every kind for damaged files
         raise unreadable("image", source, error) from error
@@ -161,9 +164,26 @@ def on_white(image: Image.Image) -> Image.Image:
     """Returns an image as RGB; what is transparent is laid on white, as paper and pages show it."""
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, straight).convert("RGB")
+    result = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):  # in strips, since the steps take several copies
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        straight = strip.convert({"La": "LA", "RGBa": "RGBA"}.get(strip.mode, strip.mode)).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, straight).convert("RGB"), (0, top))
+    return result
+
+
+def _scale_transparency(image: Any) -> None:
+    """Gives the transparent colour of an opened PNG of 2, 4 or 16 bits the range of the pixels that Pillow decodes."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None or not image.tile:
+        return
+    raw = image.tile[0].args
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = colour * (255 // (2 ** int(raw[-1]) - 1))
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

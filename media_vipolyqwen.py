@@ -21,13 +21,16 @@ MAX_PATH = 4096  # characters; a longer string is not a path
 MIN_BASE64 = 64  # characters; a shorter string that names no file is a wrong path
 
 MEDIA_ENDINGS = (
-    "png jpg jpeg jpe jfif gif bmp dib tif tiff webp heic heif avif jp2 j2k jpx jxl ico psd tga dng cr2 cr3 nef arw "
-    "svg pdf djvu docx pptx xlsx wav wave mp3 ogg oga opus flac aac m4a m4b aif aiff wma amr caf mp4 m4v avi mov wmv "
-    "flv mkv webm mpg mpeg 3gp"
+    "png apng jpg jpeg jpe jfif gif bmp dib tif tiff webp heic heics heif hif avif jp2 j2k j2c jpx jpm jxl jxr ico "
+    "icns psd tga dds pcx ppm pgm pbm pnm exr xcf emf wmf eps dng cr2 cr3 nef arw orf raf rw2 pef srw "
+    "svg svgz pdf djvu xps epub doc docx ppt pptx xls xlsx odt ods odp rtf "
+    "wav wave w64 rf64 mp3 mp2 mpga ogg oga spx opus flac aac m4a m4b aif aiff aifc au snd wma amr awb caf ape wv mka "
+    "weba ac3 mp4 m4v avi mov wmv flv f4v mkv webm mpg mpeg m2ts vob ogv 3gp 3gpp 3g2"
 ).split()
 MEDIA_PATH = re.compile(rf".+\.({'|'.join(MEDIA_ENDINGS)})", re.IGNORECASE)
 FILE_URL = re.compile(r"file://(localhost)?(?=/)", re.IGNORECASE)
 DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]+)*,", re.IGNORECASE)
+HOST_ALONE = re.compile(r"https?://[^/\\]*", re.IGNORECASE)  # its ending is that of a name, such as .au or .mov
 ADDRESS_IN_TEXT = re.compile(r"\s\S*https?://", re.IGNORECASE)  # a sentence that ends with an address
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 # Endings by which sentence-transformers opens a bare string as an image or as audio.
@@ -206,6 +209,12 @@ def is_file(path: str) -> bool:
     return os.path.exists(path) and not os.path.isdir(path)
 
 
+def _is_opened(text: str, name: str) -> bool:
+    """Returns whether sentence-transformers opens a bare string; `name` is that without the query of a URL."""
+    address = text.startswith(("http://", "https://")) and " " not in text
+    return name.lower().endswith(SENTENCE_TRANSFORMERS_OPENS) and (address or os.path.isfile(text))
+
+
 def check_is_text(text: str) -> None:
     """Refuses a text that is a path or an address of a media file, which was hardly meant as a text.
 
@@ -218,17 +227,19 @@ def check_is_text(text: str) -> None:
     """
     if DATA_URL.match(text[:200]) and ";base64," in text[:200]:
         raise ValueError(f"The text {text[:40]!r}… is a data URL. Pass {{'image': …}} or {{'audio': …}} of it.")
-    if len(text) > MAX_PATH or "\n" in text or not MEDIA_PATH.fullmatch(text):
+    path = text.strip()  # lines of a list of files end with a line break
+    if len(path) > MAX_PATH or "\n" in path:
         return
-    exists = is_file(text)
-    if not exists and ADDRESS_IN_TEXT.search(text):
+    is_address = is_url(path) and not re.search(r"\s", path)
+    name = re.split("[?#]", path, maxsplit=1)[0] if is_address else path
+    if not MEDIA_PATH.fullmatch(name) or HOST_ALONE.fullmatch(name):
         return
-    if not exists and "/" not in text and "\\" not in text:
+    exists = is_file(path)
+    if not exists and (ADDRESS_IN_TEXT.search(path) or ("/" not in path and "\\" not in path)):
         return
-    opens = (exists and not FILE_URL.match(text)) or is_url(text)
-    if opens and text.lower().endswith(SENTENCE_TRANSFORMERS_OPENS):
+    if _is_opened(text, name):
         return
-    reason = "sentence-transformers does not open it" if exists or is_url(text) else "no such file exists"
+    reason = "sentence-transformers does not open it" if exists or is_url(path) else "no such file exists"
     raise ValueError(
         f"{text[:200]!r} looks like the path of an image, audio, video or document file, but {reason}. Pass "
         "{'image': path} or {'audio': path} of a file, and the pages of a document as images; to embed the characters "

@@ -234,7 +234,7 @@ def _images_of_rows(
         images.append([])
         while count > 0:
             number = next(numbers, None)
-            if number is None:
+            if number is None or not 0 <= number < len(patches):
                 return None
             images[-1].append(first[number])
             count -= patches[number] // merge_size**2

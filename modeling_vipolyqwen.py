@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2VLMo
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .arguments_vipolyqwen import check_names, check_tensors
 from .audio_vipolyqwen import (
     PaddedAudio,
     check_windows,
@@ -279,7 +280,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             ValueError: a row is empty, images, clips or windows do not match rows, an argument is unknown, or the
                 model or `packing` does not support an input.
         """
-        _refuse_unknown(kwargs)
+        check_names(kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -293,6 +294,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             "image_indices": image_indices,
         }
+        check_tensors(inputs)
+        if input_ids is not None and attention_mask is None:
+            self._refuse_padding(input_ids)
         self.config.check_inputs(name for name, value in inputs.items() if value is not None)
         requests = output_pooling_weights or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         if divide and not all_windows_at_once and not requests and self._may_divide(inputs):
@@ -302,6 +306,17 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                 return self._embed_division(division, packing or not by_length, **kwargs)
         options = {"all_windows_at_once": all_windows_at_once, "output_pooling_weights": output_pooling_weights}
         return self._embed_batch(**inputs, packing=packing, **options, **kwargs)
+
+    def _refuse_padding(self, input_ids: torch.LongTensor) -> None:
+        """Raises ValueError if ids without a mask have padding, which would be embedded; no text gives that token."""
+        config = self.config.text_config
+        padding = config.pad_token_id
+        if padding is None or padding == config.eos_token_id or torch.compiler.is_compiling() or input_ids.is_meta:
+            return
+        if input_ids.shape[1] and (input_ids[:, [0, -1]] == padding).any():
+            raise ValueError(
+                "`input_ids` has padding, but no `attention_mask` was passed; pass it as the processor returns it."
+            )
 
     def _may_divide(self, inputs: dict[str, torch.Tensor | None]) -> bool:
         """Returns whether `forward` may divide a batch: in inference, if each row can be taken from the inputs."""
@@ -370,6 +385,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
                 inputs += [select_rows(position_ids, rows, batch, dim=1), pixel_values, image_grid_thw, image_indices]
                 route, extras = self._embed_text(*inputs, packing, right_padded, **kwargs)
                 routes.append(Route(rows, *route))
+            elif pixel_values is not None:
+                raise ValueError("`pixel_values` were passed, but no row has tokens; pass the ids of their rows.")
         if audio_features is not None:
             audio = (audio_features, audio_attention_mask, audio_windows, all_windows_at_once)
             route, extras["audio_pooling_weights"] = self._embed_audio(*audio)
@@ -501,10 +518,10 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             )
         if input_ids is None:  # embeddings may already hold the images
             return
-        if image_indices is not None and len(image_indices) > 0 and int(image_indices.max()) >= len(grids):
+        if image_indices is not None and not ((image_indices >= 0) & (image_indices < len(grids))).all():
             raise ValueError(
-                f"`image_indices` names image {int(image_indices.max())}, but {len(grids)} images were passed; pass "
-                "`pixel_values` and `image_grid_thw` of all images that it names."
+                f"`image_indices` is {image_indices.tolist()}, but {len(grids)} images were passed; give the index of "
+                "an image for each slot."
             )
         shown = grids if image_indices is None else grids[image_indices]
         filled = int(shown.prod(dim=-1).sum()) // self.config.vision_config.spatial_merge_size**2
@@ -527,6 +544,11 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if audio_attention_mask is None:
             audio_attention_mask = torch.ones_like(audio_features, dtype=torch.long)
         audio_attention_mask = audio_attention_mask.long()
+        if audio_features.shape[1] < receptive_field(self.config.audio_config):
+            raise ValueError(
+                f"The clips have {audio_features.shape[1]} samples; the speech encoder needs at least "
+                f"{receptive_field(self.config.audio_config)} (`min_audio_samples` of the processor)."
+            )
         if audio_windows is None or len(audio_windows) == len(audio_features):
             hidden, mask = self._encode_audio(audio_features, audio_attention_mask)
         else:
@@ -618,19 +640,6 @@ def _with_towers(towers: Sequence[str], config: PreTrainedConfig | None) -> dict
     config = copy.deepcopy(config)
     config.towers = towers
     return {"config": config}
-
-
-LANGUAGE_ARGUMENTS = ("output_hidden_states", "output_attentions", "is_causal")
-
-
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that neither `forward` nor the language model takes."""
-    unknown = sorted(kwargs.keys() - set(LANGUAGE_ARGUMENTS))
-    if unknown:
-        raise ValueError(
-            f"`forward` takes no argument {', '.join(map(repr, unknown))}, which would be ignored. Pass the tensors "
-            f"of the processor under their names, and of further arguments {', '.join(LANGUAGE_ARGUMENTS)}."
-        )
 
 
 def loading_problems(report: dict[str, Any]) -> str:

@@ -525,6 +525,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
                 f"Texts beyond the {limit} tokens of an input (`max_length`) are cut at their end: {'; '.join(cut)}. "
                 "Split long texts into several inputs."
             )
+        if not any(rows):
+            return {}  # audio alone beside empty texts
         names = ("padding", "pad_to_multiple_of", "padding_side")
         padding = {name: text_kwargs[name] for name in names if name in text_kwargs}
         if padding.get("padding") == "max_length":

@@ -1,6 +1,7 @@
 """Inputs to vectors in two steps, tensors and model, so that one may run ahead; a bad input costs no other one."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
+from ..conversations_vipolyqwen import DEFINED_ORDER
 from ..data.precision import check_dimensions, shorten
 
 ON_ERROR = ("raise", "skip", "none")
@@ -163,10 +165,9 @@ def embed(
     embedder = Embedder(encoder, prompt_of(encoder, prompt_name), dimensions, processing_kwargs or {})
     vectors = np.full((len(inputs), embedder.width), np.nan, np.float32)
     reasons: list[str | None] = [None] * len(inputs)
-    order = sorted(range(len(inputs)), key=lambda position: -_length(inputs[position]))
-    for first in range(0, len(inputs), batch_size):
-        positions = order[first : first + batch_size]
-        prepared = embedder.prepare([lambda item=inputs[position]: item for position in positions])
+    items = [as_conversation(item) for item in inputs]
+    for positions in _batches(items, batch_size):
+        prepared = embedder.prepare([lambda item=items[position]: item for position in positions])
         found = embedder.vectors(prepared.features)
         faults = {prepared.kept[row]: reason for row, reason in without_direction(found).items()}
         for place, reason in {**prepared.reasons, **faults}.items():
@@ -179,9 +180,44 @@ def embed(
     return Embeddings(vectors[ok] if on_error == "skip" else vectors, ok, reasons)
 
 
+def as_conversation(item: Any) -> Any:
+    """Returns a dict, or a decoder of audio, as a conversation, and any other input as it is.
+
+    Of a dict sentence-transformers takes one sampling rate a batch and no bytes of audio; a part keeps both.
+    """
+    if hasattr(item, "get_all_samples") or (isinstance(item, Mapping) and "array" in item):
+        item = {"audio": item}
+    if isinstance(item, Mapping) and {"role", "content"} <= set(item):
+        return [item]
+    if not isinstance(item, Mapping) or not item or set(item) - set(DEFINED_ORDER):
+        return item
+    parts = []
+    for kind in DEFINED_ORDER:
+        given = item.get(kind, [])
+        several = isinstance(given, (list, tuple)) and (kind != "audio" or not given)
+        parts += [{"type": kind, kind: value} for value in (given if several else [given])]
+    return [{"role": "user", "content": parts}]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[list[int]]:
+    """Yields the positions of each batch: conversations apart from the rest, inputs of similar length together."""
+
+    def is_conversation(position: int) -> bool:
+        return isinstance(items[position], list)
+
+    order = sorted(range(len(items)), key=lambda position: (is_conversation(position), -_length(items[position])))
+    for _, alike in itertools.groupby(order, key=is_conversation):
+        positions = list(alike)
+        for first in range(0, len(positions), size):
+            yield positions[first : first + size]
+
+
 def _length(item: Any) -> int:
-    """Returns the characters of an input, so that inputs of similar length share a batch; 0 for a conversation."""
-    texts = item.values() if isinstance(item, Mapping) else [item]
+    """Returns the characters of a text, or of the parts of a conversation of one message; else 0."""
+    message = item[0] if isinstance(item, list) and len(item) == 1 else None
+    content = message.get("content") if isinstance(message, Mapping) else item
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
     return sum(len(text) for text in texts if isinstance(text, str))
 
 

@@ -5,6 +5,7 @@ files.
 """
 
 import base64
+import functools
 import io
 import os
 import resource
@@ -13,6 +14,7 @@ import time
 import traceback
 import unicodedata
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,27 +29,43 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vipolyqwen.images_vipolyqwen import load_image
+from vipolyqwen.media_vipolyqwen import Limits
 from vipolyqwen.publishing.repository import save_repository
 from vipolyqwen.waveforms_vipolyqwen import load_audio
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "160"))
 FILES = int(os.environ.get("FUZZ_FILES", "1200"))
 THREAD_ENCODES = max(6, INPUTS // 100)  # of each of four threads
-SECONDS = 5  # of one input
+SECONDS = 5  # of one input on a processor; a busy machine takes longer by the clock
+WAITED = 60  # s of one input by the clock
 MEGABYTES = 1024  # that the process may grow over all inputs; the largest one is a few hundred kilobytes
+MEGABYTES_OF_FILES = 256  # that it may grow over all damaged files
+FILE_LIMITS = Limits(image_pixels=2**22, audio_samples=2**22)  # a header that states more costs nothing
 ERRORS = (ValueError, OSError)
 RNG = np.random.default_rng(0)
 
 
 def bounded(share: float) -> Any:
-    """Settings of a property: a share of the inputs, none over `SECONDS`, the same inputs in `make test`."""
+    """Settings of a property: a share of the inputs, the same ones in `make test`."""
     return settings(
         max_examples=max(10, int(INPUTS * share)),
-        deadline=SECONDS * 1000,
+        deadline=None,  # it goes by the clock; see `timed`
         derandomize="FUZZ_INPUTS" not in os.environ,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def timed(test: Callable) -> Callable:
+    """Holds each input of a property to `SECONDS` and `WAITED`."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **inputs: Any) -> None:
+        used, started = time.process_time(), time.monotonic()
+        test(*arguments, **inputs)
+        assert time.process_time() - used < SECONDS and time.monotonic() - started < WAITED, inputs
+
+    return run
 
 
 def image_file(kind: str, **options: Any) -> bytes:
@@ -204,6 +222,7 @@ def check_error(error: Exception) -> None:
     audio=st.none() | audio_sources | st.lists(audio_sources, max_size=3),
     task=st.sampled_from([None, None, "ocr", "auto", "query", "dance"]),
 )
+@timed
 def test_a_call_gives_unit_vectors_or_an_error(tiny: tuple, text: Any, images: Any, audio: Any, task: Any) -> None:
     model, processor = tiny
     try:
@@ -216,6 +235,7 @@ def test_a_call_gives_unit_vectors_or_an_error(tiny: tuple, text: Any, images: A
 
 @bounded(0.3)
 @given(conversation=st.lists(messages, max_size=3) | st.lists(st.lists(messages, max_size=2), max_size=3) | things)
+@timed
 def test_a_conversation_gives_unit_vectors_or_an_error(tiny: tuple, conversation: Any) -> None:
     model, processor = tiny
     try:
@@ -227,6 +247,7 @@ def test_a_conversation_gives_unit_vectors_or_an_error(tiny: tuple, conversation
 
 @bounded(0.2)
 @given(inputs=st.lists(conversations | texts, min_size=1, max_size=3), limit=st.sampled_from([8, 64, 512]))
+@timed
 def test_good_parts_give_unit_vectors_that_do_not_depend_on_their_batch(tiny: tuple, inputs: Any, limit: int) -> None:
     model, processor = tiny
     messages = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in inputs]
@@ -244,6 +265,7 @@ def test_good_parts_give_unit_vectors_that_do_not_depend_on_their_batch(tiny: tu
 
 @bounded(0.1)
 @given(text=texts)
+@timed
 def test_every_spelling_of_a_text_is_one_text_and_no_special_token(tiny: tuple, text: str) -> None:
     _, processor = tiny
     try:
@@ -268,6 +290,7 @@ def test_every_spelling_of_a_text_is_one_text_and_no_special_token(tiny: tuple, 
         max_size=3,
     )
 )
+@timed
 def test_encode_gives_unit_vectors_or_an_error(encoder: Any, inputs: Any) -> None:
     try:
         vectors = encoder.encode(inputs)
@@ -347,20 +370,24 @@ def test_a_damaged_file_is_read_or_refused() -> None:
     rng = np.random.default_rng(int(os.environ.get("FUZZ_SEED", "0")))
     found = originals()
     outcomes = {"read": 0, "refused": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(FILES):
         load, data = found[number % len(found)]
         damaged = damage(data, rng)
-        started = time.monotonic()
+        used, started = time.process_time(), time.monotonic()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                load(damaged)
+                load(damaged, limits=FILE_LIMITS)
             outcomes["read"] += 1
         except ValueError as error:
             check_error(error)
             outcomes["refused"] += 1
-        assert time.monotonic() - started < SECONDS, damaged[:200]
+        seconds, waited = time.process_time() - used, time.monotonic() - started
+        assert seconds < SECONDS and waited < WAITED, damaged[:200]
     assert min(outcomes.values()) > FILES / 20  # the damage is neither none nor total
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < MEGABYTES_OF_FILES, f"{grown:.0f} MB more"
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from vipolyqwen.publishing.repository import SUPPORTED, save_repository
 from vipolyqwen.training.build import build_model
 
 SHIPPED = {
+    "arguments_vipolyqwen.py",
     "audio_vipolyqwen.py",
     "configuration_vipolyqwen.py",
     "conversations_vipolyqwen.py",

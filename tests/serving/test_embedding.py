@@ -1,3 +1,4 @@
+import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -5,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TEXTS, random_image
+import soundfile
+from helpers import TEXTS, random_audio, random_image
 from safetensors.torch import load_file, save_file
 
 from vipolyqwen.data.precision import pack, shorten, unpack
@@ -23,6 +25,28 @@ def test_bad_inputs_cost_no_other_input(model: LoadedModel) -> None:
     skipped = embed(model.encoder, INPUTS, on_error="skip", batch_size=2)
     assert np.array_equal(skipped.vectors, found.vectors[found.ok]) and len(skipped.reasons) == 5
     assert np.abs(skipped.vectors - model.encoder.encode(TEXTS[:3])).max() <= 1e-6
+
+
+def test_every_form_of_an_input_has_its_result_beside_every_other(
+    model: LoadedModel, rng: np.random.Generator
+) -> None:
+    clips = [random_audio(rng, 0.2, rate) for rate in (16_000, 22_050)]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, clips[0]["array"], 16_000, format="WAV", subtype="FLOAT")
+    stored = {"bytes": buffer.getvalue(), "path": "a.wav"}
+    conversation = [{"role": "user", "content": [{"type": "text", "text": TEXTS[1]}]}]
+    inputs: list[Any] = [TEXTS[0], conversation, conversation[0], *({"audio": clip} for clip in clips), *clips]
+    inputs += [{"audio": stored}, {"audio": (clips[0]["array"], 16_000)}, {"audio": stored, "text": TEXTS[2]}]
+    inputs += [random_image(rng), {"image": random_image(rng)}, {"text": TEXTS[1]}]
+    bad = [5, None, b"abc", {}, [], [5], [[]], {"audio": {}}, {"audio": []}, {"image": []}, {"text": None}, {"x": 1}]
+    bad += [{"role": "user", "content": None}, [{"role": "user"}], {"array": clips[0]["array"]}, (TEXTS[0], TEXTS[1])]
+    found = embed(model.encoder, [*inputs, *bad], on_error="none", batch_size=64)
+    assert found.ok.tolist() == [True] * len(inputs) + [False] * len(bad)
+    for item, vector in zip(inputs, found.vectors, strict=False):
+        alone = embed(model.encoder, [item]).vectors[0]
+        assert np.abs(vector - alone).max() <= 1e-5
+    for first, second in ((3, 5), (4, 6), (3, 7), (3, 8), (1, 2), (1, 12)):
+        assert np.abs(found.vectors[first] - found.vectors[second]).max() <= 1e-5
 
 
 def test_code_that_was_published_before_towers_could_be_left_out_is_served(

@@ -254,6 +254,17 @@ def test_a_path_that_would_be_embedded_as_letters_is_an_error(encoder: SentenceT
         assert encoder.encode(text).shape == (1024,)
 
 
+def test_conversations_stand_beside_other_inputs(encoder: SentenceTransformer, rng: np.random.Generator) -> None:
+    conversation = [
+        {"role": "user", "content": "Huế"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    inputs = ["Huế", conversation, {"image": random_image(rng)}]
+    together = encoder.encode(inputs, prompt_name="ocr")
+    alone = np.stack([encoder.encode([item], prompt_name="ocr")[0] for item in inputs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
 @pytest.mark.parametrize("pair", [["a", "b"], ("a", "b"), [Image.new("RGB", (60, 48)), "a"]])
 def test_a_pair_in_place_of_an_input_is_an_error(pair: Any, encoder: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="A pair was passed as one input"):

@@ -1,23 +1,26 @@
 """Files and arguments as people have them: odd headers are read, truncated or ambiguous ones refused by name."""
 
 import io
+import os
 import shutil
 import struct
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from helpers import chat_ids, ids_of, random_image, save_tiny_model, user
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from vipolyqwen.images_vipolyqwen import load_image
 from vipolyqwen.media_vipolyqwen import check_is_text
-from vipolyqwen.waveforms_vipolyqwen import load_audio
+from vipolyqwen.waveforms_vipolyqwen import MOST_STEPS, load_audio, ratio_of_rates, resample
 
 RATE = 16_000
 TONE = (0.5 * np.sin(np.arange(RATE // 4) * 0.2)).astype(np.float32)
@@ -82,6 +85,44 @@ def test_transparency_of_sixteen_bits_is_laid_on_white() -> None:
     pixels[:10], pixels[10:20] = 0, 1  # 1 is opaque, though its upper 8 bits are those of 0
     seen = np.asarray(load_image(grey_png(pixels, transparent=0)))
     assert [int(seen[row, 0, 0]) for row in (0, 10, 20)] == [255, 0, 60_000 >> 8]
+
+
+def png(depth: int, kind: int, rows: list[bytes], transparent: bytes, width: int) -> bytes:
+    """A PNG with a transparent colour, written by hand: Pillow writes none of these."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(("depth", "value"), [(2, 1), (2, 2), (4, 1), (4, 7), (4, 15)])
+def test_a_transparent_grey_of_few_bits_is_laid_on_white(depth: int, value: int) -> None:
+    ground = int(f"{value:0{depth}b}" * (8 // depth), 2)
+    seen = np.asarray(
+        load_image(png(depth, 0, [bytes([ground] * 8), bytes(8)], struct.pack(">H", value), 64 // depth))
+    )
+    assert (seen[0] == 255).all() and (seen[1] == 0).all()
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_laid_on_white() -> None:
+    rows = [struct.pack(">HHH", 256, 512, 1000) * 8, struct.pack(">HHH", 2**15, 0, 0) * 8]
+    seen = np.asarray(load_image(png(16, 2, rows, struct.pack(">HHH", 256, 512, 1000), 8)))
+    assert (seen[0] == 255).all() and seen[1, 0].tolist() == [128, 0, 0]
+
+
+def test_a_transparent_image_is_laid_on_white_in_strips(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    pixels = rng.integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.fromarray(pixels).quantize(16), Image.fromarray(pixels).convert("LA")]
+    whole = [np.asarray(load_image(image)) for image in images]
+    monkeypatch.setattr("vipolyqwen.images_vipolyqwen.STRIP", 120)
+    for image, expected in zip(images, whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
+    alpha = pixels[..., 3:] / 255
+    np.testing.assert_allclose(whole[0], pixels[..., :3] * alpha + 255 * (1 - alpha), atol=1.5)
 
 
 def test_eight_bits_in_sixteen_are_not_all_black(rng: np.random.Generator) -> None:
@@ -168,6 +209,32 @@ def test_other_formats_of_libsndfile_are_named(tmp_path: Path) -> None:
         load_audio(b"not a sound")
 
 
+@pytest.mark.parametrize("rate", [383_987, 383_999, 299_993, 50_021])
+def test_an_odd_rate_needs_no_long_filter(rate: int) -> None:
+    ratio = ratio_of_rates(RATE, rate)
+    assert max(ratio.as_integer_ratio()) <= MOST_STEPS
+    assert abs(float(ratio) * rate / RATE - 1) < 1.2e-5
+    heard = resample(np.sin(np.arange(rate // 4) * 2 * np.pi * 440 / rate).astype(np.float32), rate, RATE)
+    expected = np.sin(np.arange(RATE // 4) * 2 * np.pi * 440 / RATE)
+    assert np.abs(heard[100:3800] - expected[100:3800]).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "rate", [7_350, 8_000, 11_025, 22_050, 22_255, 44_056, 44_100, 47_999, 48_000, 96_000, 384_000]
+)
+def test_usual_rates_are_exact(rate: int) -> None:
+    assert ratio_of_rates(RATE, rate) == Fraction(RATE, rate)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [torch.from_numpy(TONE.copy()).to_sparse(), torch.zeros(500, device="meta"), torch.zeros(500, dtype=torch.bool)],
+)
+def test_tensors_without_plain_numbers_are_a_value_error(samples: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="audio"):
+        load_audio({"array": samples, "sampling_rate": RATE})
+
+
 def test_a_rate_stands_before_or_after_its_array() -> None:
     for given in ((RATE, TONE), (TONE, RATE), [RATE, TONE.tolist()], (TONE, float(RATE)), (TONE, np.int32(RATE))):
         found, rate = load_audio(given)
@@ -216,6 +283,56 @@ def test_a_text_beside_other_parts_is_a_text(processor: Any, rng: np.random.Gene
     check_is_text("Xem ảnh tại https://example.org/a/b.png")
     with pytest.raises(ValueError, match="plain_text"):
         check_is_text("ảnh sản phẩm/áo thun.png")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a.hif",
+        "b.ppm",
+        "b.ico",
+        "b.doc",
+        "b.odt",
+        "b.epub",
+        "b.au",
+        "b.wv",
+        "b.3g2",
+        "b.aifc",
+        "b.eps",
+        "b.apng",
+        "b.CR2",
+    ],
+)
+def test_an_existing_file_of_any_media_ending_is_no_text(path: str, tmp_path: Path) -> None:
+    place = tmp_path / path
+    for given in (str(place), f"thư mục/{path}", f"thư mục\\{path}\n", f" {place} "):
+        place.write_bytes(b"")
+        with pytest.raises(ValueError, match=r"looks like the path of .*plain_text"):
+            check_is_text(given)
+
+
+def test_lines_of_a_list_of_files_and_addresses_with_a_query_are_no_texts(tmp_path: Path) -> None:
+    photo = tmp_path / "ảnh 1.png"
+    photo.write_bytes(b"")
+    lines = [f"{photo}\n", f"{photo}\r\n", f" {photo}", "a/b.png\n"]
+    addresses = [
+        "https://x.org/a.avif?w=200",
+        "https://x.org/a.opus#t=3",
+        "HTTPS://X.org/A.PNG",
+        "http://x.org/ả b.png",
+    ]
+    for given in (*lines, *addresses):
+        with pytest.raises(ValueError, match="plain_text"):
+            check_is_text(given)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="plain_text"):
+        check_is_text(str(tmp_path / "pipe.png"))
+
+
+def test_addresses_of_pages_and_code_are_texts() -> None:
+    for text in ("https://www.abc.net.au", "https://x.mov", "src/main.ts", "docs/readme.md", "https://x.org/?q=a.b/c"):
+        check_is_text(text)
+    check_is_text("https://x.org/a.avif? Có phải ảnh này không")
 
 
 @pytest.mark.parametrize(
