@@ -1,5 +1,6 @@
 """Decodes audio piece by piece as mono samples, within limits that hold before the decoding, and resamples it."""
 
+import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
