@@ -41,7 +41,7 @@ from .vector_cache import VectorCache
 AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
 OTHERS = 32  # rows that are tried in place of one that cannot be read
 CHUNK = 1024  # rows that are read together where all are
-LARGE = 2**18  # rows from which on the pages of the index that were read are given back
+LARGE = 2**21  # rows, of about 400 bytes each, from which on the pages of the index that were read are given back
 RELEASED = 2048  # rows after which they are
 SHOWN = 20  # bad rows that an error lists
 
