@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import json
 import logging
 import os
 import re
@@ -196,9 +197,12 @@ def test_images_are_scaled_to_the_room_that_is_left(roomy: Any) -> None:
 
 def test_the_page_of_inputs_tells_the_tokens_of_images(roomy: Any) -> None:
     page = (Path(__file__).parents[2] / "docs/inputs.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([\d,]+) ?\S* ?\|((?: [\d,]+ \|){4})$", page, re.MULTILINE)
+    rows = re.findall(r"^\| ([\d,]+) ?\S* ?\|((?: [\d,]+ \|){4}) ([\d,]+) ms \([\d.]+ TFLOP\) \|$", page, re.MULTILINE)
     assert len(rows) == 4
-    for bound, cells in rows:
+    computed = json.loads((Path(__file__).parents[2] / "benchmarks/results/image_tokens.json").read_text("utf-8"))
+    times = {row["max_pixels"]: row["4032 x 3024"]["ms"] for row in computed["table"]}
+    for bound, cells, milliseconds in rows:
+        assert milliseconds == f"{times[int(bound.replace(',', ''))]:,.0f}"
         size = {"min_pixels": 56 * 56, "max_pixels": int(bound.replace(",", ""))}
         sizes = [(480, 640), (1080, 1920), (3024, 4032), (3508, 2480)]
         counted = roomy._get_num_multimodal_tokens(image_sizes=sizes, images_kwargs=size).num_image_tokens
