@@ -97,7 +97,16 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as published"
     )
     add_limits(parser)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not value > 0 and name != "batch_seconds":
+            parser.error(f"--{name} is {value}; it must be above 0.")
+    if not 1024 <= options.port <= 65_535:
+        parser.error(f"--port is {options.port}; choose one from 1024 to 65535.")
+    if options.towers is not None and "text" not in options.towers:
+        parser.error(f"--towers is {' '.join(options.towers)}; text must be among them.")
+    return options
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,9 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import pytest
+
+from vipolyqwen.serve_vipolyqwen import read_options
 from vipolyqwen.serving.limits import LimitLoad, Load
 
 
@@ -93,3 +96,12 @@ def test_a_client_that_does_not_read_its_answer_frees_its_place() -> None:
     app = limited(body_seconds=0.05)
     asyncio.run(asyncio.wait_for(ask(app), 5))
     assert (app.requests, app.bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--port", "80"], ["--port", "0"], ["--max_requests", "0"], ["--timeout", "-1"], ["--towers", "image"]]
+)
+def test_options_that_cannot_serve_are_refused_at_once(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        read_options(["MODEL", *flags])
+    assert f"{flags[0]} is {flags[1]}" in capsys.readouterr().err
