@@ -16,13 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from transformers import set_seed
-
 from vipolyqwen import __version__
-from vipolyqwen.demo.report import STAGES
-from vipolyqwen.demo.tiny_base import build_tiny_base
-from vipolyqwen.demo.world import write_corpus
-from vipolyqwen.publishing.repository import save_repository
 
 ROOT = Path(__file__).parent
 # Warm-ups in place of pretrained backbones: InfoNCE alone, first on text, then on all tasks.
@@ -45,6 +39,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "demo.yaml")
     options = parser.parse_args()
+    from vipolyqwen.demo.report import STAGES  # after the arguments: `--help` loads no library
+    from vipolyqwen.demo.world import write_corpus
+
     started = time.perf_counter()
     folder = options.output_dir
     write_corpus(folder / "corpus")
@@ -62,6 +59,11 @@ def main() -> None:
 
 def build_base(corpus: Path, folder: Path) -> None:
     """Writes an untrained tiny trimodal model whose tokenizer is trained on the corpus."""
+    from transformers import set_seed
+
+    from vipolyqwen.demo.tiny_base import build_tiny_base
+    from vipolyqwen.publishing.repository import save_repository
+
     set_seed(0)
     rows = [json.loads(line) for path in sorted(corpus.glob("train/*.jsonl")) for line in path.open(encoding="utf-8")]
     texts = (row[name] for row in rows for name in ("a", "b", "caption") if row.get(name))
@@ -76,6 +78,8 @@ def train(recipe: Path, folder: Path) -> None:
     can tell anything apart, and images and audio are learned several times faster once texts that say the same in
     three languages lie together. A pretrained backbone needs neither.
     """
+    from vipolyqwen.demo.report import STAGES
+
     text = recipe.read_text(encoding="utf-8").replace("outputs/demo", folder.as_posix())
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     command = [sys.executable, ROOT / "train_vipolyqwen.py", folder / "recipe.yaml"]

@@ -13,17 +13,16 @@ rows that cannot be embedded. Each rank of a launch takes its share of the units
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vipolyqwen import __version__
-from vipolyqwen.configuration_vipolyqwen import TOWERS
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.data.names import rename_old_keys
 from vipolyqwen.data.precision import PRECISIONS
-from vipolyqwen.data.schema import OLD_COLUMNS
 from vipolyqwen.data.yaml_files import read_yaml
-from vipolyqwen.serving.corpus_run import CorpusOptions, Summary, embed_corpus
-from vipolyqwen.serving.loading import load_model
+
+if TYPE_CHECKING:
+    from vipolyqwen.serving.corpus_run import CorpusOptions, Summary
 
 COLUMNS = {"{}": "text", "images_{}": "images", "audio_{}": "audio", "id": "id"}  # of the schema, by side -> option
 
@@ -31,6 +30,9 @@ COLUMNS = {"{}": "text", "images_{}": "images", "audio_{}": "audio", "id": "id"}
 def main(argv: list[str] | None = None) -> int:
     """Embeds; returns the exit code: 0, also if some rows could not be embedded."""
     options = read_options(argv)
+    from vipolyqwen.serving.corpus_run import CorpusOptions, embed_corpus  # after the arguments: they load torch
+    from vipolyqwen.serving.loading import load_model
+
     corpus = CorpusOptions(
         source=read_source_keys(options),
         out=options.out,
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def describe(summary: Summary, corpus: CorpusOptions) -> str:
+def describe(summary: "Summary", corpus: "CorpusOptions") -> str:
     """Says what a run did."""
     bad = f", {summary.bad:,} bad ones in {corpus.out}/errors.parquet" if summary.bad else ""
     return (
@@ -67,6 +69,8 @@ def describe(summary: Summary, corpus: CorpusOptions) -> str:
 
 def read_source_keys(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the keys of the source: those of INPUT if it is a YAML file, and the options."""
+    from vipolyqwen.data.schema import OLD_COLUMNS
+
     source: dict[str, Any] = {"path": options.input}
     if Path(options.input).suffix in (".yaml", ".yml"):
         source = read_yaml(Path(options.input))
@@ -116,7 +120,10 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as published"
     )
     run.add_argument(
-        "--towers", nargs="+", choices=TOWERS, help="towers to load, text among them; default: all of the model"
+        "--towers",
+        nargs="+",
+        choices=("text", "image", "audio"),
+        help="towers to load, text among them; default: all of the model",
     )
     run.add_argument("--revision", help="branch, tag or commit of the model")
     run.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")

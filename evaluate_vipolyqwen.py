@@ -16,30 +16,36 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-
-from sentence_transformers import SentenceTransformer
+from typing import TYPE_CHECKING
 
 from vipolyqwen import __version__
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.data.precision import PRECISIONS
-from vipolyqwen.evaluation.dimensions import measure_dimensions, write_dimensions
-from vipolyqwen.evaluation.explain import explain, read_input
-from vipolyqwen.evaluation.robustness import robustness, write_result
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 DEMO_PAIRS = Path("outputs/demo/recipe.yaml")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the selected evaluation; returns the exit code: 1 if a task failed or does not resolve, else 0."""
+    """Runs the selected evaluation; returns the exit code: 1 if a task failed or does not resolve, else 0.
+
+    What an evaluation takes is imported by it alone, so that `--help` loads no library.
+    """
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(argv)
     if options.explain is not None:
         write_page(options)
     elif options.dims is not None:
+        from vipolyqwen.evaluation.dimensions import measure_dimensions, write_dimensions
+
         result = measure_dimensions(load(options), options.pairs, options.dims, options.precision)
         command = shlex.join(["python", "evaluate_vipolyqwen.py", *argv])
         print(write_dimensions(result, options.out or Path("outputs/dimensions"), options.model, command))
     elif options.robustness is not None:
+        from vipolyqwen.evaluation.robustness import robustness, write_result
+
         result = robustness(load(options), options.robustness)
         command = shlex.join(["python", "evaluate_vipolyqwen.py", *argv])
         write_result(result, options.out or Path("outputs/robustness"), command)
@@ -123,6 +129,8 @@ def words(text: str) -> list[str]:
 
 def write_page(options: argparse.Namespace) -> None:
     """Writes the page of `--explain`."""
+    from vipolyqwen.evaluation.explain import explain, read_input
+
     inputs = [read_input(text) for text in options.explain]
     page = explain(load(options), options.model, inputs, options.corpus, options.failures)
     out = options.out or Path("outputs/explain.html")
@@ -131,8 +139,10 @@ def write_page(options: argparse.Namespace) -> None:
     print(f"{out}: {len(page) / 2**20:.1f} MiB")
 
 
-def load(options: argparse.Namespace) -> SentenceTransformer:
+def load(options: argparse.Namespace) -> "SentenceTransformer":
     """Loads the model; code in a folder may always run."""
+    from sentence_transformers import SentenceTransformer
+
     may_run_code = options.trust_remote_code or Path(options.model).is_dir()
     return SentenceTransformer(options.model, device=options.device, trust_remote_code=may_run_code)
 

@@ -11,25 +11,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vipolyqwen import __version__
 from vipolyqwen.data.command_line import run_command
-from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, Measured, fingerprint, hash_files, save_fingerprint
-from vipolyqwen.publishing.card import model_card, read_training
-from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads, refuse_checkpoint
-from vipolyqwen.publishing.hub import upload
-from vipolyqwen.publishing.repository import (
-    ADAPTER_CONFIG,
-    MAX_SHARD_SIZE,
-    TRAINING_FILE,
-    PublishError,
-    copy_adapter,
-    load_adapter,
-    load_repository,
-    save_repository,
-    write_json,
-)
-from vipolyqwen.publishing.space import write_space
+
+if TYPE_CHECKING:
+    from vipolyqwen.fingerprint_vipolyqwen import Measured
 
 ROOT = Path(__file__).parent
 READER_PACKAGES = ("torch", "transformers", "sentence-transformers", "soundfile", "scipy", "pillow", "numpy")
@@ -38,6 +26,8 @@ READER_PACKAGES = ("torch", "transformers", "sentence-transformers", "soundfile"
 def main(argv: list[str] | None = None) -> None:
     """Builds, checks and publishes a repository; exits with the reason if a check refuses it."""
     options = read_options(argv)
+    from vipolyqwen.publishing.repository import PublishError  # after the arguments: `--help` loads no library
+
     try:
         publish(options)
     except PublishError as error:
@@ -54,7 +44,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--out", type=Path, help="a new folder")
     parser.add_argument("--tag", help="name of the published revision; default: the next of v1, v2, …")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="largest file of weights")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights; default: 5GB")
     parser.add_argument(
         "--adapter", metavar="BASE", help="publish a PEFT adapter as it is, for BASE on the Hub; default: merge it"
     )
@@ -66,6 +56,11 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
 
 def publish(options: argparse.Namespace) -> None:
     """Builds in a temporary folder, which is moved or uploaded only after all checks have passed."""
+    from vipolyqwen.publishing.checks import PUBLISHED, check_files, check_that_it_loads
+    from vipolyqwen.publishing.hub import upload
+    from vipolyqwen.publishing.repository import PublishError
+    from vipolyqwen.publishing.space import write_space
+
     out = options.out
     for folder in (out, options.space):
         if folder is not None and folder.exists():
@@ -100,8 +95,8 @@ def build_repository(
     name: str,
     tag: str | None = None,
     adapter_base: str | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-) -> Measured:
+    max_shard_size: str = "5GB",
+) -> "Measured":
     """Writes everything that is published of `checkpoint` to the new folder `folder`; returns its fingerprint.
 
     Args:
@@ -115,17 +110,24 @@ def build_repository(
     Raises:
         PublishError: the checkpoint is incomplete.
     """
+    from vipolyqwen.fingerprint_vipolyqwen import FILE_NAME, fingerprint, hash_files, save_fingerprint
+    from vipolyqwen.publishing import repository
+    from vipolyqwen.publishing.card import model_card, read_training
+    from vipolyqwen.publishing.checks import refuse_checkpoint
+
     refuse_checkpoint(checkpoint)
-    is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+    is_adapter = (checkpoint / repository.ADAPTER_CONFIG).is_file()
     if adapter_base is not None and not is_adapter:
-        raise PublishError(f"{checkpoint} has no adapter_config.json, so it is not an adapter; drop --adapter.")
-    model, processor = load_adapter(checkpoint) if is_adapter else load_repository(checkpoint)
+        raise repository.PublishError(
+            f"{checkpoint} has no adapter_config.json, so it is not an adapter; drop --adapter."
+        )
+    model, processor = repository.load_adapter(checkpoint) if is_adapter else repository.load_repository(checkpoint)
     folder.mkdir(parents=True)
     if adapter_base is None:
-        save_repository(model, processor, folder, max_shard_size=max_shard_size)
+        repository.save_repository(model, processor, folder, max_shard_size=max_shard_size)
     else:
         has_audio = model.config.audio_config is not None
-        copy_adapter(checkpoint, adapter_base, processor, folder, has_audio)
+        repository.copy_adapter(checkpoint, adapter_base, processor, folder, has_audio)
     floors = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     packages = [line for line in floors if line.split(">=")[0] in READER_PACKAGES]
     packages += ["peft"] if adapter_base is not None else []
@@ -133,7 +135,7 @@ def build_repository(
     shutil.copy(ROOT / "LICENSE", folder)
     training = read_training(checkpoint)
     if training:
-        write_json(folder / TRAINING_FILE, training)
+        repository.write_json(folder / repository.TRAINING_FILE, training)
     card = model_card(name, model, processor, checkpoint, adapter_base, tag)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     measured = fingerprint(model, processor)

@@ -12,10 +12,8 @@ import socket
 from pathlib import Path
 
 from vipolyqwen import __version__
-from vipolyqwen.configuration_vipolyqwen import TOWERS
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.serving.limits import Load
-from vipolyqwen.serving.loading import fingerprint_of
 from vipolyqwen.serving.requests import Bounds
 
 MEBIBYTE = 2**20
@@ -26,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     try:
         from vipolyqwen.serving.connections import BoundedConnections
+        from vipolyqwen.serving.loading import fingerprint_of
         from vipolyqwen.serving.server import ServerOptions, build_server
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -87,7 +86,10 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--name", help="name of the model for clients; default: the folder's, or the Hub id")
     parser.add_argument(
-        "--towers", nargs="+", choices=TOWERS, help="towers to load, text among them; default: all of the model"
+        "--towers",
+        nargs="+",
+        choices=("text", "image", "audio"),
+        help="towers to load, text among them; default: all of the model",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust_remote_code", action="store_true", help="run a model's code from the Hub")

@@ -7,28 +7,8 @@ import gc
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from transformers import set_seed
-from transformers.trainer_callback import ProgressCallback
-
 from vipolyqwen.data.command_line import run_command
 from vipolyqwen.training.arguments import Arguments, read_arguments, read_paths
-from vipolyqwen.training.build import (
-    build_collator,
-    build_loss,
-    build_tasks,
-    connect_teacher,
-    load_model,
-    read_pairs,
-)
-from vipolyqwen.training.callbacks import CompactProgressCallback
-from vipolyqwen.training.distributed import unsharded_loading
-from vipolyqwen.training.faults import StoppedRun
-from vipolyqwen.training.output_folder import describe_result, occupy
-from vipolyqwen.training.run_record import write_record
-from vipolyqwen.training.run_settings import describe_settings
-from vipolyqwen.training.trainer import ViPolyQwenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +20,9 @@ def main(argv: list[str] | None = None) -> None:
             "`train_data` and `eval_data` are both missing, so nothing would be trained or evaluated. Name pairs in a "
             "recipe: `train_data: [{path: pairs.jsonl}]` (docs/training.md)."
         )
+    from vipolyqwen.training.faults import StoppedRun  # after the arguments: `--help` loads no Trainer
+    from vipolyqwen.training.output_folder import occupy
+
     with occupy(args, read_paths(arguments)):
         try:
             run(arguments)
@@ -51,18 +34,31 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: Arguments) -> None:
     """Trains and evaluates as the arguments say."""
+    from accelerate.utils import broadcast_object_list
+    from transformers import set_seed
+    from transformers.trainer_callback import ProgressCallback
+
+    from vipolyqwen.training import build
+    from vipolyqwen.training.callbacks import CompactProgressCallback
+    from vipolyqwen.training.distributed import unsharded_loading
+    from vipolyqwen.training.output_folder import describe_result
+    from vipolyqwen.training.run_record import write_record
+    from vipolyqwen.training.run_settings import describe_settings
+    from vipolyqwen.training.trainer import ViPolyQwenTrainer
+
     model_args, data_args, loss_args, args = arguments
     set_seed(args.seed)
-    tasks = build_tasks(data_args)
-    mixed_loss = build_loss(loss_args, data_args.tasks, list(tasks))
+    tasks = build.build_tasks(data_args)
+    mixed_loss = build.build_loss(loss_args, data_args.tasks, list(tasks))
     with unsharded_loading(args):
-        model, processor = load_model(model_args, args, tasks)
+        model, processor = build.load_model(model_args, args, tasks)
     bad = {"on_bad_row": data_args.on_bad_row, "max_bad_rows": data_args.max_bad_rows}
-    train_pairs = read_pairs(
+    train_pairs = build.read_pairs(
         data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks, **bad
     )
-    eval_pairs = read_pairs(data_args.eval_data, tasks, processor, data_args.check_media, **bad)
-    teacher_width = connect_teacher(mixed_loss, train_pairs, model, loss_args, args)
+    eval_pairs = build.read_pairs(data_args.eval_data, tasks, processor, data_args.check_media, **bad)
+    teacher_width = build.connect_teacher(mixed_loss, train_pairs, model, loss_args, args)
+    collated = (processor, tasks, data_args, args)
     trainer = ViPolyQwenTrainer(
         model=model,
         args=args,
@@ -70,8 +66,8 @@ def run(arguments: Arguments) -> None:
         mixed_loss=mixed_loss,
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
-        train_collator=build_collator(processor, tasks, data_args, args, training=True, teacher_width=teacher_width),
-        eval_collator=build_collator(processor, tasks, data_args, args, training=False),
+        train_collator=build.build_collator(*collated, training=True, teacher_width=teacher_width),
+        eval_collator=build.build_collator(*collated, training=False),
         max_bad_rows=data_args.max_bad_rows,
     )
     if not args.disable_tqdm:
@@ -96,6 +92,8 @@ def run(arguments: Arguments) -> None:
 
 def end_processes() -> None:
     """Ends all ranks of a launch together; a rank that exits while threads of its group run may be aborted."""
+    from accelerate import PartialState
+
     gc.collect()  # the Trainer is a reference cycle that holds the process group
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

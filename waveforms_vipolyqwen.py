@@ -18,8 +18,6 @@ if is_av_available():
     import av
 if is_soundfile_available():
     import soundfile
-if is_scipy_available():
-    from scipy.signal import resample_poly
 
 PIECE = 2**16  # samples of a channel that are decoded at a time
 UNKNOWN_LENGTH = 2**40  # samples; a header that claims as many states no length
@@ -371,7 +369,9 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     """
     if rate == target:
         return samples
-    if not is_scipy_available():
+    if is_scipy_available():
+        from scipy.signal import resample_poly  # takes half a second, which only other rates need
+    else:
         raise ImportError(f"Resampling from {rate} to {target} Hz needs the scipy package: pip install scipy.")
     ratio = ratio_of_rates(target, rate)
     return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)

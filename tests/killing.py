@@ -31,7 +31,7 @@ WRITING_SECONDS = 0.04  # about as long as writing a tiny model's checkpoint tak
 SAVED = [*range(SAVE_STEPS, STEPS, SAVE_STEPS), STEPS]
 
 processes = multiprocessing.get_context("forkserver")  # each run is a process of its own that need not import all anew
-processes.set_forkserver_preload(["vipolyqwen.train_vipolyqwen"])
+processes.set_forkserver_preload(["vipolyqwen.training.build", "vipolyqwen.training.trainer"])
 
 
 @dataclass

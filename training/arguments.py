@@ -17,9 +17,7 @@ from ..data.checks import HEADER, NONE, Checker
 from ..data.mixing import BATCHING
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import SIDES_OF_TASKS, declare_tasks, with_ready_tasks
-from ..data.sources import check_bad_rows
 from ..data.yaml_files import read_yaml
-from ..publishing.repository import ADAPTER_CONFIG
 from .argument_checks import refuse_loader_options, refuse_without_effect, typed
 from .parts import TOWERS
 
@@ -95,6 +93,8 @@ class ModelArguments:
                 f"`model` is {self.model!r} and `vlm` is {self.vlm!r}: give exactly one of them, a viPolyQwen "
                 "repository to continue from or a Qwen2-VL checkpoint to build on."
             )
+        from ..publishing.repository import ADAPTER_CONFIG  # loads the model, which `--help` need not
+
         if self.model is not None and (Path(self.model) / ADAPTER_CONFIG).is_file():
             raise ValueError(
                 f"`model` is {self.model!r}, an adapter. Resume it with `resume_from_checkpoint`, or merge it with "
@@ -193,6 +193,8 @@ class DataArguments:
         choice = str(self.check_media).lower()  # YAML reads true as a boolean
         self.check_media = {"true": HEADER, "false": NONE}.get(choice, choice)
         Checker({}, media=self.check_media, on_bad_row=self.on_bad_row)
+        from ..data.sources import check_bad_rows  # loads datasets, which `--help` need not
+
         check_bad_rows([], 0, self.max_bad_rows)
         sources = [each for each in (self.train_data or []) + (self.eval_data or []) if isinstance(each, Mapping)]
         self.tasks = with_ready_tasks(self.tasks, sources)

@@ -1,9 +1,12 @@
 """The parts of the model as training names them: towers, new parts, names of parameters."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from ..modeling_vipolyqwen import ViPolyQwenModel
+if TYPE_CHECKING:
+    from ..modeling_vipolyqwen import ViPolyQwenModel
 
 TOWERS = {  # name in `freeze` and `lora_targets` -> submodule of the model
     "vision": "vlm.visual",
@@ -30,7 +33,7 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in named.items() if name.split(".")[0] in NEW_PARTS}
 
 
-def freeze_towers(model: ViPolyQwenModel, names: list[str]) -> None:
+def freeze_towers(model: "ViPolyQwenModel", names: list[str]) -> None:
     """Freezes towers in place; a tower with nothing to train before it builds no autograd graph.
 
     Args:

@@ -12,7 +12,7 @@ from mteb.mocks import ALL_MOCK_TASK_TEST_GRID  # noqa: E402
 from mteb.models import SentenceTransformerEncoderWrapper  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 
-from vipolyqwen.publish_vipolyqwen import save_repository  # noqa: E402
+from vipolyqwen.publishing.repository import save_repository  # noqa: E402
 
 AUDIO_MODULES = ("torchcodec.decoders", "torchaudio")  # mteb decodes with the one and resamples with the other
 

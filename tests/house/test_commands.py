@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from vipolyqwen import embed_vipolyqwen, publish_vipolyqwen, serve_vipolyqwen
 from vipolyqwen.__main__ import COMMANDS, main
+from vipolyqwen.configuration_vipolyqwen import TOWERS
+from vipolyqwen.publishing.repository import MAX_SHARD_SIZE
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -32,6 +35,27 @@ def test_it_starts_without_torch_and_from_any_folder(tmp_path: Path) -> None:
     program = "import sys; from vipolyqwen.__main__ import read_command; read_command(['embed', '--help'])"
     program += "; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "unloaded"),
+    [(name, {"torch", "transformers"}) for name in ("evaluate", "publish", "embed", "serve", "demo")]
+    + [("train", {"datasets", "sentence_transformers", "vipolyqwen.modeling_vipolyqwen", "scipy.signal"})],
+)
+def test_help_loads_no_library_that_the_run_alone_needs(command: str, unloaded: set[str]) -> None:
+    program = f"import sys, runpy; sys.argv = ['{command}', '--help']\ntry: runpy.run_module("
+    program += f"'vipolyqwen.{command}_vipolyqwen', run_name='__main__')\nexcept SystemExit: pass\n"
+    program += f"assert not {unloaded!r} & sys.modules.keys(), {unloaded!r} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "usage" in done.stdout
+
+
+def test_choices_and_defaults_of_commands_are_those_of_the_modules_they_load_late() -> None:
+    embedding = embed_vipolyqwen.read_options(["model", "rows", "--out", "vectors", "--towers", *TOWERS])
+    serving = serve_vipolyqwen.read_options(["model", "--towers", *TOWERS])
+    assert embedding.towers == serving.towers == list(TOWERS)
+    assert publish_vipolyqwen.read_options(["run", "--out", "folder"]).max_shard_size == MAX_SHARD_SIZE
 
 
 def test_a_command_gets_its_arguments_and_ends_with_its_exit_code(
