@@ -8,6 +8,7 @@ published vectors, `/ready` says whether it is loaded. Every answer carries the 
 """
 
 import argparse
+import signal
 import socket
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     check_port(options.host, options.port)
     server = build_server(served, options.accelerator, options.devices)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: litserve then ends its processes too
     server.run(
         host=options.host,
         port=options.port,
