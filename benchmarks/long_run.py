@@ -55,6 +55,7 @@ def main() -> None:
         "size_of_the_folder_of_the_second_half_over_the_first": claim(files, SIZE_BAR, holds=files <= SIZE_BAR),
     }
     figures = {"minutes": options.minutes, "steps": state["global_step"], "exit_status": status}
+    figures["processor_minutes"] = round(samples[-1]["cpu_seconds"] / 60, 1)
     figures["pairs_per_second_of_the_second_half_over_the_first"] = halves(logged)
     write_result("long_run", claims, **figures, printed_bytes=printed, samples=samples[:: max(1, len(samples) // 60)])
 

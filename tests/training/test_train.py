@@ -175,13 +175,14 @@ def test_two_ranks_take_the_same_steps_as_one_with_the_joined_batch(world: Path,
     assert apart.sqrt() <= 1e-4 * moved.sqrt()
 
 
-def test_batches_of_similar_length_give_the_vectors_of_one_batch(world: Path) -> None:
+def test_batches_of_similar_length_give_the_vectors_of_one_batch(world: Path, tmp_path: Path) -> None:
     model, processor = build_tiny_base(TEXTS * 4, hidden_size=64, layers=1, vision_size=32, audio_size=32)
     tasks = declare_tasks(None)
     pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
     collator = MixedBatchCollator(processor, tasks)
-    arguments = read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", "--report_to", "none"])[3]
-    loss = build_loss(read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true"])[2], {}, list(tasks))
+    flags = ["--model", "x", "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
+    _, _, loss_arguments, arguments = read_arguments(flags)
+    loss = build_loss(loss_arguments, {}, list(tasks))
     trainer = ViPolyQwenTrainer(model, arguments, processor, loss, pairs, None, collator, collator)
     batch = collator([pairs[number] for number in range(len(pairs))])
     with torch.no_grad():
