@@ -6,11 +6,13 @@ Embeds generated texts with embed_vipolyqwen.py in a process without interruptio
 random moments, and with --ray_workers on a Ray cluster of this machine; compares the folders byte for byte. A folder
 whose manifest has another fingerprint must be refused and left as it is. Then measures, side by side in this process,
 the rows a second of `encode` and of `embed_corpus`, and the peak of memory at a tenth of the rows and at all. Without
---model, a tiny untrained one. Writes benchmarks/results/embed_corpus.json.
+--model, a tiny untrained one. All runs have one thread, which Ray gives its workers too: sums of another number of
+threads differ in their last bits. Writes benchmarks/results/embed_corpus.json.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -19,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers import TEXTS, save_tiny_model
@@ -141,6 +145,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ray_workers", type=int, default=0, help="also embed through Ray; default: not")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source = options.model or str(scratch / "tiny")
