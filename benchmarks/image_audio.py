@@ -3,8 +3,8 @@
     python benchmarks/image_audio.py [--steps 400] [--pair_steps 150] [--seeds 1] [--output_dir DIR]
 
 Trains the demo's model for each seed on texts and then on all of the demo's pairs but those of `image_audio`, so that
-text is the only link between images and audio. Goes on from there three times for the same number of steps of equal
-batches on InfoNCE: on pairs of `image_audio` alone ("direct"), on the former pairs ("hub") and on both ("all").
+text is the only link between images and audio. Trains that model further three times, for the same number of steps of
+equal batches on InfoNCE: on pairs of `image_audio` alone ("direct"), on the former pairs ("hub") and on both ("all").
 Measures recall@1 in the six directions between text, image and audio of held-out scenes, and writes
 results/image_audio.json. Stages are kept in DIR, so that the same command resumes an interrupted study.
 """
@@ -90,7 +90,7 @@ def warm_up(corpus: Path, folder: Path, seed: int, steps: int) -> None:
 
 
 def train_arm(corpus: Path, folder: Path, arm: str, seed: int, steps: int) -> float:
-    """Goes on with one choice of pairs; returns the seconds of training."""
+    """Trains further on one choice of pairs; returns the seconds of training."""
     path = recipe(corpus, folder, arm, ARMS[arm])
     train(path, folder / arm, seed, steps, ["--model", str(folder / "linked")])
     log = json.loads((folder / arm / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import shlex
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from ablation_runs import QUIET, Stage, left_out
 from pair_vectors import ALL, cells, collate, embed, load_groups, search
+from paired_statistics import spread
 from prefix_sides import SETTINGS, TASK, base
 from result_files import RESULTS, machine, versions
 
@@ -159,16 +159,11 @@ def report(result: dict[str, Any]) -> str:
     for group in sorted(queries, key=lambda name: (name != ALL, name)):
         values = {kind: [by_run[kind, seed]["recall@1"][group] for seed in seeds] for kind in KINDS}
         gained = [one - other for one, other in zip(values["with"], values["without"], strict=True)]
-        cells_of = [_spread(values["without"]), _spread(values["with"]), _spread(gained, "+")]
+        cells_of = [spread(values["without"], 3), spread(values["with"], 3), spread(gained, 3, "+")]
         listed = ", ".join(f"{gain:+.3f}" for gain in gained)
         chance = result["runs"][0]["chance"][group]
         lines.append(f"| {group} | {queries[group]} | {chance:.4f} | {' | '.join(cells_of)} | {listed} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.3f} ± {deviation:.3f}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from ablation_runs import QUIET, Stage, left_out
 from pair_vectors import collate, embed
+from paired_statistics import spread
 from result_files import RESULTS, machine, versions
 
 from vipolyqwen.data.collator import MixedBatchCollator
@@ -187,16 +188,11 @@ def report(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for sides in TRAINED:
-        cells = [_spread([by_run[sides, seed][evaluated] for seed in seeds]) for evaluated in TRAINED]
+        cells = [spread([by_run[sides, seed][evaluated] for seed in seeds], 3) for evaluated in TRAINED]
         ahead = [by_run[sides, seed][sides] - by_run["both", seed]["both"] for seed in seeds]
         name = {"both": "both sides", "a": "side a", "none": "no side"}[sides]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_spread(ahead, sign='+')} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {spread(ahead, 3, '+')} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.3f} ± {deviation:.3f}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig
 
 if TYPE_CHECKING:
+    from vipolyqwen.data.schema import Task
     from vipolyqwen.data.sources import PairDataset
     from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
     from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
@@ -242,3 +243,18 @@ def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], t
             assert max(gradient.norm(), found[name].norm()) < 1e-8 * whole
         else:
             assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def load_with_prefixes(base: Path) -> "tuple[ViPolyQwenModel, ViPolyQwenProcessor, dict[str, Task]]":
+    """A repository's model and processor, which know the prefixes of all tasks, and these tasks."""
+    from vipolyqwen.data.schema import declare_tasks
+    from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
+    from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+
+    model = ViPolyQwenModel.from_pretrained(base).eval()
+    processor = ViPolyQwenProcessor.from_pretrained(base, config=model.config)
+    tasks = declare_tasks(None)
+    for task in tasks.values():
+        processor.add_task(task.name, task.prefix, task.prefix_sides)
+    model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+    return model, processor, tasks

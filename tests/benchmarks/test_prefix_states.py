@@ -2,21 +2,14 @@
 
 from pathlib import Path
 
+from helpers import load_with_prefixes
 from prefix_states import distances, report
 
-from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
-from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
 
 def test_a_prefix_reaches_the_other_tokens_through_the_layers(world: Path) -> None:
-    model = ViPolyQwenModel.from_pretrained(world / "base").eval()
-    processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
-    tasks = declare_tasks(None)
-    for task in tasks.values():
-        processor.add_task(task.name, task.prefix, task.prefix_sides)
-    model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+    model, processor, tasks = load_with_prefixes(world / "base")
     pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
     found = {name: distances(model, processor, tasks, pairs, name, 2) for name in ("ocr", "text_pair", "audio")}
     assert found["audio"] == {}  # audio alone has no tokens

@@ -14,6 +14,7 @@ import torch
 import yaml
 from demo_runs import write_look_alikes
 from frozen_heads import Heads, head_vectors, tower_states
+from helpers import load_with_prefixes
 from pair_vectors import collate, embed
 from paired_statistics import power, seeds_needed
 from space_geometry import geometry, uniformity
@@ -22,13 +23,11 @@ from tiny_base import log_weights, start_from_teacher, whitened
 from verdicts import from_recalls
 
 from vipolyqwen.data.collator import MixedBatchCollator
-from vipolyqwen.data.schema import declare_tasks
 from vipolyqwen.data.sources import load_pairs
 from vipolyqwen.demo.rows import Split
 from vipolyqwen.demo.scenes import held_out_scenes
 from vipolyqwen.demo.world import read_rows
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
-from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
 
 def test_power_is_that_of_the_tables_of_the_paired_t_test() -> None:
@@ -83,12 +82,7 @@ def test_geometry_of_four_corners() -> None:
 
 
 def test_heads_of_a_model_on_its_states_embed_as_the_model_does(world: Path) -> None:
-    model = ViPolyQwenModel.from_pretrained(world / "base").eval()
-    processor = ViPolyQwenProcessor.from_pretrained(world / "base", config=model.config)
-    tasks = declare_tasks(None)
-    for task in tasks.values():
-        processor.add_task(task.name, task.prefix, task.prefix_sides)
-    model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+    model, processor, tasks = load_with_prefixes(world / "base")
     pairs = load_pairs([{"path": str(world / "pairs.jsonl")}], tasks, processor.min_audio_samples)
     batches = list(collate(pairs, MixedBatchCollator(processor, tasks, prefix_dropout=0.0), 7))
     states = tower_states(model, batches)
