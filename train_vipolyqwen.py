@@ -3,7 +3,6 @@
 python train_vipolyqwen.py RECIPE.yaml [MORE.yaml …] [--any_argument value]
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
             "`train_data` and `eval_data` are both missing, so nothing would be trained or evaluated. Name pairs in a "
             "recipe: `train_data: [{path: pairs.jsonl}]` (docs/training.md)."
         )
-    from vipolyqwen.training.faults import StoppedRun  # after the arguments: `--help` loads no Trainer
+    from vipolyqwen.training.distributed import end_process_group  # after the arguments: `--help` loads no Trainer
+    from vipolyqwen.training.faults import StoppedRun
     from vipolyqwen.training.output_folder import occupy
 
     with occupy(args, read_paths(arguments)):
@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
             run(arguments)
         except StoppedRun as stopped:
             print(stopped, file=sys.stderr)
-            end_processes()
+            stopped.__traceback__ = None  # its frames hold the Trainer
+            end_process_group()
             raise
 
 
@@ -90,19 +91,12 @@ def run(arguments: Arguments) -> None:
         trainer.save_metrics("eval", trainer.evaluate())
 
 
-def end_processes() -> None:
-    """Ends all ranks of a launch together; a rank that exits while threads of its group run may be aborted."""
-    from accelerate import PartialState
-
-    gc.collect()  # the Trainer is a reference cycle that holds the process group
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
-
-
 def command() -> None:
     """Runs the command and ends all ranks together."""
     main()
-    end_processes()
+    from vipolyqwen.training.distributed import end_process_group
+
+    end_process_group()
 
 
 if __name__ == "__main__":

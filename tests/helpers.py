@@ -4,15 +4,19 @@ The training stack is imported where a test needs it, so that tests of the shipp
 """
 
 import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -243,6 +247,22 @@ def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], t
             assert max(gradient.norm(), found[name].norm()) < 1e-8 * whole
         else:
             assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def run_on_two_ranks(work: Callable[..., None], folder: Path, *inputs: Any) -> None:
+    """Runs `work(rank, *inputs)` in two gloo processes that meet at a file of `folder`; raises their errors."""
+    multiprocessing.spawn(run_on_rank, args=(work, folder / f"{work.__name__}.rendezvous", *inputs), nprocs=2)
+
+
+def run_on_rank(rank: int, work: Callable[..., None], rendezvous: Path, *inputs: Any) -> None:
+    """Runs in each process of `run_on_two_ranks`."""
+    from vipolyqwen.training.distributed import end_process_group
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    work(rank, *inputs)
+    end_process_group()
+    os._exit(0)  # FSDP2 keeps meshes, and so gloo's threads: Python's shutdown would abort where one is at work
 
 
 def load_with_prefixes(base: Path) -> "tuple[ViPolyQwenModel, ViPolyQwenProcessor, dict[str, Task]]":

@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from vipolyqwen.train_vipolyqwen import end_processes
 from vipolyqwen.train_vipolyqwen import main as train_main
 from vipolyqwen.training.checkpoints import UNFINISHED, find_faults
+from vipolyqwen.training.distributed import end_process_group
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "launch"
 STEPS, SAVE_STEPS = 8, 3
@@ -72,7 +72,8 @@ def train_as_rank(argv: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     train_quietly(argv)
-    end_processes()
+    end_process_group()
+    os._exit(0)  # as `run_on_rank` of tests/helpers.py
 
 
 def start_ranks(recipe: Path, output: Path, *flags: str, ranks: int = 2) -> list[multiprocessing.Process]:

@@ -1,5 +1,6 @@
 """Training on several ranks: rows gathered with gradient, sharded parameters (FSDP2, DeepSpeed ZeRO-3)."""
 
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,19 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+
+
+def end_process_group() -> None:
+    """Waits for all ranks and ends the process group with its threads; a collective that every rank must join.
+
+    Python aborts a process that ends while a thread of gloo holds a tensor. The group ends its threads when nothing
+    refers to it, and Trainers and wrapped models do: let go of them before the call. Without a group nothing happens.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def is_deepspeed(model: nn.Module) -> bool:

@@ -16,7 +16,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from vipolyqwen.train_vipolyqwen import end_processes, main
+from vipolyqwen.train_vipolyqwen import main
+from vipolyqwen.training.distributed import end_process_group
 
 
 def keep_gradients(folder: Path) -> None:
@@ -45,4 +46,5 @@ if __name__ == "__main__":
         keep_gradients(Path(sys.argv[2]))
     for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         main(argv)
-    end_processes()
+    end_process_group()
+    os._exit(0)  # as `run_on_rank` of tests/helpers.py

@@ -4,17 +4,23 @@ import json
 import math
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import EVERYTHING as EVERY_OPTION
-from helpers import KEY_BIAS, assert_same_gradients, build_trainer, gradients_of, train_run, training_step
+from helpers import (
+    KEY_BIAS,
+    assert_same_gradients,
+    build_trainer,
+    gradients_of,
+    run_on_two_ranks,
+    train_run,
+    training_step,
+)
 from safetensors.torch import load_file
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -277,9 +283,6 @@ def learn_from_unlike_gradients(trainer: ViPolyQwenTrainer, rank: int) -> Tensor
 def take_steps(rank: int, folder: Path) -> None:
     """Runs in each of two processes; the first leaves gradients, log and number of reductions of every case."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for name, chunk, batches in CASES:
         trainer, pairs = build_trainer(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
         model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
@@ -291,14 +294,12 @@ def take_steps(rank: int, folder: Path) -> None:
         if rank == 0:
             torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
     torch.save(learn_from_unlike_gradients(trainer, rank), folder / f"learned-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def one_process(corpus: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Gradients and log of joined batches, by their number, after two processes have left theirs in the folder."""
-    multiprocessing.spawn(take_steps, args=(corpus,), nprocs=2)
+    run_on_two_ranks(take_steps, corpus, corpus)
     trainer, pairs = build_trainer(corpus, *EVERYTHING)
     found = {}
     for batches in (1, 2):

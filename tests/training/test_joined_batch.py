@@ -2,14 +2,13 @@
 
 import itertools
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from helpers import run_on_two_ranks
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,37 +69,39 @@ def loss_of(embeddings: Tensor, batch: dict[str, Any], rank: int = 0) -> tuple[T
     return loss(**join_batches(embeddings, batch, rank)).loss, distillation.map.weight
 
 
-def compare_with_one_rank(rank: int, rendezvous: str) -> None:
-    """Runs on each of two ranks."""
-    torch.set_num_threads(1)
-    alone = {case: batch_of(0, PAIRS, *case) for case in itertools.product((False, True), repeat=2)}
-    wanted = {case: loss_of(*batch) for case, batch in alone.items()}
-    for loss, _ in wanted.values():
+def losses_and_gradients() -> dict[tuple[bool, bool], tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    """With and without negatives and teacher, on one rank: loss, gradients, and the pairs that own the negatives."""
+    found = {}
+    for case in itertools.product((False, True), repeat=2):
+        embeddings, batch = batch_of(0, PAIRS, *case)
+        loss, learned = loss_of(embeddings, batch)
         loss.backward()
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        of_map = None if learned is None else learned.grad
+        found[case] = loss.detach(), embeddings.grad, of_map, batch["negative_owners"]
+    return found
+
+
+def compare_with_one_rank(rank: int, alone: dict[tuple[bool, bool], tuple]) -> None:
+    """Runs on each of two ranks."""
     for split in SPLITS:
         first, last = (0, split[0]) if rank == 0 else (split[0], PAIRS)
-        for with_negatives, with_teacher in alone:
-            case = (with_negatives, with_teacher)
-            embeddings, batch = batch_of(first, last, *case)
+        for (with_negatives, with_teacher), (wanted, gradient, of_map, owners) in alone.items():
+            embeddings, batch = batch_of(first, last, with_negatives, with_teacher)
             with CountCollectives() as forward:
                 loss, learned = loss_of(embeddings, batch, rank)
             with CountCollectives() as backward:
                 loss.backward()
             assert (forward.count, backward.count) == (3 + with_teacher, 1)
-            torch.testing.assert_close(loss, wanted[case][0])
+            torch.testing.assert_close(loss, wanted)
             if with_teacher:
-                torch.testing.assert_close(learned.grad, wanted[case][1].grad)  # the loss is the same on every rank
-            a, b, negatives = alone[case][0].grad.split([PAIRS, PAIRS, 9 * with_negatives])
-            owners = alone[case][1]["negative_owners"]
+                torch.testing.assert_close(learned.grad, of_map)  # the loss is the same on every rank
+            a, b, negatives = gradient.split([PAIRS, PAIRS, 9 * with_negatives])
             expected = torch.cat([a[first:last], b[first:last], negatives[(owners >= first) & (owners < last)]])
             torch.testing.assert_close(embeddings.grad / 2, expected)  # DDP and FSDP divide by the number of ranks
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_ranks_need_three_collectives_and_one_in_the_backward(tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_with_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    run_on_two_ranks(compare_with_one_rank, tmp_path, losses_and_gradients())
 
 
 @pytest.mark.parametrize("with_negatives", [False, True])

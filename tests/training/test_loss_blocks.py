@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from helpers import run_on_two_ranks
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -170,10 +170,8 @@ def parts_of(given: dict[str, Any], rank: int, counts: tuple[int, int]) -> Itera
         yield name, value[:first] if rank == 0 else value[first:]
 
 
-def compare_with_one_process(rank: int, rendezvous: str) -> None:
+def compare_with_one_process(rank: int) -> None:
     """Runs in each of two processes: their mean gradient must be that of one process with all rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     given = batch()
     chosen = ("learnable", "pairs", "margin", "matryoshka", "uncertainty")
     for table, count in itertools.product(("dle", "distil"), (9, 1, ROWS)):  # with 13, rank 1 has no row
@@ -198,9 +196,7 @@ def compare_with_one_process(rank: int, rendezvous: str) -> None:
         for name, parameter in loss.named_parameters():  # the mean over ranks, as DDP and `LossOptimizer` take it
             dist.all_reduce(parameter.grad)
             torch.testing.assert_close(parameter.grad / 2, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_ranks_compute_their_rows_alone_with_the_gradient_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_with_one_process, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    run_on_two_ranks(compare_with_one_process, tmp_path)

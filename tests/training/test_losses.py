@@ -10,13 +10,12 @@ Most tests use one batch of three rows: a = the unit axes e1, e2, e3 and b below
 import json
 import math
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from helpers import run_on_two_ranks
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -522,10 +521,8 @@ def joined_batch() -> tuple[Tensor, tuple[Tensor, ...]]:
     return torch.stack([a, b], dim=1), (task_ids, scores, keys, keys)
 
 
-def compare_with_one_process(rank: int, rendezvous: str) -> None:
+def compare_with_one_process(rank: int) -> None:
     """Runs in each of two processes: the gradient DDP leaves must be that of one process with all rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     inputs, rest = joined_batch()
     alone = linear_model()
     expected = MixedLoss(LOSS_TABLES["dle"])(*normalize(alone(inputs), dim=-1).unbind(dim=1), *rest)
@@ -538,10 +535,7 @@ def compare_with_one_process(rank: int, rendezvous: str) -> None:
         torch.testing.assert_close(output.per_sample, expected.per_sample, rtol=0, atol=1e-10)
         for found, wanted in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=0, atol=1e-10)
-    del model, output  # they hold the group, whose threads must end before the process
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_with_uneven_rows_have_the_gradient_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_with_one_process, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    run_on_two_ranks(compare_with_one_process, tmp_path)
