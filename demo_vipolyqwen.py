@@ -1,6 +1,6 @@
 """Runs every part of the system on a tiny corpus: base, training, repository, search, report (`make demo`).
 
-    python demo_vipolyqwen.py [--output_dir outputs/demo] [--recipe recipes/demo.yaml]
+    python demo_vipolyqwen.py [--output_dir outputs/demo] [--recipe recipes/demo.yaml] [--seed 0]
 
 `train_vipolyqwen.py` trains the model, `publish_vipolyqwen.py` checks and writes the repository, and a further process
 judges it: it loads the repository through `AutoModel` and `SentenceTransformer`, as a user would.
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"vipolyqwen {__version__}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "demo.yaml")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of rows; the corpus stays the same")
     options = parser.parse_args()
     from vipolyqwen.demo.report import STAGES  # after the arguments: `--help` loads no library
     from vipolyqwen.demo.world import write_corpus
@@ -45,8 +46,8 @@ def main() -> None:
     started = time.perf_counter()
     folder = options.output_dir
     write_corpus(folder / "corpus")
-    build_base(folder / "corpus", folder / "base")
-    train(options.recipe, folder)
+    build_base(folder / "corpus", folder / "base", options.seed)
+    train(options.recipe, folder, options.seed)
     publish(folder / STAGES[-1], folder / "model")
     judge(folder)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -57,21 +58,21 @@ def main() -> None:
     print(f"{time.perf_counter() - started:.0f} s. The model: {folder / 'model'}. Open {folder / 'report.html'}.")
 
 
-def build_base(corpus: Path, folder: Path) -> None:
+def build_base(corpus: Path, folder: Path, seed: int) -> None:
     """Writes an untrained tiny trimodal model whose tokenizer is trained on the corpus."""
     from transformers import set_seed
 
     from vipolyqwen.demo.tiny_base import build_tiny_base
     from vipolyqwen.publishing.repository import save_repository
 
-    set_seed(0)
+    set_seed(seed)
     rows = [json.loads(line) for path in sorted(corpus.glob("train/*.jsonl")) for line in path.open(encoding="utf-8")]
     texts = (row[name] for row in rows for name in ("a", "b", "caption") if row.get(name))
     model, processor = build_tiny_base(texts, **BASE_SIZES)
     save_repository(model, processor, folder)
 
 
-def train(recipe: Path, folder: Path) -> None:
+def train(recipe: Path, folder: Path, seed: int) -> None:
     """Runs the recipe, with its paths moved to `folder`, after two warm-ups on InfoNCE alone.
 
     The hardest-negative triplet of the mixed losses pulls a model that starts from random weights together before it
@@ -93,7 +94,7 @@ def train(recipe: Path, folder: Path) -> None:
     ]
     for stage, name in zip(stages, STAGES, strict=True):
         output = ["--output_dir", folder / name, "--overwrite_output_dir"]  # an earlier demo
-        subprocess.run([*command, *stage, *output], check=True, env=environment)
+        subprocess.run([*command, *stage, *output, "--seed", str(seed)], check=True, env=environment)
 
 
 def publish(run: Path, folder: Path) -> None:

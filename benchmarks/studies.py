@@ -39,7 +39,7 @@ from frozen_heads import Heads, Rows, States, head_vectors, tower_states, train_
 from pair_vectors import collate
 from result_files import RESULTS, machine, versions
 from space_geometry import geometry
-from study_report import write_report
+from study_report import MEASURES, write_report
 
 from vipolyqwen.data.collator import MixedBatchCollator
 from vipolyqwen.data.schema import Task, with_prefix_sides
@@ -279,6 +279,8 @@ def read_study(path: Path, bases: Sequence[str] | None, folder: Path) -> Variant
     if study.train not in MODES:
         raise ValueError(f"{path}: `train` is {study.train!r}; it must be one of {', '.join(MODES)}.")
     for question in study.questions:
+        if question.get("figure", "recall") not in MEASURES:
+            raise ValueError(f"{path}: `figure` is {question['figure']!r}; it must be one of {', '.join(MEASURES)}.")
         for side in ("ours", "theirs"):
             if question[side] not in study.variants:
                 raise ValueError(f"{path}: {side} {question[side]!r} is none of {', '.join(study.variants)}.")

@@ -185,6 +185,7 @@ def test_faulty_studies_are_refused_by_name(world: Path, tmp_path: Path) -> None
         ({"train": "towers"}, "`train` is 'towers'"),
         ({"seeds": 3}, "unknown keys \\['seeds'\\]"),
         ({"questions": [{"ours": "mixed", "theirs": "dle"}]}, "theirs 'dle' is none of mixed"),
+        ({"questions": [{"ours": "mixed", "theirs": "nce", "figure": "mrr"}]}, "`figure` is 'mrr'; .* rho"),
     ):
         with pytest.raises(ValueError, match=message):
             studies.read_study(write_study(world, tmp_path, **changes), None, tmp_path)
