@@ -1,23 +1,23 @@
 """A lock on a folder that one process at a time writes: a file that names host, process and start."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 LOCK = "_run.lock"  # the stock upload and readers of folders ignore names that begin with _
-HELD = (errno.EACCES, errno.EAGAIN)  # of lockf: another process holds it
+held: set[int] = set()  # descriptors of this process with a lock on them
 
 
 class FolderInUseError(ValueError):
@@ -28,9 +28,9 @@ class FolderInUseError(ValueError):
 def lock_folder(folder: Path, command: str, name: str = LOCK) -> Iterator[None]:
     """Holds the lock of a folder inside the context.
 
-    The kernel's lock on the file decides between two processes that start at the same time; the content names the
+    The system's lock on the file decides between two processes that start at the same time; the content names the
     holder, also where a file system has no such locks. The lock of a process that has ended on this host is taken over
-    with a warning.
+    with a warning. A forked child, such as a data worker, neither holds the lock nor gives it up.
 
     Args:
         folder: the folder; created if it does not exist.
@@ -41,8 +41,7 @@ def lock_folder(folder: Path, command: str, name: str = LOCK) -> Iterator[None]:
         FolderInUseError: a running process, or one of another host, holds the lock.
         OSError: the lock file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
+    path, process = folder / name, os.getpid()
     descriptor = _open_locked(path)
     try:
         holder = _read_holder(descriptor)
@@ -52,41 +51,88 @@ def lock_folder(folder: Path, command: str, name: str = LOCK) -> Iterator[None]:
             logger.warning(f"{path} is the lock of {_who(holder)}, which has ended; this process takes it over.")
         content = json.dumps({"command": command, **_this_process()}, indent=2) + "\n"
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, content.encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f" {content}".encode())  # Windows lets nobody else read the first byte
     except BaseException:
         os.close(descriptor)
         raise
+    held.add(descriptor)
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):  # the folder may have been deleted in the meantime
-            path.unlink()
-        os.close(descriptor)
+        if os.getpid() == process:
+            held.discard(descriptor)
+            _delete(path, descriptor)
 
 
 def _open_locked(path: Path) -> int:
-    """Opens the lock file with the kernel's lock on it; a file that its holder deleted in between is opened anew."""
+    """Opens the lock file with the system's lock on it; a file that its holder deleted in between is opened anew."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(path)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in HELD:
-                holder = _read_holder(descriptor) or {}
-                os.close(descriptor)
-                raise FolderInUseError(_describe(path, holder)) from error
+            is_ours = lock_descriptor(descriptor, blocking=False)
+        except OSError:
+            is_ours = True  # a file system without locks: the content decides
+        if not is_ours:
+            holder = _read_holder(descriptor) or {}
+            os.close(descriptor)
+            raise FolderInUseError(_describe(path, holder))
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
         os.close(descriptor)
 
 
+def _open(path: Path) -> int:
+    """Opens the lock file, which is made if it does not exist, as its folder is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path.parent} cannot be written: {error.strerror}. Choose another folder, or make it writable",
+        ) from error
+
+
+def _delete(path: Path, descriptor: int) -> None:
+    """Deletes the lock file and gives the lock up, in the order that lets no second process come in between.
+
+    Windows deletes no open file, so that one that another process has opened by then stays, with that process's lock.
+    """
+    if sys.platform == "win32":
+        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError, *([PermissionError] if sys.platform == "win32" else [])):
+        path.unlink()  # the folder may have been deleted in the meantime
+    if sys.platform != "win32":
+        os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    """Closes the locked files in a forked child, whose copies would keep the lock after the end of their parent."""
+    while held:
+        os.close(held.pop())
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 def _read_holder(descriptor: int) -> dict[str, Any] | None:
     """Returns what the lock file says; `None` if it is new, or was cut off while it was written."""
     try:
-        holder = json.loads(os.pread(descriptor, 10_000, 0))
+        holder = json.loads(_read(descriptor))
     except ValueError:
         return None
     return holder if isinstance(holder, dict) else None
+
+
+def _read(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    try:
+        return os.read(descriptor, 10_000)
+    except PermissionError:  # Windows: the first byte is locked
+        os.lseek(descriptor, 1, os.SEEK_SET)
+        return os.read(descriptor, 10_000)
 
 
 def _this_process() -> dict[str, Any]:
@@ -109,6 +155,8 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return False
+    if sys.platform == "win32":
+        return True  # whoever gets the system's lock there; signal 0 would stop the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

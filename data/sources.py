@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import math
 import os
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -354,7 +355,8 @@ def load_pairs(
 
 def _cores() -> int:
     """Returns the cores of this process, shared by the ranks of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_bad_rows(bad: Sequence[BadRow], rows: int, max_bad_rows: float) -> None:

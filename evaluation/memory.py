@@ -1,6 +1,5 @@
 """Measures peak memory of the host and of CUDA."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -22,6 +21,12 @@ def peak_host() -> int:
     if CLEAR_REFS.exists():
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

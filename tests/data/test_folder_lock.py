@@ -1,14 +1,19 @@
 """One process at a time writes to a folder: locks of this process, of ended and running ones, of other hosts."""
 
+import errno
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from vipolyqwen.data import folder_lock
 from vipolyqwen.data.folder_lock import LOCK, FolderInUseError, lock_folder
 
 
@@ -85,3 +90,88 @@ def test_a_process_that_is_killed_leaves_a_lock_that_is_free(tmp_path: Path) -> 
 def test_the_ranks_of_one_launch_have_a_lock_each(tmp_path: Path) -> None:
     with lock_folder(tmp_path, "rank 0", "_rank0.lock"), lock_folder(tmp_path, "rank 1", "_rank1.lock"):
         assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_second_attempt_leaves_the_lock_with_its_holder(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "a run"):
+        with pytest.raises(FolderInUseError), lock_folder(tmp_path, "another"):
+            pass
+        (tmp_path / LOCK).write_text("")  # only the system's lock is left
+        with pytest.raises(FolderInUseError), lock_folder(tmp_path, "a third"):
+            pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+def test_a_forked_worker_neither_gives_the_lock_up_nor_keeps_it(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "a run"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        worker.start()
+    assert not (tmp_path / LOCK).exists() and worker.is_alive()
+    with lock_folder(tmp_path, "the next"):  # while the worker of the first lives
+        worker.kill()
+        worker.join()
+        with pytest.raises(FolderInUseError, match="the next"), lock_folder(tmp_path, "another"):
+            pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+def test_a_killed_process_with_living_workers_leaves_a_lock_that_is_free(tmp_path: Path) -> None:
+    code = "import os, sys, time, pathlib; sys.path.insert(0, sys.argv[2])\n"
+    code += "from vipolyqwen.data.folder_lock import lock_folder\n"
+    code += "with lock_folder(pathlib.Path(sys.argv[1]), 'a run'):\n    worker = os.fork()\n"
+    code += "    print(worker, flush=True) if worker else None\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "."], stdout=subprocess.PIPE) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with lock_folder(tmp_path, "a command"):
+                os.kill(worker, 0)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "x")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written: .*Choose another folder") as raised:
+        with lock_folder(tmp_path, "a command"):
+            pass
+    assert raised.value.errno == number
+
+
+def test_where_the_first_byte_is_locked_the_holder_is_still_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.read
+
+    def of_windows(descriptor: int, count: int) -> bytes:
+        if os.lseek(descriptor, 0, os.SEEK_CUR) == 0:
+            raise PermissionError(errno.EACCES, "the first byte is locked")
+        return read(descriptor, count)
+
+    with lock_folder(tmp_path, "a run"):
+        monkeypatch.setattr(os, "read", of_windows)
+        with pytest.raises(FolderInUseError, match=rf"a run \(process {os.getpid()} on "):
+            with lock_folder(tmp_path, "another"):
+                pass
+
+
+def test_a_file_system_without_locks_leaves_the_decision_to_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(folder_lock, "lock_descriptor", refuse)
+    with lock_folder(tmp_path, "a run"):
+        with pytest.raises(FolderInUseError, match="a run"), lock_folder(tmp_path, "another"):
+            pass
+    write_lock(tmp_path, pid=ended_process(), ticks="1")
+    with lock_folder(tmp_path, "a command"):
+        pass

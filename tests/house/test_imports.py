@@ -207,3 +207,31 @@ def test_the_root_holds_shipped_files_commands_and_project_files() -> None:
         stem = name.removesuffix(".py")
         is_module = name.endswith(".py") and (SHIPPED.fullmatch(stem) or COMMANDS.fullmatch(stem))
         assert is_module or PROJECT_FILES.fullmatch(name), f"{name} is neither shipped nor a command nor the project's"
+
+
+# Modules and functions of `os` that Windows (or macOS: sched_getaffinity) lacks, or that mean something else there.
+UNIX = {"fcntl", "grp", "pwd", "pty", "resource", "termios"}
+UNIX_FUNCTIONS = {"fork", "getloadavg", "getuid", "kill", "killpg", "pread", "pwrite", "register_at_fork", "setsid"}
+UNIX_FUNCTIONS |= {"sched_getaffinity", "statvfs", "mkfifo", "fchmod"}
+
+
+def uses_of_unix(path: Path) -> list[str]:
+    """Lists what only Unix has in a file, outside functions and branches that ask for `sys.platform`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    asking = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.If | ast.IfExp)]
+    asking = [node for node in asking if "sys.platform" in ast.unparse(node)]
+    allowed = {id(child) for node in asking for child in ast.walk(node)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in allowed:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in UNIX]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            found += [f"os.{node.attr}"] if node.attr in UNIX_FUNCTIONS else []
+    return found
+
+
+def test_nothing_needs_unix() -> None:
+    used = {name: uses_of_unix(path) for name, path in package_files(ROOT).items()}
+    assert {name: found for name, found in used.items() if found} == {}
