@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .files import cache_folder, content_digest, find_files, suffix_of
 from .records import TEXT_READERS, Numbered
 from .row_keys import KEYS, row_keys
 from .schema import MODALITIES, PRESENT, Place, Row, RowError, canonical_task, row_id
-from .shapes import ShapeError, conversation_pairs, pick_lists, take
+from .shapes import ShapeError, conversation_pairs, pick_lists, pick_one, take
 from .source_config import FORMER_COLUMNS, SourceConfig
 from .stored_rows import SCHEMA, media_slots, restored, stored
 from .tables import BATCH, Table, no_rows, open_table
@@ -82,7 +82,15 @@ class RecordReader:
         return set().union(*self._names)
 
     def pairs(self, record: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-        """Returns the values of each pair of a record, by the columns of the schema.
+        """Returns the values of each pair of a record, as `choices`, with one choice of each.
+
+        Raises:
+            RowError: its shape gives no pair.
+        """
+        return [pick_one(choices) for choices in self.choices(record, number)]
+
+    def choices(self, record: Mapping[str, Any], number: int) -> list[list[dict[str, Any]]]:
+        """Returns the values of each pair of a record by the columns of the schema: those of which one is drawn.
 
         Raises:
             RowError: its shape gives no pair.
@@ -102,7 +110,9 @@ class RecordReader:
             except ShapeError as error:
                 place = self.place(number, 0, values.get("id"), record)
                 raise place.error(error.column, error.value, error.problem, "invalid conversation") from error
-        return [each for pair in found for each in pick_lists(pair, source.lists)] if source.lists else found
+        if not source.lists:
+            return [[pair] for pair in found]
+        return [choices for pair in found for choices in pick_lists(pair, source.lists)]
 
     def row(self, values: Mapping[str, Any], place: Place) -> Row:
         """Returns the cleaned row of a pair, with its task and its score from 0 to 1.
@@ -145,7 +155,8 @@ class RowReader:
         place = Place(source.file, record["line"], record["id"], source.names(record["named"]))
         media: Iterator[Any] = iter(())
         if record["inline"]:
-            values = source.pairs(self.table.row(record["line"]), record["line"])[record["part"]]
+            pairs = source.choices(self.table.row(record["line"]), record["line"])
+            values = next(islice(chain.from_iterable(pairs), record["part"], None))
             media = media_slots(values)
         return restored(record, place, source.root, media), place
 
@@ -274,13 +285,16 @@ def _pairs_of_records(records: RecordReader, checker: Checker, table: Table | No
             yield _problem(record, number)
             continue
         try:
-            pairs = records.pairs(record, number)
+            pairs = records.choices(record, number)
         except RowError as error:
             checker.refuse(error)
             yield _problem(error, number)
             continue
-        for part, values in enumerate(pairs):
-            yield _stored_pair(records, checker, values, (number, part), record, table is not None)
+        parts = count()
+        for pair, choices in enumerate(pairs):
+            for values in choices:
+                origin = (number, next(parts), pair)
+                yield _stored_pair(records, checker, values, origin, record, table is not None)
 
 
 def _records(records: RecordReader, table: Table | None) -> Numbered:
@@ -293,22 +307,24 @@ def _stored_pair(
     records: RecordReader,
     checker: Checker,
     values: Mapping[str, Any],
-    origin: tuple[int, int],
+    origin: tuple[int, int, int],
     record: Mapping[str, Any],
     by_reference: bool,
 ) -> dict[str, Any]:
-    place = records.place(*origin, values.get("id"), record)
+    number, part, pair = origin
+    place = records.place(number, pair, values.get("id"), record)
     try:
         row = records.row(values, place)
         checker.check(row, place, records.source, records.root)
     except RowError as error:
         checker.refuse(error)
-        return _problem(error, *origin, place.id)
+        return _problem(error, number, part, place.id)
     return {
         **stored(row, records.root, by_reference),
         "id": place.id,
-        "line": origin[0],
-        "part": origin[1],
+        "line": number,
+        "part": part,
+        "pair": pair,
         "named": records.named(record),
         "task_id": checker.task_ids[row.task],
         "modalities": _modality_bits(row),

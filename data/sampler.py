@@ -10,7 +10,7 @@ from .mixing import BATCHING, Order, homogeneous_order, mixed_order, mixture_vis
 from .permutation import key_of, mix, permute
 
 BLOCK = 4096  # positions computed at once by iteration
-ORDER, STREAM = 0, 1  # purpose of a key
+ORDER, STREAM, CHOICE = 0, 1, 2  # purpose of a key
 
 
 class MixtureSampler(Sampler[int]):
@@ -98,11 +98,13 @@ class EpochRows(list[int]):
     Args:
         rows: their numbers.
         epoch: the epoch.
+        seed: seed of the shuffling.
     """
 
-    def __init__(self, rows: Iterable[int] = (), epoch: int = 0) -> None:
+    def __init__(self, rows: Iterable[int] = (), epoch: int = 0, seed: int = 0) -> None:
         super().__init__(rows)
         self.epoch = epoch
+        self.seed = seed
 
 
 class MixtureBatches(Sampler[list[int]]):
@@ -172,4 +174,4 @@ class MixtureBatches(Sampler[list[int]]):
         for first in range(start, start + (total - before) * self.joined, self.joined):
             rows = min(self.joined, len(self.sampler) - first)
             part = [first + rows * rank // self.processes for rank in (self.rank, self.rank + 1)]
-            yield EpochRows(self.sampler.rows(*part), self.sampler.epoch)
+            yield EpochRows(self.sampler.rows(*part), self.sampler.epoch, self.sampler.seed)

@@ -63,25 +63,36 @@ def _part(value: Any, name: str) -> Any:
     return [_part(each, name) for each in value] if isinstance(value, list) else None
 
 
-def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns one record, or several if a list gives a pair for each of its entries.
+def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[list[dict[str, Any]]]:
+    """Returns the pairs of a record, each as the records of which `random` draws one.
 
     Args:
         values: column of the schema -> value.
-        picks: column -> one of `PICKS`. `random` depends on the values of the record alone.
+        picks: column -> one of `PICKS`. A list gives several pairs with `all`, and several records of one pair with
+            `random`; lists of several columns give every combination.
     """
-    choices = []
+    choices: dict[str, list[Any]] = {}
     for column, pick in picks.items():
         value = values.get(column)
         value = (json_list(value) or value) if isinstance(value, str) else value
         entries = [each for each in value if each not in (None, "")] if isinstance(value, list) else [value]
-        if pick == RANDOM and len(entries) > 1:
-            digest = hashlib.blake2b(repr((column, values)).encode("utf-8", "replace"), digest_size=8).digest()
-            entries = [entries[int.from_bytes(digest) % len(entries)]]
         if pick == JOIN and all(isinstance(each, str) for each in entries):
             entries = ["\n".join(entries)]
-        choices.append((entries if pick == ALL else entries[:1]) or [None])
-    return [{**values, **dict(zip(picks, chosen, strict=True))} for chosen in itertools.product(*choices)]
+        choices[column] = (entries if pick in (ALL, RANDOM) else entries[:1]) or [None]
+    drawn = {column: choices.pop(column) for column, pick in picks.items() if pick == RANDOM}
+    return [[{**values, **pair, **draw} for draw in _combinations(drawn)] for pair in _combinations(choices)]
+
+
+def _combinations(choices: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values()))
+
+
+def pick_one(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one of the records of a pair; which one depends on their values alone."""
+    if len(records) == 1:
+        return records[0]
+    digest = hashlib.blake2b(repr(records).encode("utf-8", "replace"), digest_size=8).digest()
+    return records[int.from_bytes(digest) % len(records)]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class SourceConfig:
             for side a's; null: none). Rows of one group are not negatives of each other; negatives are wrong answers;
             teacher_a and teacher_b are a teacher's vectors of the sides, for distillation. `answers.text` is a column
             inside another; a list of names or a pattern such as `negative_*` joins several columns.
-        lists: column -> all (a pair for each entry of a list), first or random (one entry, which depends on the row),
+        lists: column -> all (a pair for each entry of a list), first, random (one entry, drawn by row, epoch and seed)
             or join (the entries as one text, a line each).
         conversation: the column with turns, or `{column, pairs: all | first | last, system: false}`; each answer
             becomes a pair with the dialogue before it.

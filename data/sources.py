@@ -9,10 +9,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
@@ -21,7 +19,8 @@ from ..waveforms_vipolyqwen import load_audio
 from .checks import ERROR, Checker, TokenRoom
 from .files import cache_folder
 from .media_paths import read_media
-from .readers import RowReader, SourceConfig, bad_rows, good_rows, read_source, store_files
+from .pieces import Piece
+from .readers import SourceConfig, bad_rows, good_rows, read_source, store_files
 from .resident import release_mapped
 from .row_keys import hash_parts
 from .sampler import EpochRows
@@ -36,7 +35,6 @@ from .schema import (
     media_contents,
     show_media,
 )
-from .stored_rows import RECORD
 from .vector_cache import VectorCache
 
 AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
@@ -45,29 +43,6 @@ CHUNK = 1024  # rows that are read together where all are
 LARGE = 2**21  # rows, of about 400 bytes each, from which on the pages of the index that were read are given back
 RELEASED = 2048  # rows after which they are
 SHOWN = 20  # bad rows that an error lists
-
-
-@dataclass
-class Piece:
-    """The checked rows of one file."""
-
-    table: datasets.Dataset  # `stored_rows.SCHEMA`, in arrow format
-    reader: RowReader
-    task_ids: np.ndarray  # (rows,) int16, to save memory with millions of rows
-    modalities: np.ndarray  # (rows,) int8: bits 0 to 2 `MODALITIES` of side a, 3 to 5 of b, 6 audio in a negative
-
-    @cached_property
-    def records(self) -> datasets.Dataset:
-        """Returns the columns of which a row is made."""
-        return self.table.select_columns(list(RECORD))
-
-    def only(self, kept: np.ndarray) -> "Piece":
-        """Returns the piece of the rows with the given numbers."""
-        return Piece(self.table.select(kept), self.reader, self.task_ids[kept], self.modalities[kept])
-
-    def column(self, name: str) -> np.ndarray:
-        """Returns a column of numbers of the stored rows, (rows,); a missing score is NaN."""
-        return self.table.select_columns(name)[:][name].to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)
@@ -141,27 +116,28 @@ class PairDataset(torch.utils.data.Dataset):
         Raises:
             RowError: an image or audio file cannot be decoded, and such rows are not skipped.
         """
-        return self._pair(index, self._read([index])[0])
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns several pairs, as `__getitem__`, those of an `EpochRows` with its `epoch`.
 
-        The records of one file are read together.
+        The records of one file are read together. Of lists that are `random`, the epoch and the seed draw an entry.
         """
+        drawn = indices if isinstance(indices, EpochRows) else EpochRows(indices)
         epoch = {"epoch": indices.epoch} if isinstance(indices, EpochRows) else {}
-        read = zip(indices, self._read(indices), strict=True)
-        return [{**self._pair(index, row), **epoch} for index, row in read]
+        read = zip(indices, self._read(drawn), strict=True)
+        return [{**self._pair(index, row, drawn), **epoch} for index, row in read]
 
-    def _pair(self, index: int, read: tuple[int, Row, Place]) -> dict[str, Any]:
+    def _pair(self, index: int, read: tuple[int, Row, Place], drawn: EpochRows) -> dict[str, Any]:
         """Returns a row that was read with decoded media, or another one in its place."""
         try:
             return self._decoded(*read)
         except RowError as error:
             if self.on_bad_row == ERROR:
                 raise
-            return self._another(index, error)
+            return self._another(index, error, drawn)
 
-    def _another(self, index: int, error: RowError) -> dict[str, Any]:
+    def _another(self, index: int, error: RowError, drawn: EpochRows) -> dict[str, Any]:
         """Returns a row in place of one that cannot be read: which one depends on `index` alone."""
         ends = np.cumsum(self.source_lengths)
         source = int(np.searchsorted(ends, index, side="right"))
@@ -172,7 +148,7 @@ class PairDataset(torch.utils.data.Dataset):
         for other in (int(ends[source]) - length + tried).tolist():
             if other != index and self.task_ids[other] == self.task_ids[index]:
                 try:
-                    row = self._decoded(*self._read([other])[0])
+                    row = self._decoded(*self._read(EpochRows([other], drawn.epoch, drawn.seed))[0])
                 except RowError:
                     continue  # it is counted in its turn
                 return {**row, "replaces": BadRow(place.file, place.row, place.id, error.cause, str(error))}
@@ -234,14 +210,24 @@ class PairDataset(torch.utils.data.Dataset):
         """Returns a hash of the content of each source, in the order of its rows; media count by their paths."""
         digests = [hashlib.blake2b(digest_size=16) for _ in self.sources]
         for number, piece in zip(self.piece_sources, self.pieces, strict=True):
-            digests[number].update(piece.column("row_key").tobytes())
+            digests[number].update(piece.unfolded().column("row_key").tobytes())
         return [digest.hexdigest() for digest in digests]
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
-        for first in range(0, len(self), CHUNK):
-            for _, row, _ in self._read(range(first, min(first + CHUNK, len(self)))):
+        every = self.unfolded()
+        for first in range(0, len(every), CHUNK):
+            for _, row, _ in every._read(range(first, min(first + CHUNK, len(every)))):
                 yield row.a, row.b
+
+    def unfolded(self) -> "PairDataset":
+        """Returns the pairs with a row for each entry of the lists that are `random`."""
+        if all(piece.choices is None for piece in self.pieces):
+            return self
+        pieces: list[list[Piece]] = [[] for _ in self.sources]
+        for number, piece in zip(self.piece_sources, self.pieces, strict=True):
+            pieces[number].append(piece.unfolded())
+        return PairDataset(self.sources, pieces, self.tasks, self.bad_rows, self.on_bad_row)
 
     def groups(self) -> list[str | None]:
         """Returns the `group` of every row, without decoding media."""
@@ -267,6 +253,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def _read(self, indices: Sequence[int]) -> list[tuple[int, Row, Place]]:
         """Returns the number of the piece of each row, the row and its origin."""
+        drawn = indices if isinstance(indices, EpochRows) else EpochRows()
         places: dict[int, list[int]] = defaultdict(list)  # piece -> places in `indices`
         for place, index in enumerate(indices):
             if not 0 <= index < len(self):
@@ -276,7 +263,8 @@ class PairDataset(torch.utils.data.Dataset):
         for number, of_piece in places.items():
             piece = self.pieces[number]
             first = self.ends[number] - len(piece.table)
-            records = piece.records[[int(indices[place]) - first for place in of_piece]].to_pylist()
+            chosen = [int(indices[place]) for place in of_piece]
+            records = piece.read([index - first for index in chosen], chosen, drawn)
             for place, record in zip(of_piece, records, strict=True):
                 found[place] = (number, *piece.reader.read(record))
         self._rows_read += len(indices)
@@ -344,7 +332,7 @@ def load_pairs(
                     raise RowError(bad[-1].problem, bad[-1].cause, bad[-1].id, bad[-1].row)
                 table = table.select(good)
             if len(table):
-                pieces[-1].append(_piece(table, reader))
+                pieces[-1].append(Piece.of(table, reader))
             release_mapped(os.path.realpath(cache_folder()))  # which were looked through for bad rows and tasks
     check_bad_rows(bad, len(bad) + sum(len(piece.table) for of_source in pieces for piece in of_source), max_bad_rows)
     sources, pieces = _without_empty(sources, pieces)
@@ -375,13 +363,6 @@ def check_bad_rows(bad: Sequence[BadRow], rows: int, max_bad_rows: float) -> Non
             f"{len(bad)} of {rows} rows cannot be used ({causes}); the limit `max_bad_rows` is {max_bad_rows:g}. "
             f"Repair them or raise the limit:\n{listed}{more}"
         )
-
-
-def _piece(table: datasets.Dataset, reader: RowReader) -> Piece:
-    columns = table.select_columns(["task_id", "modalities"])[:]
-    return Piece(
-        table, reader, columns["task_id"].to_numpy().astype(np.int16), columns["modalities"].to_numpy().astype(np.int8)
-    )
 
 
 def _without_empty(

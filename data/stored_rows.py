@@ -24,11 +24,12 @@ SCHEMA = pa.schema(
         "teacher_a": pa.list_(pa.float32()),
         "teacher_b": pa.list_(pa.float32()),
         "line": pa.int64(),  # number of the record
-        "part": pa.int32(),  # number of the pair among those of the record
+        "part": pa.int32(),  # number of the row among those of the record
         "named": pa.list_(pa.string()),  # the columns of the record that have a former name
         "inline": pa.bool_(),  # whether the table of origin holds media of the row
         "task_id": pa.int16(),
         "modalities": pa.int16(),
+        "pair": pa.int32(),  # number of the pair among those of the record: of its rows, an epoch draws one
         **{name: pa.int64() for name in KEYS},
         "problem": pa.string(),  # of a row that cannot be used
         "cause": pa.string(),

@@ -73,13 +73,14 @@ def teach_pairs(
         RowError: a row has no vector, or one of another width or that is not finite.
         ValueError: the teacher cannot be loaded.
     """
-    widths, keys = _read_facts(pairs)  # (rows, 2) each
+    every = pairs.unfolded()  # any entry of a list may be drawn
+    widths, keys = _read_facts(every)  # (rows, 2) each
     keys[widths > 0] = 0
-    keys[~np.isin(pairs.task_ids, [list(pairs.tasks).index(task) for task in tasks])] = 0
+    keys[~np.isin(every.task_ids, [list(pairs.tasks).index(task) for task in tasks])] = 0
     if teacher is not None and keys.any():
-        pairs.teacher, pairs.taught_tasks = _computed(pairs, keys, teacher, prompt, device), tuple(tasks)
+        pairs.teacher, pairs.taught_tasks = _computed(every, keys, teacher, prompt, device), tuple(tasks)
         widths = np.where(keys != 0, pairs.teacher.width, widths)
-    _check_widths(pairs, tasks, widths, teacher)
+    _check_widths(every, tasks, widths, teacher)
     return int(widths.max())
 
 
