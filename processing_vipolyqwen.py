@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from .configuration_vipolyqwen import ViPolyQwenConfig
 from .conversations_vipolyqwen import (
     EmbeddingInput,
     clean_text,
@@ -46,6 +47,7 @@ MODALITIES = {
 }
 NO_TENSORS: dict[str, Any] = {"return_tensors": None, "return_attention_mask": False}  # lists, not padded
 TEXT_SHARE = 0.25  # of an input's tokens that images leave to its text
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 RETRIEVAL_SIDES = ("query", "document")  # sentence-transformers passes them as tasks; they select no prefix
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
@@ -178,6 +180,19 @@ class ViPolyQwenProcessor(ProcessorMixin):
         saved = super().to_dict()
         saved.pop("allow_urls", None)
         return saved
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads a saved processor as the stock method does, but never asks to trust code: this class's runs already.
+
+        Without `config` the stock loader of the tokenizer would read the model's through `AutoConfig`, which asks.
+        """
+        place = pretrained_model_name_or_path
+        if not kwargs.get("trust_remote_code") and "config" not in kwargs:
+            of_hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            if cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False, **of_hub) is not None:
+                kwargs["config"] = ViPolyQwenConfig.from_pretrained(place, **of_hub)
+        return super().from_pretrained(place, **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:

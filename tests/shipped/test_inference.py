@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel, AutoProcessor
 
-from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES
+from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 from vipolyqwen.publishing.repository import save_repository
 
 
@@ -408,3 +408,15 @@ def test_adapters_are_loaded_by_name_and_switched(repository: Path, rows: list, 
         assert distance(encoder.encode(rows), expected) <= 1e-6
     encoder.disable_adapters()
     assert distance(encoder.encode(rows), before) <= 1e-6
+
+
+def test_the_packages_processor_asks_for_no_trust(
+    repository: Path, tiny: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
+    tiny[1].save_pretrained(tmp_path / "alone")  # without a model's config.json
+    for place in (repository, tmp_path / "alone"):
+        processor = ViPolyQwenProcessor.from_pretrained(place)
+        assert processor.task_prefixes == tiny[1].task_prefixes
+    assert not asked
