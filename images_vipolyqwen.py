@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -37,6 +38,9 @@ TURNS = dict(
     )
 )
 STRIP = 2**20  # pixels that are laid on white at a time
+MAX_SCANS = 100  # of a JPEG; each of them is a pass over all pixels, and an ordinary file has about 10
+MAX_PASSES = 20  # over as many pixels as an image may have
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the first after the data of a scan
 SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a smaller copy of another page
 
 
@@ -57,8 +61,8 @@ def load_image(source: Any, allow_urls: bool | str = False, rescale: bool = True
         limits: bounds of file and pixels.
 
     Returns:
-        An RGB PIL image, turned as its EXIF orientation says and laid on white where it is transparent; an array of
-        numbers that 8 bits do not hold as (height, width, 3).
+        An RGB PIL image, turned as its EXIF orientation says and laid on white where it is transparent, with pixels
+        rounded to 8 bits; without `rescale` an array of floating-point numbers as (height, width, 3).
 
     Raises:
         ValueError: the image cannot be read, exceeds the limits or `MAX_ASPECT_RATIO`, has several pages or pixels
@@ -74,6 +78,7 @@ def load_image(source: Any, allow_urls: bool | str = False, rescale: bool = True
             image = _open_image(file)
             _check_pages(image)
             if isinstance(image, Image.Image):
+                _check_scans(image, file, limits)
                 _scale_transparency(image)
             return _finish(image, limits)
     except Exception as error:  # noqa: BLE001  Pillow raises nearly every kind for damaged files
@@ -125,6 +130,32 @@ def _check_pages(image: Any) -> None:
                 "{'image': [page.copy() for page in PIL.ImageSequence.Iterator(PIL.Image.open(path))]}"
             )
     image.seek(0)
+
+
+def _check_scans(image: Image.Image, file: BinaryIO, limits: Limits) -> None:
+    """Refuses a progressive JPEG with so many scans that its few bytes would take minutes."""
+    if image.format != "JPEG" or not image.info.get("progressive"):
+        return
+    most = min(MAX_SCANS, MAX_PASSES * limits.image_pixels // max(1, image.width * image.height))
+    place = file.tell()
+    file.seek(0)
+    scans = _count_scans(file.read(), most + 1)
+    file.seek(place)
+    if scans > most:
+        raise ValueError(
+            f"it is a JPEG of more than {most} scans, the limit at {image.width}×{image.height}; save it anew"
+        )
+
+
+def _count_scans(data: bytes, most: int) -> int:
+    """Returns the scans of a JPEG, `most` at most."""
+    scans, place = 0, 2
+    while scans < most and (marker := JPEG_MARKER.search(data, place)) is not None:
+        if marker.group() == b"\xff\xd9":  # the end of the image
+            break
+        scans += marker.group() == b"\xff\xda"
+        place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
+    return scans
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
@@ -198,7 +229,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             grey.putalpha(Image.fromarray(np.where(pixels == image.info["transparency"], 0, 255).astype(np.uint8)))
         return grey
     _check_range(pixels.astype(np.float64), rescale=True)
-    return Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
 # --- arrays ------------------------------------------------------------------------------------------------------
@@ -213,7 +244,7 @@ def _is_float_tensor(array: Any) -> bool:
 
 
 def _from_array(pixels: np.ndarray, rescale: bool, limits: Limits) -> Any:
-    """Returns an array as an RGB image if 8 bits hold it, else as (height, width, 3)."""
+    """Returns an array as an RGB image, but floating-point numbers of 0 … 1 as (height, width, 3)."""
     if pixels.dtype.kind not in "buif":
         raise ValueError(f"its dtype is {pixels.dtype}; pass integers or floating-point numbers")
     pixels = _channels_last(pixels)
@@ -227,6 +258,8 @@ def _from_array(pixels: np.ndarray, rescale: bool, limits: Limits) -> Any:
     if alpha is not None:
         white = 255.0 if rescale else 1.0
         colour = colour * (alpha / white) + (white - alpha)
+    if rescale:  # to 8 bits, as image processors that resize with Pillow need it
+        return Image.fromarray(np.rint(np.broadcast_to(colour, (*colour.shape[:2], 3))).astype(np.uint8))
     return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)))
 
 

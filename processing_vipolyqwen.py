@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
+from transformers import Qwen2VLImageProcessorPil
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import cached_file, logging
 
@@ -80,7 +81,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
     """Turns text, image(s), audio and every mix of them into the tensors of `ViPolyQwenModel`.
 
     Args:
-        image_processor: Qwen2-VL's image processor; its `min_pixels` and `max_pixels` bound the tokens of an image.
+        image_processor: Qwen2-VL's image processor; its `min_pixels` and `max_pixels` bound the tokens of an image. It
+            resizes with Pillow, with torchvision installed or not.
         tokenizer: a byte-level BPE tokenizer of the Qwen2 family; `model_max_length` bounds the tokens of an input.
         feature_extractor: the speech encoder's feature extractor (16 kHz, zero mean and unit variance a clip).
         chat_template: Jinja template that renders a conversation as a string; `None`: `CHAT_TEMPLATE`.
@@ -131,7 +133,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         self.limits = dict(limits or {})
         self._text_tokenizer: Tokenizer | None = None
         self._merged: tuple[tuple, dict[str, Any]] | None = None  # keyword arguments and their merged form
-        super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
+        images = with_pillow(image_processor)
+        super().__init__(images, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
         for task, prefix in (TASK_PREFIXES if task_prefixes is None else task_prefixes).items():
             self.add_task(task, prefix, (prefix_sides or {}).get(task, "a"))
 
@@ -601,6 +604,17 @@ class ViPolyQwenProcessor(ProcessorMixin):
             patches = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
             data = {"num_image_tokens": [count // merge**2 for count in patches], "num_image_patches": patches}
         return MultiModalData(**data)
+
+
+def with_pillow(image_processor: Any) -> Qwen2VLImageProcessorPil:
+    """Returns the image processor as the class that resizes with Pillow.
+
+    Where torchvision is installed, transformers loads another class, whose resizing differs by a level of some pixels
+    and moves vectors by 1e-3.
+    """
+    if isinstance(image_processor, Qwen2VLImageProcessorPil):
+        return image_processor
+    return Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: set[str], place: str) -> None:

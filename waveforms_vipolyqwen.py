@@ -22,6 +22,7 @@ if is_soundfile_available():
 PIECE = 2**16  # samples of a channel that are decoded at a time
 UNKNOWN_LENGTH = 2**40  # samples; a header that claims as many states no length
 MOST_STEPS = 50_000  # of a ratio of rates; the filter that resamples has 20 coefficients a step
+CANCELLED = 1e-3  # power of the mix by that of its channels; of two voices or instruments it is about 0.5
 LOUDEST = 2.0**32  # of floating-point samples; louder ones overflow float32 in the feature extractor
 # Formats of libsndfile that are read; of its others many state no length or rate.
 SOUNDFILE_FORMATS = ("AIFF", "AU", "CAF", "FLAC", "MP3", "NIST", "OGG", "RF64", "W64", "WAV", "WAVEX")
@@ -130,7 +131,9 @@ def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tu
                 f"The audio has shape {samples.shape}; the limit `audio_channels` is {limits.audio_channels}: "
                 "pass (samples,) or (channels, samples)."
             )
-        samples = _as_float(samples).mean(axis=int(np.argmin(samples.shape)))
+        mixer = _Mixer()
+        samples = mixer.mix(_as_float(samples), axis=int(np.argmin(samples.shape)))
+        mixer.check()
     if samples.ndim != 1:
         raise ValueError(f"The audio has shape {samples.shape}; pass (samples,) or (channels, samples).")
     check_length(samples.size, rate, limits)
@@ -142,6 +145,30 @@ def _mono_samples(samples: np.ndarray, sampling_rate: Any, limits: Limits) -> tu
     if loudest > LOUDEST:
         raise ValueError(f"The audio has samples up to {loudest:g}; scale them to [-1, 1].")
     return samples, rate
+
+
+class _Mixer:
+    """Mixes channels down to mono; two of opposite polarity would become silence."""
+
+    def __init__(self) -> None:
+        self.of_channels = self.of_mix = 0.0  # sums of squares, of channels their mean
+
+    def mix(self, samples: np.ndarray, axis: int) -> np.ndarray:
+        """Returns the mean of float samples over the axis of the channels."""
+        if samples.shape[axis] == 1:
+            return samples.take(0, axis)
+        mixed = samples.mean(axis=axis)
+        self.of_channels += float(np.vdot(samples, samples)) / samples.shape[axis]
+        self.of_mix += float(np.vdot(mixed, mixed))
+        return mixed
+
+    def check(self) -> None:
+        """Raises ValueError if the channels cancelled each other."""
+        if self.of_mix < CANCELLED * self.of_channels:
+            raise ValueError(
+                f"the channels of the audio cancel each other: their mean has {self.of_mix / self.of_channels:.1g} of "
+                f"their power, the limit is {CANCELLED:g}; pass one of the channels"
+            )
 
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
@@ -241,7 +268,9 @@ def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, 
         _check_channels(clip.channels, limits)
         if clip.frames < UNKNOWN_LENGTH:
             check_length(clip.frames, rate, limits)
-        samples = _join(_pieces(clip), rate, limits)
+        mixer = _Mixer()
+        samples = _join((mixer.mix(piece, axis=1) for piece in _pieces(clip)), rate, limits)
+        mixer.check()
         if clip.format != "MP3" and len(samples) < clip.frames < UNKNOWN_LENGTH:  # MP3 files state an estimate
             raise ValueError(f"the file is truncated: {len(samples)} of {clip.frames} samples")
     return samples, rate
@@ -273,9 +302,9 @@ class _SeekableFile:
 
 
 def _pieces(clip: Any) -> Iterator[np.ndarray]:
-    """Yields (samples,) of an open audio file until its end."""
+    """Yields (samples, channels) of an open audio file until its end."""
     while len(piece := clip.read(PIECE, dtype="float32", always_2d=True)):
-        yield piece[:, 0] if piece.shape[1] == 1 else piece.mean(axis=1)  # (samples, channels) -> (samples,)
+        yield piece
 
 
 def _decode_with_av(file: BinaryIO, container: str, limits: Limits) -> tuple[np.ndarray, int]:
@@ -286,10 +315,11 @@ def _decode_with_av(file: BinaryIO, container: str, limits: Limits) -> tuple[np.
         rate = check_rate(stream.rate, limits)
         _check_channels(stream.channels, limits)
         to_float = av.AudioResampler(format="fltp", rate=rate)  # (channels, samples) in [-1, 1]
-        heard = _Heard(stream)
+        heard, mixer = _Heard(stream), _Mixer()
         frames = (frame for decoded in heard.frames(opened) for frame in to_float.resample(decoded))
-        samples = _join((frame.to_ndarray().mean(axis=0) for frame in frames), rate, limits)
+        samples = _join((mixer.mix(frame.to_ndarray(), axis=0) for frame in frames), rate, limits)
         heard.check()
+        mixer.check()
         return samples, rate
 
 

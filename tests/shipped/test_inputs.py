@@ -88,15 +88,25 @@ def test_arrays_of_one_to_four_channels_are_the_images_that_they_show(rng: np.ra
         last = array[..., None] if mode == "L" else array
         for given in (array, last, np.moveaxis(last, -1, 0), torch.from_numpy(array.copy()), array.astype(np.int64)):
             np.testing.assert_array_equal(np.asarray(load_image(given)), expected)
-        floats = load_image(array.astype(np.float64))
-        assert floats.shape == expected.shape
-        np.testing.assert_allclose(floats, expected, atol=1)  # 8 bits round
+        np.testing.assert_allclose(np.asarray(load_image(array.astype(np.float64)), float), expected, atol=1)
         np.testing.assert_allclose(load_image(array / 255, rescale=False), expected / 255, atol=0.005)
     for shape in ((3, 60, 4), (48, 60, 5), (2, 3, 48, 60)):
         with pytest.raises(ValueError, match="channels|pass"):
             load_image(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="dtype is complex128"):
         load_image(np.zeros((48, 60, 3), complex))
+
+
+@pytest.mark.parametrize("kind", ["float32", "F"])
+def test_fractions_of_a_pixel_are_rounded(kind: str, processor: Any, rng: np.random.Generator) -> None:
+    pixels = np.asarray(random_image(rng))
+    pixels = pixels[..., :1].repeat(3, axis=-1) if kind == "F" else pixels
+    fractions = np.clip(pixels + rng.uniform(-0.49, 0.49, pixels.shape), 0, 255).astype(np.float32)
+    fractions = fractions[..., :1].repeat(3, axis=-1) if kind == "F" else fractions
+    given = Image.fromarray(fractions[..., 0]) if kind == "F" else fractions
+    np.testing.assert_array_equal(
+        processor(images=[[given]])["pixel_values"], processor(images=[[pixels]])["pixel_values"]
+    )
 
 
 def test_media_as_data_sets_of_the_hub_store_them(processor: Any, rng: np.random.Generator, tmp_path: Path) -> None:

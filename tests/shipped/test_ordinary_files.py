@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from vipolyqwen.images_vipolyqwen import load_image
-from vipolyqwen.media_vipolyqwen import check_is_text
+from vipolyqwen.media_vipolyqwen import Limits, check_is_text
 from vipolyqwen.waveforms_vipolyqwen import MOST_STEPS, load_audio, ratio_of_rates, resample
 
 RATE = 16_000
@@ -368,3 +368,46 @@ def test_a_second_folder_of_the_same_name_runs_its_code(tmp_path: Path) -> None:
         for auto in (AutoModel, AutoProcessor):
             loaded = auto.from_pretrained(tmp_path / name / "model", trust_remote_code=True)
             assert sys.modules[type(loaded).__module__].MARK == name
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_they_are_decoded(rng: np.random.Generator) -> None:
+    data = image_file(random_image(rng), "JPEG", progressive=True)  # a scan takes a pass over all pixels
+    start = data.index(b"\xff\xda")
+
+    def repeated(times: int) -> bytes:
+        return data[:start] + data[start:-2] * times + b"\xff\xd9"
+
+    for times in (1, 5):
+        assert load_image(repeated(times)).size == (60, 48)
+    with pytest.raises(ValueError, match="more than 100 scans"):
+        load_image(repeated(20))
+    with pytest.raises(ValueError, match="more than 22 scans"):
+        load_image(repeated(3), limits=Limits(image_pixels=60 * 48 * 11 // 10))
+    thumbnail = b"\xff\xe1" + (2 + 400).to_bytes(2) + b"\xff\xda" * 200  # bytes of a scan outside of one
+    load_image(data[:2] + thumbnail + data[2:])
+
+
+def test_channels_that_cancel_each_other_are_no_silence(rng: np.random.Generator) -> None:
+    inverted = np.stack([TONE, -TONE], axis=1)
+    file = io.BytesIO()
+    soundfile.write(file, inverted, RATE, format="WAV", subtype="FLOAT")
+    for source in (file.getvalue(), (inverted, RATE), (inverted.T, RATE), ((inverted * 32767).astype(np.int16), RATE)):
+        with pytest.raises(ValueError, match="cancel each other.*pass one of the channels"):
+            load_audio(source)
+    noise = rng.uniform(-0.5, 0.5, inverted.shape).astype(np.float32)
+    for channels in (noise, inverted * [1, 0.5], inverted * [1, 0], np.zeros_like(inverted)):
+        mixed, _ = load_audio((channels, RATE))
+        np.testing.assert_allclose(mixed, channels.mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("extra", "is_transparent"), [(0, False), (1, True), (2, True), (None, True)])
+def test_only_an_unspecified_fourth_channel_of_a_tiff_is_no_transparency(
+    extra: int | None, is_transparent: bool
+) -> None:
+    options = {} if extra is None else {338: (3, extra)}
+    pixels = np.zeros((48, 60, 4), np.uint8)  # black, of which the fourth channel would make white
+    tags = {256: (4, 60), 257: (4, 48), 258: (3, 8), 259: (3, 1), 262: (3, 2), 277: (3, 4), 278: (4, 48), **options}
+    tags |= {273: (4, 10 + 12 * (len(tags) + 2) + 4), 279: (4, pixels.size)}
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in sorted(tags.items()))
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
+    assert (np.asarray(load_image(file)) == (255 if is_transparent else 0)).all()

@@ -13,6 +13,8 @@ import torch
 from helpers import build_tiny_model, chat_ids, ids_of, random_audio, random_image, speech_config, user
 from PIL import Image
 from torch import Tensor
+from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from vipolyqwen.processing_vipolyqwen import TASK_PREFIXES, ViPolyQwenProcessor
 
@@ -47,6 +49,34 @@ def test_a_task_is_selected_by_the_argument_and_by_the_start_of_a_system_text_on
         [prefix_id, *plain_ids(rest), *plain_ids("Huế"), end]
     ]
     assert chat_ids(processor, user("Huế", system=f" {prefix}"))[0][0] != prefix_id
+
+
+class OtherImageProcessor:
+    """Stands for the class that transformers loads where torchvision is installed: the same settings, other code."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.settings, "image_processor_type": type(self).__name__}
+
+
+def test_images_are_resized_with_pillow_whatever_class_was_loaded(processor: Any, rng: np.random.Generator) -> None:
+    settings = processor.image_processor.to_dict() | {"image_mean": (0.25, 0.5, 0.75)}
+    loaded = OtherImageProcessor(settings)
+    other = ViPolyQwenProcessor(loaded, copy.deepcopy(processor.tokenizer), processor.feature_extractor)
+    assert type(other.image_processor) is type(processor.image_processor) is Qwen2VLImageProcessorPil
+    assert other.image_processor.to_dict() == settings
+    expected = Qwen2VLImageProcessorPil(**settings)([image := random_image(rng)])["pixel_values"]
+    np.testing.assert_array_equal(other(images=[[image]])["pixel_values"], expected)
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+def test_torchvision_changes_no_pixel(processor: Any, rng: np.random.Generator) -> None:
+    loaded = Qwen2VLImageProcessor.from_dict(processor.image_processor.to_dict())
+    other = ViPolyQwenProcessor(loaded, copy.deepcopy(processor.tokenizer), processor.feature_extractor)
+    images = [[random_image(rng, 333, 71)]]
+    np.testing.assert_array_equal(other(images=images)["pixel_values"], processor(images=images)["pixel_values"])
 
 
 # --- text --------------------------------------------------------------------------------------------------------
