@@ -261,7 +261,7 @@ class HeldOut:
         """The pairs as model inputs; on the demo world they are kept, since all its runs see the same ones."""
         tokens = processor.tokenizer.backend_tokenizer.to_str()
         sides = {name: task.prefix_sides for name, task in tasks.items()}
-        key = digest([tokens, processor.task_prefixes, processor.tokenizer.model_max_length, sides])
+        key = digest([tokens, processor.to_json_string(), processor.tokenizer.model_max_length, sides])
         if key in self._batches:
             return self._batches[key]
         collator = MixedBatchCollator(

@@ -180,6 +180,17 @@ def test_a_study_of_heads_reports_and_uses_what_it_has_measured(
     assert (tmp_path / "r.svg").read_text(encoding="utf-8").startswith("<svg xmlns")
 
 
+def test_kept_batches_are_those_of_the_processor(world: Path, tmp_path: Path) -> None:
+    held_out = studies.Cells(studies.read_study(write_study(world, tmp_path), None, tmp_path))
+    _, processor, tasks = load_with_prefixes(world / "base")
+    texts = {}
+    for setting in ("none", "fuse", "none"):  # what the prefix of audio alone does
+        processor.audio_prefix = setting
+        batches = list(held_out.batches(processor, tasks))
+        texts.setdefault(setting, []).append(sum(int(batch["attention_mask"].sum()) for batch in batches))
+    assert texts["none"][0] == texts["none"][1] < texts["fuse"][0]
+
+
 def test_faulty_studies_are_refused_by_name(world: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"train": "towers"}, "`train` is 'towers'"),
