@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -126,7 +127,9 @@ def test_a_value_out_of_range_is_named(flags: str, message: str) -> None:
         read_arguments(["--model", "x", "--output_dir", "x", "--use_cpu", "true", *flags.split()])
 
 
-def test_an_error_of_the_user_is_one_message_and_others_are_tracebacks(capsys: pytest.CaptureFixture) -> None:
+def test_an_error_of_the_user_is_one_message_and_others_are_tracebacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     def ends_with(function: object) -> object:
         with pytest.raises(SystemExit) as end:
             run_command(function)
@@ -136,8 +139,14 @@ def test_an_error_of_the_user_is_one_message_and_others_are_tracebacks(capsys: p
     assert ends_with(lambda: read_arguments(["missing.yaml"])) == 2
     assert capsys.readouterr().err == "error: The recipe 'missing.yaml' does not exist; see recipes/ for examples.\n"
     assert ends_with(lambda: read_yaml(Path("missing.yaml"))) == 2
+    capsys.readouterr()
     with pytest.raises(ValueError, match="invalid literal"):
         run_command(lambda: int("a fault of the code"))
+    of_the_model = tmp_path / "transformers_modules" / "modeling.py"  # code that came with a repository
+    of_the_model.parent.mkdir()
+    of_the_model.write_text("raise ValueError('a wrong tower')", encoding="utf-8")
+    assert ends_with(lambda: runpy.run_path(str(of_the_model))) == 2
+    assert capsys.readouterr().err == "error: a wrong tower\n"
 
 
 @pytest.mark.slow
