@@ -54,13 +54,13 @@ def download(url: str, allow_urls: bool | str, max_bytes: int, seconds: float) -
     for _ in range(MAX_REDIRECTS + 1):
         try:
             target, data = _fetch(urlsplit(url), allow_urls == "private", max_bytes, deadline)
+            url = url if target is None else urljoin(url, target)
         except (OSError, ValueError, http.client.HTTPException) as error:
             late = time.monotonic() >= deadline
             reason = f"it took more than {seconds:g} s, the limit `download_seconds`" if late else error
             raise ValueError(f"{shown!r} cannot be fetched: {reason}.") from None  # a cause may hold the password
         if target is None:
             return data
-        url = urljoin(url, target)
     raise ValueError(f"{shown!r} cannot be fetched: it redirects more than {MAX_REDIRECTS} times.")
 
 
@@ -132,7 +132,8 @@ def _read_answer(response: http.client.HTTPResponse, max_bytes: int) -> tuple[st
     if response.status in REDIRECTS:
         return response.getheader("Location") or "", b""
     if response.status != http.client.OK:
-        raise ValueError(f"HTTP Error {response.status}: {response.reason}")
+        reason = http.client.responses.get(response.status, "unknown")  # not the server's words, which may be any
+        raise ValueError(f"HTTP Error {response.status}: {reason}")
     data = bytearray()
     while chunk := response.read1(CHUNK):
         data += chunk

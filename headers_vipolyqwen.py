@@ -86,20 +86,33 @@ def _nist_end(file: BinaryIO) -> int | None:
     return 1024 + count * width * channels
 
 
-def _mp3_end(file: BinaryIO, head: bytes) -> int | None:
-    """Returns the end by the table that encoders write into the first frame."""
+def states_mp3_frames(file: BinaryIO) -> bool:
+    """Returns whether an MP3 states its frames in the first of them, so that its length is no estimate."""
+    file.seek(0)
+    _, table = _mp3_table(file, file.read(16))
+    return table is not None and bool((_number(table[4:8], ">I", 0) or 0) & 1)
+
+
+def _mp3_table(file: BinaryIO, head: bytes) -> tuple[int, bytes | None]:
+    """Returns where the first frame begins, and the table that encoders write into it."""
     start = 0
     if head[:3] == b"ID3":
         start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
     file.seek(start)
     frame = file.read(MP3_FRAME)
     found = XING.search(frame) if frame[:1] == b"\xff" else None
-    if found is None:
+    return start, None if found is None else frame[found.start() :]
+
+
+def _mp3_end(file: BinaryIO, head: bytes) -> int | None:
+    """Returns the end by the bytes in the table of the first frame."""
+    start, table = _mp3_table(file, head)
+    if table is None:
         return None
-    flags = _number(frame[found.end() : found.end() + 4], ">I", 0) or 0
-    place = found.end() + (8 if flags & 1 else 4)
-    stated = _number(frame[place : place + 4], ">I", 0) if flags & 2 else None
+    flags = _number(table[4:8], ">I", 0) or 0
+    place = 12 if flags & 1 else 8
+    stated = _number(table[place : place + 4], ">I", 0) if flags & 2 else None
     return start + int(MP3_SHARE * stated) if stated else None
 
 
-__all__ = ["check_is_complete"]
+__all__ = ["MP3_SHARE", "check_is_complete", "states_mp3_frames"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import is_av_available, is_scipy_available, is_soundfile_available
 
-from .headers_vipolyqwen import check_is_complete
+from .headers_vipolyqwen import MP3_SHARE, check_is_complete, states_mp3_frames
 from .media_vipolyqwen import LIMITS, Limits, is_open_file, open_source, show_source, unreadable, unwrap
 
 if is_av_available():
@@ -20,6 +20,7 @@ if is_soundfile_available():
     import soundfile
 
 PIECE = 2**16  # samples of a channel that are decoded at a time
+MP3_PADDING = 3 * 1152  # samples that an encoder puts around a recording
 UNKNOWN_LENGTH = 2**40  # samples; a header that claims as many states no length
 MOST_STEPS = 50_000  # of a ratio of rates; the filter that resamples has 20 coefficients a step
 CANCELLED = 1e-3  # power of the mix by that of its channels; of two voices or instruments it is about 0.5
@@ -271,7 +272,10 @@ def _decode_with_soundfile(file: BinaryIO, limits: Limits) -> tuple[np.ndarray, 
         mixer = _Mixer()
         samples = _join((mixer.mix(piece, axis=1) for piece in _pieces(clip)), rate, limits)
         mixer.check()
-        if clip.format != "MP3" and len(samples) < clip.frames < UNKNOWN_LENGTH:  # MP3 files state an estimate
+        stated = clip.frames
+        if clip.format == "MP3":  # an estimate, unless its first frame counts the others
+            stated = int(MP3_SHARE * stated) - MP3_PADDING if states_mp3_frames(file) else 0
+        if len(samples) < stated < UNKNOWN_LENGTH:
             raise ValueError(f"the file is truncated: {len(samples)} of {clip.frames} samples")
     return samples, rate
 

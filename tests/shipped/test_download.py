@@ -65,6 +65,12 @@ def test_a_download_is_bounded_in_bytes_and_time(site: str) -> None:
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("target", ["http://[::1", "http://127.0.0.1:99999/", "http://a..b/", "file:///etc/hosts"])
+def test_a_wrong_redirect_names_the_url_that_was_asked_for(target: str, site: str) -> None:
+    with pytest.raises(ValueError, match=rf"^'http://{site}/to/.*' cannot be fetched: "):
+        download(f"http://{site}/to/{target}", "private", MEGABYTE, 5)
+
+
 def test_a_server_that_says_nothing_ends_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for scheme in ("http", "https"):

@@ -411,3 +411,13 @@ def test_only_an_unspecified_fourth_channel_of_a_tiff_is_no_transparency(
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in sorted(tags.items()))
     file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
     assert (np.asarray(load_image(file)) == (255 if is_transparent else 0)).all()
+
+
+def test_an_mp3_whose_end_is_empty_is_not_half_heard() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.tile(TONE, 4), RATE, format="MP3")  # 1 s
+    whole = file.getvalue()
+    assert len(load_audio(whole)[0]) == len(load_audio(whole + whole)[0]) == len(TONE) * 4
+    for filler in (b"\0", b"\xff"):  # as a download leaves it that reserves its bytes and stops
+        with pytest.raises(ValueError, match=r"truncated: \d+ of 16000 samples"):
+            load_audio(whole[: len(whole) * 3 // 4] + filler * (len(whole) - len(whole) * 3 // 4))
