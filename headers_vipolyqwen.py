@@ -87,7 +87,7 @@ def _nist_end(file: BinaryIO) -> int | None:
 
 
 def states_mp3_frames(file: BinaryIO) -> bool:
-    """Returns whether an MP3 states its frames in the first of them, so that its length is no estimate."""
+    """Returns whether an MP3 states its frames in the first of them, so that its length is exact."""
     file.seek(0)
     _, table = _mp3_table(file, file.read(16))
     return table is not None and bool((_number(table[4:8], ">I", 0) or 0) & 1)

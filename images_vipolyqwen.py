@@ -143,7 +143,7 @@ def _check_scans(image: Image.Image, file: BinaryIO, limits: Limits) -> None:
     file.seek(place)
     if scans > most:
         raise ValueError(
-            f"it is a JPEG of more than {most} scans, the limit at {image.width}×{image.height}; save it anew"
+            f"it is a JPEG of more than {most} scans, the limit at {image.width}×{image.height}; save it again"
         )
 
 

@@ -66,7 +66,7 @@ def lock_folder(folder: Path, command: str, name: str = LOCK) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> int:
-    """Opens the lock file with the system's lock on it; a file that its holder deleted in between is opened anew."""
+    """Opens the lock file with the system's lock on it; opens again where its holder deleted the file."""
     while True:
         descriptor = _open(path)
         try:
