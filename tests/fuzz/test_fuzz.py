@@ -5,6 +5,7 @@ files.
 """
 
 import base64
+import copy
 import functools
 import io
 import os
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import random_audio, random_image
+from helpers import random_audio, random_image, shake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -390,6 +391,12 @@ def test_a_damaged_file_is_read_or_refused() -> None:
     assert min(outcomes.values()) > FILES / 20  # the damage is neither none nor total
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < MEGABYTES_OF_FILES, f"{grown:.0f} MB more"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny: tuple) -> tuple:
+    """The tiny model with biases, as trained ones have them: without any, silence has the vector 0."""
+    return shake(copy.deepcopy(tiny[0])).eval(), tiny[1]
 
 
 @pytest.fixture(autouse=True)
