@@ -25,6 +25,7 @@ PROJECTIONS = ("linear", "mlp")
 AUDIO_FUSIONS = ("mean", "audio", "attention")
 AUDIO_PREFIXES = ("none", "fuse")
 TOWERS = ("text", "image", "audio")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 CHOICES = {
     "pooling": POOLINGS,
     "projection": PROJECTIONS,
@@ -140,6 +141,7 @@ __all__ = [
     "AUDIO_FUSIONS",
     "AUDIO_PREFIXES",
     "CHOICES",
+    "HUB_KWARGS",
     "POOLINGS",
     "PROJECTIONS",
     "SUPPORTED",

@@ -23,7 +23,7 @@ from .audio_vipolyqwen import (
     make_padding_invariant,
     receptive_field,
 )
-from .configuration_vipolyqwen import ViPolyQwenConfig, warn_of_untested_version
+from .configuration_vipolyqwen import HUB_KWARGS, ViPolyQwenConfig, warn_of_untested_version
 from .microbatches_vipolyqwen import Division, divide_batch, take_rows
 from .packing_vipolyqwen import pack, packed_attention, takes_lengths
 from .pooling_vipolyqwen import (
@@ -59,9 +59,6 @@ class ViPolyQwenOutput(ModelOutput):
     audio_pooling_weights: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class ViPolyQwenPreTrainedModel(PreTrainedModel):

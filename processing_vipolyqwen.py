@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import cached_file, logging
 
-from .configuration_vipolyqwen import ViPolyQwenConfig
+from .configuration_vipolyqwen import HUB_KWARGS, ViPolyQwenConfig
 from .conversations_vipolyqwen import (
     EmbeddingInput,
     clean_text,
@@ -48,7 +48,6 @@ MODALITIES = {
 }
 NO_TENSORS: dict[str, Any] = {"return_tensors": None, "return_attention_mask": False}  # lists, not padded
 TEXT_SHARE = 0.25  # of an input's tokens that images leave to its text
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 RETRIEVAL_SIDES = ("query", "document")  # sentence-transformers passes them as tasks; they select no prefix
 VISION_START, IMAGE_TOKEN, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
@@ -192,7 +191,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """
         place = pretrained_model_name_or_path
         if not kwargs.get("trust_remote_code") and "config" not in kwargs:
-            of_hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            of_hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
             if cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False, **of_hub) is not None:
                 kwargs["config"] = ViPolyQwenConfig.from_pretrained(place, **of_hub)
         return super().from_pretrained(place, **kwargs)

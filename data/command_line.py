@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-REMOTE = "transformers_modules"  # where transformers keeps the code of a repository, which is this package's
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 # Their ValueErrors are about names, files and settings; those of torch or numpy are faults of the code.
 LIBRARIES = {"transformers", "sentence_transformers", "huggingface_hub", "datasets", "accelerate", "peft", "mteb"}
+LIBRARIES |= {"transformers_modules"}  # the code of a repository, which is this package's
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -31,4 +31,4 @@ def is_for_users(error: BaseException) -> bool:
         return True
     file, line = Path(frames[-1].filename).resolve(), frames[-1].line or "raise"
     inside = file.is_relative_to(PACKAGE) and "site-packages" not in file.relative_to(PACKAGE).parts
-    return line.startswith("raise") and (inside or bool({*LIBRARIES, REMOTE} & set(file.parts)))
+    return line.startswith("raise") and (inside or bool(LIBRARIES & set(file.parts)))
