@@ -5,7 +5,7 @@ from typing import Any
 from .prepare import SHARES, PrepareOptions, finish, prepare_share
 
 try:
-    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("This needs Ray Data; install it with: pip install -e '.[ray]'") from error
 

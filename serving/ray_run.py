@@ -8,7 +8,7 @@ from .corpus_run import CorpusOptions, Summary, embed_corpus
 from .loading import load_model
 
 try:
-    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("This needs Ray Data; install it with: pip install -e '.[ray]'") from error
 

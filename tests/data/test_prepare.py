@@ -167,7 +167,9 @@ def test_a_killed_run_continues(recipe: Path, tmp_path: Path, killed: Callable[[
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")  # a folder called ray beside the checkout is a `ray` too
+    import ray  # pyright: ignore[reportMissingImports]
+
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

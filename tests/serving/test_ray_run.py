@@ -7,7 +7,7 @@ import pytest
 from vipolyqwen.serving.corpus_run import CorpusOptions, embed_corpus
 from vipolyqwen.serving.loading import LoadedModel
 
-pytest.importorskip("ray")
+pytest.importorskip("ray.data")
 
 import ray  # pyright: ignore[reportMissingImports]
 
