@@ -67,13 +67,15 @@ def clean_text(text: Any, limits: Limits = LIMITS) -> str:
             f"The text {text[:40]!r}… has {len(text)} characters; the limit `text_characters` is "
             f"{limits.text_characters}. Split it or raise the limit."
         )
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"The text has a lone surrogate, {text[error.start]!r}, at position {error.start}; decode it as UTF-8."
         ) from error
-    if len(text) > limits.combining_marks and not text.isascii():
+    if len(text) > limits.combining_marks:
         _check_marks(text, limits)
     return unicodedata.normalize("NFC", text)
 
@@ -158,21 +160,26 @@ def in_defined_order(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[
 
 def _unwrap_messages(message: Any) -> Sequence[Any]:
     """Returns the messages of a conversation that sentence-transformers, beside other inputs, made a part of one."""
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping):
+    content = message.get("content") if _is_mapping(message) else None
+    if isinstance(content, list) and len(content) == 1 and _is_mapping(content[0]):
         inner = content[0].get("message") if content[0].get("type") == "message" else None
         if isinstance(inner, (list, tuple)):
             return inner
     return [message]
 
 
+def _is_mapping(value: Any) -> bool:
+    """Returns whether a value is a mapping; the test of the type alone, true of most, costs a tenth of the other."""
+    return type(value) is dict or isinstance(value, Mapping)
+
+
+MESSAGE_KEYS = (("role", str, "a string"), ("content", (str, list, tuple), "a string or a list of parts"))
+
+
 def _check_message(message: Any, number: int) -> None:
-    if not isinstance(message, Mapping):
+    if not _is_mapping(message):
         raise ValueError(f"Message {number} is a {type(message).__name__}, {message!r:.80}; pass a dict.")
-    for key, kinds, shown in (
-        ("role", str, "a string"),
-        ("content", (str, list, tuple), "a string or a list of parts"),
-    ):
+    for key, kinds, shown in MESSAGE_KEYS:
         if not isinstance(message.get(key), kinds):
             raise ValueError(
                 f"Message {number} has the {key} {message.get(key)!r:.80}; pass {shown}, such as "
@@ -192,7 +199,9 @@ def _message_parts(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _part_content(part: Any) -> tuple[str, Any]:
     """Returns the type of a message part and its content."""
-    if not isinstance(part, Mapping):
+    if type(part) is dict and len(part) == 2 and part.get("type") == "text" and "text" in part:
+        return "text", part["text"]  # nothing else to check
+    if not _is_mapping(part):
         raise ValueError(f"A message part is a {type(part).__name__}, {part!r:.80}; pass a dict with its type.")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in PART_KEYS:

@@ -319,12 +319,12 @@ class ViPolyQwenProcessor(ProcessorMixin):
         if return_tensors is not None:
             options["return_tensors"] = return_tensors
         merged = self._merge(options)
-        conversations = read_conversations(conversation)
+        conversations, limits = read_conversations(conversation), self._limits
 
-        inputs = [
-            _named(lambda at: self._from_messages(conversations[at], merged, plain_text), number, len(conversations))
-            for number in range(len(conversations))
-        ]
+        def build(number: int) -> EmbeddingInput:
+            return self._from_messages(conversations[number], merged, plain_text, limits)
+
+        inputs = [_named(build, number, len(conversations)) for number in range(len(conversations))]
         encoded = self._encode(self._set_tasks(inputs, task), merged, share_images)
         return encoded if return_dict else encoded["input_ids"]
 
@@ -388,10 +388,10 @@ class ViPolyQwenProcessor(ProcessorMixin):
         return inputs
 
     def _from_messages(
-        self, messages: Sequence[Mapping[str, Any]], merged: dict[str, dict], plain_text: bool
+        self, messages: Sequence[Mapping[str, Any]], merged: dict[str, dict], plain_text: bool, limits: Limits
     ) -> EmbeddingInput:
         """Reads one conversation as one input."""
-        result, limits = EmbeddingInput(), self._limits
+        result = EmbeddingInput()
         clips = []
         parts = read_parts(messages, limits)
         is_bare = len([role for role, *_ in parts if role != "system"]) == 1  # not beside others, so perhaps a path
@@ -412,6 +412,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def _split_prefix(self, system: str) -> tuple[str | None, str]:
         """Splits a system text into the task prefix with which it begins, if any, and its content."""
+        if system in self.task_prefixes.values():
+            return system, ""
         prefixes = [prefix for prefix in self.task_prefixes.values() if system.startswith(prefix)]
         prefix = max(prefixes, key=len, default=None)
         return prefix, system.removeprefix(prefix or "")

@@ -157,7 +157,7 @@ class _Mixer:
     def mix(self, samples: np.ndarray, axis: int) -> np.ndarray:
         """Returns the mean of float samples over the axis of the channels."""
         if samples.shape[axis] == 1:
-            return samples.take(0, axis)
+            return samples.squeeze(axis)
         mixed = samples.mean(axis=axis)
         self.of_channels += float(np.vdot(samples, samples)) / samples.shape[axis]
         self.of_mix += float(np.vdot(mixed, mixed))
@@ -363,6 +363,8 @@ def _join(pieces: Iterable[np.ndarray], rate: int, limits: Limits) -> np.ndarray
         kept.append(piece.astype(np.float32, copy=False))
         total += len(piece)
         check_length(total, rate, limits)
+    if len(kept) == 1:
+        return kept[0]
     return np.concatenate(kept) if kept else np.zeros(0, np.float32)
 
 

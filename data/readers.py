@@ -337,7 +337,7 @@ NAMED = {*FORMER_COLUMNS, *FORMER_COLUMNS.values()}
 
 
 def _problem(error: RowError, number: int, part: int = 0, name: str | None = None) -> dict[str, Any]:
-    return {"problem": str(error), "cause": error.cause, "line": number, "part": part, "id": name, "inline": False}
+    return {"problem": str(error), "cause": error.cause, "line": number, "part": part, "id": name}
 
 
 def _modality_bits(row: Row) -> int:

@@ -41,7 +41,7 @@ AUDIO_BITS = 0b1_100_100  # in the modalities of a row, see `Piece`
 OTHERS = 32  # rows that are tried in place of one that cannot be read
 CHUNK = 1024  # rows that are read together where all are
 LARGE = 2**21  # rows, of about 400 bytes each, from which on the pages of the index that were read are given back
-RELEASED = 2048  # rows after which they are
+RELEASED = 1024  # rows after which they are
 SHOWN = 20  # bad rows that an error lists
 
 
@@ -89,10 +89,10 @@ class PairDataset(torch.utils.data.Dataset):
         self.tasks = dict(tasks)
         self.pieces = [piece for of_source in pieces for piece in of_source]
         self.piece_sources = [index for index, of_source in enumerate(pieces) for _ in of_source]
-        self.source_lengths = [sum(len(piece.table) for piece in of_source) for of_source in pieces]
+        self.source_lengths = [sum(map(len, of_source)) for of_source in pieces]
         self.source_weights = [float(source.weight) for source in sources]
         self.source_caps = [source.max_visits for source in sources]
-        self.ends = np.cumsum([len(piece.table) for piece in self.pieces]).tolist()
+        self.ends = np.cumsum([len(piece) for piece in self.pieces]).tolist()
         self.task_ids = np.concatenate([piece.task_ids for piece in self.pieces])  # (rows,) int16
         self.modalities = np.concatenate([piece.modalities for piece in self.pieces])  # (rows,) int8, see `Piece`
         self.teacher: VectorCache | None = None  # vectors of the text-only sides of `taught_tasks`, for distillation
@@ -233,7 +233,7 @@ class PairDataset(torch.utils.data.Dataset):
         """Returns the `group` of every row, without decoding media."""
         groups: list[str | None] = []
         for piece in self.pieces:
-            groups.extend(piece.table.select_columns("group")[:]["group"].to_pylist())
+            groups.extend(piece.values("group").to_pylist())
         return groups
 
     def row(self, index: int) -> Row:
@@ -262,7 +262,7 @@ class PairDataset(torch.utils.data.Dataset):
         found: dict[int, tuple[int, Row, Place]] = {}
         for number, of_piece in places.items():
             piece = self.pieces[number]
-            first = self.ends[number] - len(piece.table)
+            first = self.ends[number] - len(piece)
             chosen = [int(indices[place]) for place in of_piece]
             records = piece.read([index - first for index in chosen], chosen, drawn)
             for place, record in zip(of_piece, records, strict=True):
@@ -330,11 +330,10 @@ def load_pairs(
                 ]
                 if on_bad_row == ERROR:  # another run skipped it and left the rows in the cache
                     raise RowError(bad[-1].problem, bad[-1].cause, bad[-1].id, bad[-1].row)
-                table = table.select(good)
-            if len(table):
-                pieces[-1].append(Piece.of(table, reader))
+            if len(good):
+                pieces[-1].append(Piece.of(table, good, reader))
             release_mapped(os.path.realpath(cache_folder()))  # which were looked through for bad rows and tasks
-    check_bad_rows(bad, len(bad) + sum(len(piece.table) for of_source in pieces for piece in of_source), max_bad_rows)
+    check_bad_rows(bad, len(bad) + sum(len(piece) for of_source in pieces for piece in of_source), max_bad_rows)
     sources, pieces = _without_empty(sources, pieces)
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
@@ -417,6 +416,8 @@ def modality_name(bits: int) -> str:
 
 def _decode_side(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:
     """Returns `text`, `images` and `audio` of a side with decoded media, and its `key`."""
+    if not content.images and content.audio is None:
+        return {"text": content.text, "images": [], "audio": None, "key": content_key(content.text)}
     images = [_read_file(image, images_column, place) for image in content.images]
     is_path = isinstance(content.audio, str)
     audio = _read_file(content.audio, audio_column, place) if is_path else content.audio

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         "line": pa.int64(),  # number of the record
         "part": pa.int32(),  # number of the row among those of the record
         "named": pa.list_(pa.string()),  # the columns of the record that have a former name
-        "inline": pa.bool_(),  # whether the table of origin holds media of the row
+        "inline": pa.bool_(),  # true if the table of origin holds media of the row, else null
         "task_id": pa.int16(),
         "modalities": pa.int16(),
         "pair": pa.int32(),  # number of the pair among those of the record: of its rows, an epoch draws one
@@ -61,7 +61,7 @@ def stored(row: Row, root: str, by_reference: bool) -> dict[str, Any]:
         **images,
         **audio,
         "negatives": negatives,
-        "inline": _is_inline(row) if by_reference else False,
+        "inline": (by_reference and _is_inline(row)) or None,
     }
 
 

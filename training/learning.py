@@ -157,8 +157,7 @@ def _without_negatives(loss: MixedLoss, pairs: PairDataset) -> str | None:
 
 def _names_negatives(pairs: PairDataset) -> bool:
     """Returns whether any row names hard negatives."""
-    columns = (piece.table.select_columns("negatives")[:]["negatives"] for piece in pairs.pieces)
-    return any(bool((_lengths(column) > 0).any()) for column in columns)
+    return any(bool((_lengths(piece.values("negatives")) > 0).any()) for piece in pairs.pieces)
 
 
 def _lengths(column: Any) -> np.ndarray:

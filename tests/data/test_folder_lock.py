@@ -119,7 +119,7 @@ def test_a_killed_process_with_living_workers_leaves_a_lock_that_is_free(tmp_pat
     code = "import os, sys, time, pathlib; sys.path.insert(0, sys.argv[2])\n"
     code += "from vipolyqwen.data.folder_lock import lock_folder\n"
     code += "with lock_folder(pathlib.Path(sys.argv[1]), 'a run'):\n    worker = os.fork()\n"
-    code += "    print(worker, flush=True) if worker else None\n    time.sleep(60)"
+    code += "    worker or print(os.getpid(), flush=True)  # the worker, once it lives\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "."], stdout=subprocess.PIPE) as process:
         worker = int(process.stdout.readline())
         process.kill()
