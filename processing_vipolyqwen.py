@@ -442,7 +442,7 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """Turns loaded inputs into the tensors of a batch."""
         data = {}
         tensors = merged["text_kwargs"].get("return_tensors")
-        texts = self._tokenize([item.texts for item in inputs])
+        texts = self.tokenize_texts([item.texts for item in inputs])
         image_tokens: list[int] = []
         images = [image for item in inputs for image in item.images]
         if images:
@@ -574,8 +574,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
         """Returns whether the prefix of an input is embedded even if it has audio alone."""
         return self.audio_prefix == "fuse" and item.prefix is not None
 
-    def _tokenize(self, texts: list[list[str]]) -> list[list[list[int]]]:
-        """Tokenizes the texts of each input; the characters of special tokens become ordinary tokens.
+    def tokenize_texts(self, texts: list[list[str]]) -> list[list[list[int]]]:
+        """Returns the ids of the texts of each input; the characters of special tokens become ordinary tokens.
 
         A copy of the tokenizer does it: a call of the tokenizer itself, from another thread, changes whether it splits
         special tokens, pads and truncates while this one runs.

@@ -118,6 +118,10 @@ class Piece:
         """Returns the piece with a row for each choice."""
         return self if self.choices is None else self._of_numbers(self.file, self.choices.every(), self.reader)
 
+    def choice_counts(self) -> np.ndarray:
+        """Returns the number of stored rows of which each row is one, (rows,) int64."""
+        return np.ones(len(self), np.int64) if self.choices is None else self.choices.count
+
     def values(self, name: str) -> pa.ChunkedArray:
         """Returns a column of the stored rows."""
         column = self.file.column(name)

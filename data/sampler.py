@@ -70,15 +70,19 @@ class MixtureSampler(Sampler[int]):
 
     def rows(self, first: int, last: int) -> list[int]:
         """Returns the rows at positions [first, last) of the epoch's order."""
-        visits = self._order()(first, last)
+        return self.visited(first, last, self.epoch).tolist()
+
+    def visited(self, first: int, last: int, epoch: int) -> np.ndarray:
+        """Returns the rows at positions [first, last) of the order of an epoch, (last - first,) int64."""
+        visits = self._order(epoch)(first, last)
         sources = np.searchsorted(self._visit_starts, visits, side="right") - 1
         lengths = np.array(self.lengths)[sources]
-        places = self.epoch * np.array(self.visits)[sources] + visits - self._visit_starts[sources]  # in the streams
+        places = epoch * np.array(self.visits)[sources] + visits - self._visit_starts[sources]  # in the streams
         keys = mix(self._stream_keys[sources] + (places // lengths).astype(np.uint64))
-        return (self._row_starts[sources] + permute(places % lengths, lengths, keys)).tolist()
+        return self._row_starts[sources] + permute(places % lengths, lengths, keys)
 
-    def _order(self) -> Order:
-        key = key_of(self.seed, ORDER, self.epoch)
+    def _order(self, epoch: int) -> Order:
+        key = key_of(self.seed, ORDER, epoch)
         if self.batching == "homogeneous":
             return homogeneous_order(self.visits, key, self.batch_rows)
         return (stratified_order if self.batching == "stratified" else mixed_order)(self.visits, key)
@@ -168,10 +172,14 @@ class MixtureBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields an empty list for each earlier batch, which the stock loop counts and discards."""
-        start, before, total = self.begin(self.sampler.epoch)
-        for _ in range(before):
+        for _ in range(self.begin(self.sampler.epoch)[1]):
             yield []
+        for first, last in self.parts():
+            yield EpochRows(self.sampler.rows(first, last), self.sampler.epoch, self.sampler.seed)
+
+    def parts(self) -> Iterable[tuple[int, int]]:
+        """Yields this rank's stretches of the epoch's order, from where it starts."""
+        start, before, total = self.begin(self.sampler.epoch)
         for first in range(start, start + (total - before) * self.joined, self.joined):
             rows = min(self.joined, len(self.sampler) - first)
-            part = [first + rows * rank // self.processes for rank in (self.rank, self.rank + 1)]
-            yield EpochRows(self.sampler.rows(*part), self.sampler.epoch, self.sampler.seed)
+            yield first + rows * self.rank // self.processes, first + rows * (self.rank + 1) // self.processes

@@ -215,10 +215,13 @@ class PairDataset(torch.utils.data.Dataset):
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields the texts of both sides of every row, empty where a side has none, without decoding media."""
-        every = self.unfolded()
-        for first in range(0, len(every), CHUNK):
-            for _, row, _ in every._read(range(first, min(first + CHUNK, len(every)))):
-                yield row.a, row.b
+        for rows in self.unfolded().chunks():
+            yield from ((row.a, row.b) for row in rows)
+
+    def chunks(self) -> Iterator[list[Row]]:
+        """Yields all rows in their order, `CHUNK` together, without opening media."""
+        for first in range(0, len(self), CHUNK):
+            yield [row for _, row, _ in self._read(range(first, min(first + CHUNK, len(self))))]
 
     def unfolded(self) -> "PairDataset":
         """Returns the pairs with a row for each entry of the lists that are `random`."""

@@ -263,6 +263,10 @@ class LossArguments:
     )
 
 
+# Bounds of what is computed together, and their units.
+LIMITS = {"embed_chunk": "rows", "embed_chunk_tokens": "tokens", "batch_tokens": "tokens", "batch_pixels": "pixels"}
+
+
 @dataclass
 class ViPolyQwenTrainingArguments(TrainingArguments):
     """The stock training arguments; learning rates by part, micro-batches, packing, monitoring."""
@@ -295,6 +299,16 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         default="mixed",
         metadata={"help": "rows of a batch: mixed, homogeneous (of one source) or stratified (each source's share)"},
     )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "most tokens and audio frames of a rank's batch, which then has as many rows as fit, at most "
+            "per_device_train_batch_size; none: that many rows"
+        },
+    )
+    batch_pixels: int | None = field(
+        default=None, metadata={"help": "likewise most pixels of the images of a rank's batch"}
+    )
     mixture_temperature: float = field(
         default=1.0, metadata={"help": "flattens the sizes of the sources, share ∝ rows^(1 / temperature)"}
     )
@@ -319,7 +333,7 @@ class ViPolyQwenTrainingArguments(TrainingArguments):
         self.resume_with = _split_names(self.resume_with)
         if self.on_nan not in ("error", "skip"):
             raise ValueError(f"`on_nan` is {self.on_nan!r}; it must be error or skip.")
-        for name, unit in (("embed_chunk", "rows"), ("embed_chunk_tokens", "tokens")):
+        for name, unit in LIMITS.items():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; give a number of {unit} >= 1, or leave it out.")

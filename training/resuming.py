@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
 from transformers.utils import logging
 
+from ..data.budget import BudgetBatches
 from ..data.sampler import MixtureBatches
 from .balance import paper_steps
 from .checkpoints import (
@@ -184,13 +186,11 @@ class ResumingTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Returns the stock loader on `MixtureBatches`, which split every batch between the ranks."""
         args = self.args
-        sampler = self._get_train_sampler()
-        self._batches = MixtureBatches(
-            sampler, self._train_batch_size, args.process_index, args.world_size, args.dataloader_drop_last
-        )
+        self._batches = self._get_train_batches()
         if len(self._batches) == 0:
+            rows = len(self._batches.sampler)
             raise ValueError(
-                f"An epoch has {len(sampler)} rows, fewer than the {self._batches.joined} of a batch of all ranks, "
+                f"An epoch has {rows} rows, fewer than the {self._batches.joined} of a batch of all ranks, "
                 "and `dataloader_drop_last` drops them. Leave it out, or lower `per_device_train_batch_size`."
             )
         if self._resumed is not None:
@@ -216,10 +216,21 @@ class ResumingTrainer(Trainer):
             non_blocking=self.accelerator.non_blocking,
         )
 
+    def _get_train_batches(self) -> MixtureBatches:
+        """Returns the batches of this rank, of a fixed number of rows."""
+        args = self.args
+        shares = (args.process_index, args.world_size, args.dataloader_drop_last)
+        return MixtureBatches(self._get_train_sampler(), self._train_batch_size, *shares)
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Returns the stock values; after resuming with another batch size, more or fewer steps remain."""
         epochs, updates, *counts, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed is not None:
+        if isinstance(self._batches, BudgetBatches):
+            if args.max_steps > 0:
+                epochs = sys.maxsize  # as the stock method where the batches of an epoch are not known
+            else:
+                max_steps = self._steps_of_budgets(args.num_train_epochs)
+        elif self._resumed is not None:
             epoch = self._resumed["epoch"]
             _, before, batches = self._batches.begin(epoch)
             here = (
@@ -229,6 +240,18 @@ class ResumingTrainer(Trainer):
             max_steps += 0 if args.max_steps > 0 else shift
             epochs = math.ceil((max_steps - shift) / updates)
         return (epochs, updates, *counts, max_steps)
+
+    def _steps_of_budgets(self, epochs: float) -> int:
+        """Returns the steps of a run over so many epochs, each of which has other batches; those taken count."""
+        steps, first = 0, 0
+        if self._resumed is not None:
+            steps, first = self._resumed["step"], self._resumed["epoch"]
+        for epoch in range(first, math.ceil(epochs)):
+            _, before, batches = self._batches.begin(epoch)
+            share = min(1.0, epochs - epoch)
+            wanted = math.ceil(share * self._updates(batches))
+            steps += max(0, wanted - before // self.args.gradient_accumulation_steps)
+        return steps
 
     def _updates(self, batches: int) -> int:
         return math.ceil(batches / self.args.gradient_accumulation_steps)

@@ -16,8 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import CONFIG_NAME, logging
 
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
+from ..data.budget import BudgetBatches
 from ..data.collator import MixedBatchCollator
-from ..data.sampler import MixtureSampler
+from ..data.row_costs import KINDS, row_costs
+from ..data.sampler import MixtureBatches, MixtureSampler
 from ..data.sources import PairDataset
 from ..evaluation.metrics import pair_retrieval, spearman
 from ..modeling_vipolyqwen import ViPolyQwenModel
@@ -180,7 +182,10 @@ class ViPolyQwenTrainer(ResumingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Computes the mixed loss of the joined batch of all ranks (STW paper §4.2)."""
+        """Computes the mixed loss of the joined batch of all ranks (STW paper §4.2).
+
+        With budgets, `num_items_in_batch` are the pairs of the update, of which each counts the same.
+        """
         self.mixed_loss.check_rows(inputs["data_type"], inputs["similarity_scores"], inputs.get("teacher_sides"))
         embeddings = self.embed(model, inputs)  # sides a, sides b, hard negatives
         monitor_steps = self.args.monitor_steps
@@ -199,10 +204,14 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self._refuse_non_finite(output, embeddings, inputs["ids"])
         if self.replaced is not None and model.training:
             self.replaced.add(inputs["replaced"])
-        self.rates.count(len(inputs["ids"]) * self.args.world_size, inputs)
+        pairs = len(output.per_sample)  # of all ranks
+        self.rates.count(pairs, inputs)
         self.learning.watch(embeddings)
-        self.loss_optimizer.watch(output.loss, self.current_gradient_accumulation_steps)
-        return (output.loss, {"embeddings": embeddings}) if return_outputs else output.loss
+        loss = output.loss
+        if num_items_in_batch is not None:  # the stock loop takes the mean over batches, which differ in size
+            loss = loss * (pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
+        self.loss_optimizer.watch(loss, self.current_gradient_accumulation_steps)
+        return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def embed(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Embeds both sides and the hard negatives, (2 · pairs + N, D) float32 unit vectors.
@@ -310,7 +319,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         """Trains, unless nothing could be learned."""
         names = [plain_name(name) for name, value in self.model.named_parameters() if value.requires_grad]
         loss_rate = self.loss_optimizer.rate if self.loss_optimizer.parameters else 0.0
-        rows = self.args.per_device_train_batch_size * self.args.world_size
+        rows = self._largest_batch()
         rates = [self.rate_of(name) for name in names]
         check_that_it_learns([*rates, loss_rate], bool(names), self.mixed_loss, self.train_dataset, rows)
         return super().train(*args, **kwargs)
@@ -327,6 +336,36 @@ class ViPolyQwenTrainer(ResumingTrainer):
             batching=self.args.batching,
             batch_rows=self._train_batch_size * self.args.world_size,
         )
+
+    def _get_train_batches(self) -> MixtureBatches:
+        """Returns the batches of this rank, filled to the budgets if there are any."""
+        args, asked = self.args, (self.args.batch_tokens, self.args.batch_pixels)
+        if asked == (None, None):
+            return super()._get_train_batches()
+        costs = row_costs(self.train_dataset, self.processing_class)
+        budgets = [math.inf if budget is None else budget for budget in asked]
+        for name, budget, column in zip(KINDS, budgets, costs.T, strict=True):
+            beyond = int((column > budget).sum())
+            if beyond:
+                logger.warning(
+                    f"{beyond} of {len(column)} rows have more than the {budget} {name} of `batch_{name}`, "
+                    f"up to {int(column.max())}; each is a batch of its rank alone."
+                )
+        shares = (args.process_index, args.world_size, args.dataloader_drop_last)
+        return BudgetBatches(self._get_train_sampler(), self._train_batch_size, costs, budgets, *shares)
+
+    def _largest_batch(self) -> int:
+        """Returns the rows of the largest batch of all ranks."""
+        if self.args.batch_tokens is None and self.args.batch_pixels is None:
+            return self.args.per_device_train_batch_size * self.args.world_size
+        return self._get_train_batches().largest()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Counts the pairs of an update, if its batches differ in size by budgets."""
+        if len(batch_samples) < 2 or (self.args.batch_tokens is None and self.args.batch_pixels is None):
+            return None
+        pairs = torch.tensor([sum(len(batch["ids"]) for batch in batch_samples)], device=device)
+        return int(self.accelerator.gather(pairs).sum())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates AdamW with a learning rate for each part of the model."""
