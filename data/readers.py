@@ -103,16 +103,16 @@ class RecordReader:
             if not isinstance(column, str) or column in record or "." in column
         }
         found = [values]
-        if source.conversation is not None:
-            try:
+        try:
+            if source.conversation is not None:
                 turns = take(record, source.conversation.column)
                 found = conversation_pairs(turns, values, source.conversation, source.image_placeholder)
-            except ShapeError as error:
-                place = self.place(number, 0, values.get("id"), record)
-                raise place.error(error.column, error.value, error.problem, "invalid conversation") from error
-        if not source.lists:
-            return [[pair] for pair in found]
-        return [choices for pair in found for choices in pick_lists(pair, source.lists)]
+            if not source.lists:
+                return [[pair] for pair in found]
+            return [choices for pair in found for choices in pick_lists(pair, source.lists)]
+        except ShapeError as error:
+            place = self.place(number, 0, values.get("id"), record)
+            raise place.error(error.column, error.value, error.problem, error.cause) from error
 
     def row(self, values: Mapping[str, Any], place: Place) -> Row:
         """Returns the cleaned row of a pair, with its task and its score from 0 to 1.

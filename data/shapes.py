@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +24,15 @@ PICKS = (ALL, FIRST, RANDOM, JOIN)  # of a column with a list: a pair for each e
 TURNS = (ALL, FIRST, LAST)  # answers of a conversation that become pairs
 NEXT = object()  # a message part that stands for the next image of the record
 MEDIA_KEYS = ("image", "image_url", "audio", "audio_url", "input_audio", "url", "path", "bytes")
+COMBINATIONS = 1000  # of a record, of lists in several columns; each is checked and stored
 
 
 class ShapeError(ValueError):
     """Raised for a record whose shape gives no pair: the column, its value, and the problem with its remedy."""
 
-    def __init__(self, column: str, value: Any, problem: str) -> None:
+    def __init__(self, column: str, value: Any, problem: str, cause: str = "invalid conversation") -> None:
         super().__init__(column, value, problem)
-        self.column, self.value, self.problem = column, value, problem
+        self.column, self.value, self.problem, self.cause = column, value, problem, cause
 
 
 def take(record: Mapping[str, Any], column: str | Sequence[str]) -> Any:
@@ -70,6 +72,9 @@ def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[list[di
         values: column of the schema -> value.
         picks: column -> one of `PICKS`. A list gives several pairs with `all`, and several records of one pair with
             `random`; lists of several columns give every combination.
+
+    Raises:
+        ShapeError: they give more than `COMBINATIONS`.
     """
     choices: dict[str, list[Any]] = {}
     for column, pick in picks.items():
@@ -79,8 +84,23 @@ def pick_lists(values: dict[str, Any], picks: Mapping[str, str]) -> list[list[di
         if pick == JOIN and all(isinstance(each, str) for each in entries):
             entries = ["\n".join(entries)]
         choices[column] = (entries if pick in (ALL, RANDOM) else entries[:1]) or [None]
+    _check_combinations(choices)
     drawn = {column: choices.pop(column) for column, pick in picks.items() if pick == RANDOM}
     return [[{**values, **pair, **draw} for draw in _combinations(drawn)] for pair in _combinations(choices)]
+
+
+def _check_combinations(choices: Mapping[str, list[Any]]) -> None:
+    sizes = {column: len(entries) for column, entries in choices.items() if len(entries) > 1}
+    count = math.prod(sizes.values())
+    if len(sizes) > 1 and count > COMBINATIONS:
+        shown = " and ".join(f"{size} in {column}" for column, size in sizes.items())
+        raise ShapeError(
+            max(sizes, key=lambda column: sizes[column]),
+            shown,
+            f"lists of these lengths give {count} combinations of a record; the limit is {COMBINATIONS}. Take `first` "
+            "or `join` of one of the columns (`lists`), or write the pairs as records.",
+            "too many combinations",
+        )
 
 
 def _combinations(choices: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

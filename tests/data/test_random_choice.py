@@ -140,3 +140,15 @@ def test_media_of_a_table_are_those_of_their_choice(
         for batch in DataLoader(found, batch_sampler=MixtureBatches(sampler, 2), collate_fn=list):
             seen |= {(row["b"], np.asarray(row["images_a"][0]).tobytes()) for row in batch}
     assert seen == {(b, np.asarray(image).tobytes()) for b in "uv" for image in images}
+
+
+@pytest.mark.parametrize("pick", ["all", "random"])
+def test_lists_of_several_columns_have_a_limit_of_combinations(tmp_path: Path, pick: str) -> None:
+    rows = [{"a": ["x"] * 32, "b": [str(n) for n in range(32)]}, {"a": "y", "b": [str(n) for n in range(1025)]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(tmp_path / "a.jsonl"), "task": "instr", "lists": {"a": pick, "b": pick}}
+    with pytest.raises(ValueError, match=r"32 in a and 32 in b.*1024 combinations.*limit is 1000.*`first`"):
+        load_pairs([source], TASKS, 400)
+    pairs = load_pairs([source], TASKS, 400, on_bad_row="skip", max_bad_rows=1)
+    assert [bad.cause for bad in pairs.bad_rows] == ["too many combinations"]
+    assert len(pairs) == (1025 if pick == "all" else 1)  # one list alone has no limit
