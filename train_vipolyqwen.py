@@ -54,9 +54,7 @@ def run(arguments: Arguments) -> None:
     with unsharded_loading(args):
         model, processor = build.load_model(model_args, args, tasks)
     bad = {"on_bad_row": data_args.on_bad_row, "max_bad_rows": data_args.max_bad_rows}
-    train_pairs = build.read_pairs(
-        data_args.train_data, tasks, processor, data_args.check_media, data_args.without_tasks, **bad
-    )
+    train_pairs = build.read_train_pairs(data_args, tasks, processor)
     eval_pairs = build.read_pairs(data_args.eval_data, tasks, processor, data_args.check_media, **bad)
     teacher_width = build.connect_teacher(mixed_loss, train_pairs, model, loss_args, args)
     collated = (processor, tasks, data_args, args)

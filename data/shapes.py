@@ -2,8 +2,8 @@
 
 import hashlib
 import itertools
-import math
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

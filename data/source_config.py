@@ -53,6 +53,8 @@ class SourceConfig:
         encoding: of a text file (default: UTF-8, or UTF-16 or UTF-32 by its byte order mark).
         image_placeholder: marks the position of an image in the text of a side.
         score_range: lowest and highest score of the column; scores are mapped from it to [0, 1].
+        streaming: read the rows in training as they come, without an index; see docs/data.md.
+        shuffle_buffer: rows that are shuffled together, of a source that is streamed.
     """
 
     path: str
@@ -80,6 +82,8 @@ class SourceConfig:
     encoding: str | None = None
     image_placeholder: str = "<image>"
     score_range: tuple[float, float] = (0.0, 1.0)
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
 
     def __post_init__(self) -> None:
         if self.task is not None and (self.task_column is not None or self.map):
@@ -122,6 +126,14 @@ class SourceConfig:
             given["map"] = {str(key): value for key, value in given["map"].items()}  # YAML reads 1 as a number
         return cls(**given)
 
+    def refuse_streaming(self) -> None:
+        """Raises ValueError for a source that is streamed, where rows are looked up by number."""
+        if self.streaming:
+            raise ValueError(
+                f"{self.path}: `streaming: true` is for `train_data` whose sources are all streamed; here rows are "
+                "read by number. Leave it out, or write the rows to shards with `python -m vipolyqwen.data prepare`."
+            )
+
     def scale(self, score: float, place: Place) -> float:
         """Maps a score from `score_range` to [0, 1]; in the default range unchanged, `check_row` checks it."""
         low, high = self.score_range
@@ -133,9 +145,11 @@ class SourceConfig:
         return (score - low) / (high - low)
 
     def _check_reading(self) -> None:
-        for name in ("allow_urls", "outside_media_root", "quotes", "enabled", "gated"):
+        for name in ("allow_urls", "outside_media_root", "quotes", "enabled", "gated", "streaming"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)!r}; write true or false.")
+        if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 1:
+            raise ValueError(f"{self.path}: shuffle_buffer is {self.shuffle_buffer!r}; write a number of rows >= 1.")
         if self.delimiter is not None and (not isinstance(self.delimiter, str) or len(self.delimiter) != 1):
             raise ValueError(f"{self.path}: delimiter is {self.delimiter!r}; write one character, such as ';'.")
         try:

@@ -156,27 +156,9 @@ class PairDataset(torch.utils.data.Dataset):
 
     def _decoded(self, number: int, row: Row, place: Place) -> dict[str, Any]:
         """Returns a row of piece `number` with decoded media."""
-        a, b = (_decode_side(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
-        return {
-            "id": row.id,
-            "task": row.task,
-            "a": row.a,
-            "b": row.b,
-            "images_a": a["images"],
-            "images_b": b["images"],
-            "audio_a": a["audio"],
-            "audio_b": b["audio"],
-            "a_key": a["key"],
-            "b_key": b["key"],
-            "negatives": [_decode_side(each, "negatives", "negatives", place) for each in row.negatives],
-            "image_placeholder": self.sources[self.piece_sources[number]].image_placeholder,
-            "score": row.score,
-            "group": row.group,
-            "teacher_a": self._teacher_vector(row, "a", row.teacher_a),
-            "teacher_b": self._teacher_vector(row, "b", row.teacher_b),
-            "source": self.piece_sources[number],
-            "replaces": None,
-        }
+        source = self.piece_sources[number]
+        vectors = {f"teacher_{side}": self._teacher_vector(row, side) for side in ("a", "b")}
+        return {**decoded_row(row, place, self.sources[source], source), **vectors}
 
     def task_counts(self, first: int = 0, last: int | None = None) -> dict[str, int]:
         """Counts the rows of each task that occurs in the rows [first, last)."""
@@ -197,14 +179,7 @@ class PairDataset(torch.utils.data.Dataset):
         found = np.flatnonzero(self.modalities & AUDIO_BITS)
         if len(found):
             ((_, row, place),) = self._read([int(found[0])])
-            column, content = next(
-                (column, content) for _, column, content in media_contents(row) if content.audio is not None
-            )
-            raise place.error(
-                column,
-                show_media(content.audio),
-                "the model has no speech encoder. Leave the rows with audio out, or build a model with `audio`.",
-            )
+            refuse_audio(row, place)
 
     def fingerprints(self) -> list[str]:
         """Returns a hash of the content of each source, in the order of its rows; media count by their paths."""
@@ -247,8 +222,9 @@ class PairDataset(torch.utils.data.Dataset):
         """Returns the origin of row `index`, for error messages."""
         return self._read([index])[0][2]
 
-    def _teacher_vector(self, row: Row, side: str, given: np.ndarray | None) -> np.ndarray | None:
+    def _teacher_vector(self, row: Row, side: str) -> np.ndarray | None:
         """Returns the teacher's vector of a side, (W,) float32: that of its column, or the computed one."""
+        given = row.teacher_a if side == "a" else row.teacher_b
         if given is not None or self.teacher is None or row.task not in self.taught_tasks:
             return given
         text = row.only_text(side)
@@ -312,15 +288,12 @@ def load_pairs(
     """
     check_bad_rows([], 0, max_bad_rows)
     checker = Checker(dict(tasks), min_audio_samples, check_media, max_audio_seconds, room, on_bad_row)
-    if not configs:
-        raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
-    sources = [source for source in map(SourceConfig.from_dict, configs) if source.enabled]
-    if not sources:
-        raise ValueError("Every data source has `enabled: false`; enable at least one.")
+    sources = enabled_sources(configs)
     pieces: list[list[Piece]] = []
     bad: list[BadRow] = []
     for source in sources:
-        _check_tasks(source, tasks)
+        source.refuse_streaming()
+        check_task_names(source, tasks)
     store_files(sources, checker, _cores() if workers is None else workers)
     for source in sources:
         pieces.append([])
@@ -341,6 +314,16 @@ def load_pairs(
     if without_tasks:
         sources, pieces = _leave_out(without_tasks, sources, pieces, tasks)
     return PairDataset(sources, pieces, tasks, bad, on_bad_row)
+
+
+def enabled_sources(configs: Sequence[Mapping[str, Any]]) -> list[SourceConfig]:
+    """Returns the entries of a recipe's data that are enabled; none is a ValueError."""
+    if not configs:
+        raise ValueError("No data source; list at least one, such as `train_data: [{path: pairs.jsonl}]`.")
+    sources = [source for source in map(SourceConfig.from_dict, configs) if source.enabled]
+    if not sources:
+        raise ValueError("Every data source has `enabled: false`; enable at least one.")
+    return sources
 
 
 def _cores() -> int:
@@ -386,8 +369,7 @@ def _leave_out(
     """Drops the rows of some tasks, and sources and pieces that are empty afterwards."""
     names = list(tasks)
     for task in left_out:
-        if task not in names:
-            raise ValueError(f"without_tasks: unknown task {task!r}; known: {', '.join(names)}.")
+        check_left_out(task, tasks)
     numbers = [names.index(task) for task in left_out]
     kept = [
         [piece.only(rows) for piece in of_source if len(rows := np.flatnonzero(~np.isin(piece.task_ids, numbers)))]
@@ -398,12 +380,19 @@ def _leave_out(
     return _without_empty(sources, kept)
 
 
+def check_left_out(task: str, tasks: Mapping[str, Task]) -> None:
+    """Raises ValueError for an unknown task in `without_tasks`."""
+    if task not in tasks:
+        raise ValueError(f"without_tasks: unknown task {task!r}; known: {', '.join(tasks)}.")
+
+
 def content_key(text: str, media: Sequence[bytes] = ()) -> int:
     """Returns a hash in [−2⁶³, 2⁶³) of a side: equal for equal text (NFC) and equal bytes of media."""
     return hash_parts([unicodedata.normalize("NFC", text).encode(), *media])
 
 
-def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
+def check_task_names(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
+    """Raises ValueError if a source names a task that is not declared."""
     for name in [*source.map.values()] if source.task is None else [source.task]:
         if canonical_task(name) not in tasks:
             raise ValueError(
@@ -415,6 +404,46 @@ def _check_tasks(source: SourceConfig, tasks: Mapping[str, Task]) -> None:
 def modality_name(bits: int) -> str:
     """Returns the modalities of a side as one name, from its three bits, see `Piece`: image before text, as shown."""
     return " + ".join(name for name in ("image", "audio", "text") if bits >> MODALITIES.index(name) & 1)
+
+
+def refuse_audio(row: Row, place: Place) -> None:
+    """Raises RowError for a row with audio: a model without a speech encoder cannot embed it."""
+    for _, column, content in media_contents(row):
+        if content.audio is not None:
+            raise place.error(
+                column,
+                show_media(content.audio),
+                "the model has no speech encoder. Leave the rows with audio out, or build a model with `audio`.",
+            )
+
+
+def decoded_row(row: Row, place: Place, source: SourceConfig, number: int) -> dict[str, Any]:
+    """Returns a pair with decoded media, as `PairDataset.__getitem__`; `number` is that of its source.
+
+    Raises:
+        RowError: an image or audio file cannot be decoded.
+    """
+    a, b = (_decode_side(row.side(side), f"images_{side}", f"audio_{side}", place) for side in ("a", "b"))
+    return {
+        "id": row.id,
+        "task": row.task,
+        "a": row.a,
+        "b": row.b,
+        "images_a": a["images"],
+        "images_b": b["images"],
+        "audio_a": a["audio"],
+        "audio_b": b["audio"],
+        "a_key": a["key"],
+        "b_key": b["key"],
+        "negatives": [_decode_side(each, "negatives", "negatives", place) for each in row.negatives],
+        "image_placeholder": source.image_placeholder,
+        "score": row.score,
+        "group": row.group,
+        "teacher_a": row.teacher_a,
+        "teacher_b": row.teacher_b,
+        "source": number,
+        "replaces": None,
+    }
 
 
 def _decode_side(content: Content, images_column: str, audio_column: str, place: Place) -> dict[str, Any]:

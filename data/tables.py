@@ -108,7 +108,7 @@ def _open_parquet(file: str, source: SourceConfig) -> Table:
             columns=used,
             cache_dir=str(cache_folder() / digest),
         ).with_format("arrow")
-    labels = _labels(_features(schema, used), used)
+    labels = class_labels(_features(schema, used), used)
     return Table(file, schema.names, digest, rows, labels, opened if rows is None else rows, used)
 
 
@@ -123,7 +123,7 @@ def _open_dataset(file: str, source: SourceConfig) -> Table:
         raise no_rows(file)
     digests = [content_digest(each["filename"]) for each in table.cache_files]
     used = source.used_columns(table.column_names)
-    labels = _labels(table.features, used)
+    labels = class_labels(table.features, used)
     schema = table.features.arrow_schema
     has_media = any(_holds_media(schema.field(name).type) for name in _media_columns(table.column_names, source))
     opened = table.select_columns(used).with_format("arrow")
@@ -138,7 +138,7 @@ def class_names(file: str, source: SourceConfig) -> dict[str, Any]:
     if suffix_of(file) == ".parquet":
         schema = pq.read_schema(file)
         used = source.used_columns(schema.names)
-        return _labels(_features(schema, used), used)
+        return class_labels(_features(schema, used), used)
     return dict(_open_dataset(file, source).labels)
 
 
@@ -193,7 +193,7 @@ def _features(schema: pa.Schema, used: list[str]) -> datasets.Features:
     return datasets.Features.from_arrow_schema(pa.schema(known, schema.metadata))
 
 
-def _labels(features: datasets.Features, used: list[str]) -> dict[str, Any]:
+def class_labels(features: datasets.Features, used: list[str]) -> dict[str, Any]:
     """Returns the names of the classes of each used column that has classes."""
     found = {column: _names_in(features[column]) for column in used if column in features}
     return {column: names for column, names in found.items() if names is not None}

@@ -24,10 +24,11 @@ from transformers.utils import logging
 from ..audio_vipolyqwen import keep_supported_attention, make_padding_invariant, receptive_field
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
 from ..data.augmentation import Augmentation
-from ..data.checks import TokenRoom
+from ..data.checks import Checker, TokenRoom
 from ..data.collator import MixedBatchCollator
 from ..data.schema import Task, canonical_task, declare_tasks, with_prefix_sides
 from ..data.sources import PairDataset, load_pairs
+from ..data.streamed_pairs import StreamedPairs
 from ..modeling_vipolyqwen import ViPolyQwenModel, loading_problems
 from ..packing_vipolyqwen import choose_attn_implementation
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -296,7 +297,7 @@ def _build_distillation(loss_args: LossArguments, losses: Mapping[str, TaskLoss]
 
 def connect_teacher(
     mixed_loss: MixedLoss,
-    pairs: PairDataset | None,
+    pairs: PairDataset | StreamedPairs | None,
     model: ViPolyQwenModel,
     loss_args: LossArguments,
     args: ViPolyQwenTrainingArguments,
@@ -308,6 +309,8 @@ def connect_teacher(
     """
     if mixed_loss.distillation is None or pairs is None:
         return 0
+    if isinstance(pairs, StreamedPairs):
+        raise ValueError("`distil` needs all rows beforehand, but the train_data is streamed; leave `streaming` out.")
     column = COMPONENTS.index("distil")
     taught = [task for task, weights in zip(mixed_loss.tasks, mixed_loss.weights, strict=True) if weights[column] > 0]
     width = teach_pairs(pairs, taught, loss_args.teacher, loss_args.teacher_prompt, args.device)
@@ -327,17 +330,32 @@ def read_pairs(
     """Reads and checks the rows of all sources, except those of `without_tasks`; `None` without sources."""
     if sources is None:
         return None
+    longest = processor.max_audio_seconds * processor.max_audio_windows
     return load_pairs(
         sources,
         tasks,
         processor.min_audio_samples,
         check_media,
         without_tasks or (),
-        max_audio_seconds=processor.max_audio_seconds * processor.max_audio_windows,
+        max_audio_seconds=longest,
         room=TokenRoom(processor),
         on_bad_row=on_bad_row,
         max_bad_rows=max_bad_rows,
     )
+
+
+def read_train_pairs(
+    data_args: DataArguments, tasks: dict[str, Task], processor: ViPolyQwenProcessor
+) -> PairDataset | StreamedPairs | None:
+    """Reads the pairs to train on; of sources that are streamed, the columns alone."""
+    bad = {"on_bad_row": data_args.on_bad_row, "max_bad_rows": data_args.max_bad_rows}
+    configs = data_args.train_data
+    if not any(config.get("streaming") and config.get("enabled", True) for config in configs or ()):
+        return read_pairs(configs, tasks, processor, data_args.check_media, data_args.without_tasks, **bad)
+    longest = processor.max_audio_seconds * processor.max_audio_windows
+    limits = (processor.min_audio_samples, data_args.check_media, longest, TokenRoom(processor))
+    checker = Checker(tasks, *limits, data_args.on_bad_row)
+    return StreamedPairs.of(configs, tasks, checker, data_args.without_tasks or ())
 
 
 def build_collator(

@@ -10,6 +10,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from ..data.sources import PairDataset
+from ..data.streamed_pairs import StreamedPairs
 from .losses import COMPONENTS, POSITIVE_COMPONENTS, SCORE_COMPONENTS
 from .mixed_loss import MixedLoss
 
@@ -65,7 +66,7 @@ class LearningCallback(TrainerCallback):
 
 
 def check_that_it_learns(
-    rates: Sequence[float], has_weights: bool, loss: MixedLoss, pairs: PairDataset | None, rows: int
+    rates: Sequence[float], has_weights: bool, loss: MixedLoss, pairs: PairDataset | StreamedPairs | None, rows: int
 ) -> None:
     """Checks before the first step that a run can learn; warns of tasks that cannot.
 
@@ -88,6 +89,8 @@ def check_that_it_learns(
         )
     if not any(rates):
         logger.warning("`learning_rate` is 0 for all parts, so no weight changes; give a number above 0.")
+    if isinstance(pairs, StreamedPairs):
+        return  # nothing is known of its rows yet; `LearningCallback` sees those of the first steps
     has_negatives = _names_negatives(pairs)
     if rows == 1 and not has_negatives:
         _refuse_single_pair(loss, pairs)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..data.budget import BudgetBatches
 from ..data.sampler import MixtureBatches
+from ..data.streamed_pairs import StreamedPairs
 from .balance import paper_steps
 from .checkpoints import (
     UNFINISHED,
@@ -41,6 +42,7 @@ from .run_settings import (
     show_table,
     write_settings,
 )
+from .stream_batches import StreamBatches
 
 logger = logging.get_logger(__name__)
 
@@ -136,7 +138,8 @@ class ResumingTrainer(Trainer):
             table = f"\n{show_table(differences)}" if differences else ""
             raise ValueError(
                 f"{checkpoint} was written by a run on {place['order']}, and this one has {now}, so its position in "
-                "the data does not apply. Give the same sources, weights and seed; or restart the epoch with "
+                "the data does not apply. Give the same sources, weights and seed (for streams also as many ranks and "
+                "data workers); or restart the epoch with "
                 f"`--ignore_data_skip true`; or start a new run with `--model CHECKPOINT`.{table}"
             )
         if self.settings is not None and saved is None:
@@ -186,6 +189,9 @@ class ResumingTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Returns the stock loader on `MixtureBatches`, which split every batch between the ranks."""
         args = self.args
+        if isinstance(self.train_dataset, StreamedPairs):
+            self._batches = StreamBatches(self.train_dataset, args, self._resumed)
+            return self._batches.loader(self.data_collator)
         self._batches = self._get_train_batches()
         if len(self._batches) == 0:
             rows = len(self._batches.sampler)
@@ -230,7 +236,7 @@ class ResumingTrainer(Trainer):
                 epochs = sys.maxsize  # as the stock method where the batches of an epoch are not known
             else:
                 max_steps = self._steps_of_budgets(args.num_train_epochs)
-        elif self._resumed is not None:
+        elif self._resumed is not None and isinstance(self._batches, MixtureBatches):
             epoch = self._resumed["epoch"]
             _, before, batches = self._batches.begin(epoch)
             here = (
@@ -323,6 +329,7 @@ class ResumingTrainer(Trainer):
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path, final: Path) -> None:
         """Writes the stock checkpoint and the position in the data to `written`, then renames it."""
+        streams = self._batches.place() if isinstance(self._batches, StreamBatches) else {}
         self._unfinished = written.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -332,7 +339,9 @@ class ResumingTrainer(Trainer):
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            (written / SAMPLER_STATE).write_text(json.dumps(self._place(), indent=2) + "\n", encoding="utf-8")
+            (written / SAMPLER_STATE).write_text(
+                json.dumps(self._place() | streams, indent=2) + "\n", encoding="utf-8"
+            )
             if self.settings is not None:
                 write_settings(written, self.settings, self.history, self.group_names)
         self.accelerator.wait_for_everyone()  # every rank writes its random state

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import cached_file
 
 from ..data.sources import PairDataset
+from ..data.streamed_pairs import StreamedPairs
 from ..publishing.repository import TRAINING_FILE, write_json
 from .arguments import Arguments, ModelArguments
 
@@ -30,7 +31,7 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
 def write_record(
     folder: Path,
     arguments: Arguments,
-    train: PairDataset | None,
+    train: PairDataset | StreamedPairs | None,
     held_out: PairDataset | None,
     history: list[dict[str, Any]] | None = None,
 ) -> None:
@@ -64,8 +65,24 @@ def write_record(
     write_json(folder / TRAINING_FILE, record)
 
 
-def describe_pairs(pairs: PairDataset) -> list[dict[str, Any]]:
-    """Returns one entry a source: file name or Hub id, weight, and number of rows by task and by modalities."""
+def describe_pairs(pairs: PairDataset | StreamedPairs) -> list[dict[str, Any]]:
+    """Returns one entry a source: file name or Hub id, weight, and number of rows by task and by modalities.
+
+    Of a source that is streamed, the rows are not known: `None`.
+    """
+    if isinstance(pairs, StreamedPairs):
+        names = [(source, _is_hub_id(source.path)) for source in pairs.sources]
+        return [
+            {
+                "name": source.path if on_hub else Path(source.path).name,
+                "on_hub": on_hub,
+                "rows": None,
+                "weight": source.weight,
+                "tasks": {},
+                "sides": {},
+            }
+            for source, on_hub in names
+        ]
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
         on_hub = _is_hub_id(source.path)

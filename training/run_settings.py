@@ -6,7 +6,7 @@ Every argument is compared, unless it is listed here: an argument that a later v
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .. import __version__
 from ..configuration_vipolyqwen import CHOICES
 from ..data.names import did_you_mean
 from ..data.sources import PairDataset
+from ..data.streamed_pairs import StreamedPairs
 from ..processing_vipolyqwen import ViPolyQwenProcessor
 from ..publishing.repository import write_json
 from .arguments import ARGUMENT_CLASSES, Arguments
@@ -80,7 +81,7 @@ def describe_settings(
     arguments: Arguments,
     model: nn.Module,
     processor: ViPolyQwenProcessor,
-    train: PairDataset | None,
+    train: PairDataset | StreamedPairs | None,
     held_out: PairDataset | None,
 ) -> dict[str, Any]:
     """Returns the settings of a run as JSON restores them, the effective ones where the model decides them.
@@ -151,10 +152,17 @@ def _name_in_base(name: str) -> str:
     return plain_name(name)
 
 
-def _describe_data(pairs: PairDataset | None) -> dict[str, str] | None:
-    """Returns the names of the sources with rows and weights, and a hash of the content of all rows."""
+def _describe_data(pairs: PairDataset | StreamedPairs | None) -> dict[str, str] | None:
+    """Returns the names of the sources with rows and weights, and a hash of the content of all rows.
+
+    Of sources that are streamed, no row is known beforehand; their entries in the recipe are compared.
+    """
     if pairs is None:
         return None
+    if isinstance(pairs, StreamedPairs):
+        named = [f"{Path(source.path).name}: streamed × {source.weight:g}" for source in pairs.sources]
+        entries = repr([replace(source, path=Path(source.path).name, media_root=None) for source in pairs.sources])
+        return {"name": ", ".join(named), CONTENT: hashlib.blake2b(entries.encode(), digest_size=16).hexdigest()}
     named = [
         f"{Path(source.path).name}: {rows} rows" + ("" if source.weight == 1 else f" × {source.weight:g}")
         for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True)

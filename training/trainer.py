@@ -21,6 +21,7 @@ from ..data.collator import MixedBatchCollator
 from ..data.row_costs import KINDS, row_costs
 from ..data.sampler import MixtureBatches, MixtureSampler
 from ..data.sources import PairDataset
+from ..data.streamed_pairs import StreamedPairs
 from ..evaluation.metrics import pair_retrieval, spearman
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
@@ -46,6 +47,7 @@ from .restoring import fitting_state, group_values, restore_by_name, restore_rat
 from .resuming import ResumingTrainer
 from .run_settings import OPTIMIZER, SCHEDULE, check_differences, read_settings
 from .speedups import batch_vision_attention, compile_layers, use_liger_kernels
+from .stream_batches import launch_streams
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +77,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
         args: ViPolyQwenTrainingArguments,
         processor: ViPolyQwenProcessor,
         mixed_loss: MixedLoss,
-        train_dataset: PairDataset | None,
+        train_dataset: PairDataset | StreamedPairs | None,
         eval_dataset: PairDataset | None,
         train_collator: MixedBatchCollator,
         eval_collator: MixedBatchCollator,
@@ -84,6 +86,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
     ) -> None:
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every forward passes through every tower
+        launch_streams(train_dataset, args)
         super().__init__(
             model=model,
             args=args,
@@ -149,6 +152,8 @@ class ViPolyQwenTrainer(ResumingTrainer):
 
         Under DeepSpeed with chunks, the engine runs the backward of each chunk.
         """
+        if "stream" in inputs:
+            self._batches.seen(inputs.pop("stream"))
         if self.in_chunks and self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = DeepSpeedInChunks(model)
         while True:
@@ -202,9 +207,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.monitor.record(value)
         else:
             self._refuse_non_finite(output, embeddings, inputs["ids"])
-        if self.replaced is not None and model.training:
-            self.replaced.add(inputs["replaced"])
         pairs = len(output.per_sample)  # of all ranks
+        if self.replaced is not None and model.training:
+            self.replaced.add(inputs["replaced"], pairs)
         self.rates.count(pairs, inputs)
         self.learning.watch(embeddings)
         loss = output.loss
@@ -324,8 +329,10 @@ class ViPolyQwenTrainer(ResumingTrainer):
         check_that_it_learns([*rates, loss_rate], bool(names), self.mixed_loss, self.train_dataset, rows)
         return super().train(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler:
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> MixtureSampler | StreamedPairs:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StreamedPairs):
+            return dataset  # which draws its rows itself
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return MixtureSampler(
             dataset.source_lengths,
@@ -356,7 +363,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
 
     def _largest_batch(self) -> int:
         """Returns the rows of the largest batch of all ranks."""
-        if self.args.batch_tokens is None and self.args.batch_pixels is None:
+        if (self.args.batch_tokens, self.args.batch_pixels) == (None, None):
             return self.args.per_device_train_batch_size * self.args.world_size
         return self._get_train_batches().largest()
 

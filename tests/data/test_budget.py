@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from helpers import load_with_prefixes, save_tiny_model, write_pairs
@@ -142,7 +143,7 @@ def test_costs_are_measured_once_for_the_content_and_the_processor(
     save_tiny_model(tmp_path / "base")
     _, processor, tasks = load_with_prefixes(tmp_path / "base")
     file = tmp_path / "pairs.jsonl"
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     measured = []
     monkeypatch.setattr("vipolyqwen.data.row_costs._measured", lambda *_: measured.append(1) or np.zeros((2, 2)))
 

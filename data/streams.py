@@ -1,0 +1,196 @@
+"""Reads a source as it comes, without an index: shard by shard, shuffled in blocks, resumable at any row."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from .files import find_files, suffix_of
+from .permutation import key_of, permute
+from .source_config import SourceConfig
+from .tables import class_labels, name_classes
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
+BATCH = 32  # records read at once
+SHARDS, BLOCK = 3, 4  # purpose of a key
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of a source.
+
+    Attributes:
+        shard: number of its shard.
+        number: its number in the shard, from 1.
+        epoch: of the source.
+        values: column -> value, classes by their names.
+    """
+
+    shard: int
+    number: int
+    epoch: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """A source whose shards are read one after the other.
+
+    Attributes:
+        source: the entry of the recipe.
+        dataset: all shards; media are not decoded.
+        labels: column -> names of its classes.
+    """
+
+    source: SourceConfig
+    dataset: datasets.IterableDataset
+    labels: dict[str, Any]
+
+    @classmethod
+    def open(cls, source: SourceConfig) -> "StreamedSource":
+        """Opens the first shard for its columns; nothing else is read.
+
+        Raises:
+            ValueError: the source cannot be streamed.
+        """
+        try:
+            dataset = _load(source)
+            if dataset.features is None:
+                dataset = dataset._resolve_features()
+            dataset = dataset.decode(False)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{source.path}: the source cannot be streamed: {error}") from error
+        names = list(dataset.features)
+        return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)))
+
+    @property
+    def columns(self) -> list[str]:
+        """Returns the names of the columns."""
+        return list(self.dataset.features)
+
+    def shard(self, number: int) -> datasets.IterableDataset:
+        """Returns one shard."""
+        return self.dataset.shard(num_shards=self.dataset.num_shards, index=number)
+
+
+def _load(source: SourceConfig) -> datasets.IterableDataset:
+    remote = "://" in source.path
+    files = [source.path] if remote else find_files(source)
+    if not files:
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=True
+        )
+    kinds = {suffix_of(file.partition("?")[0]) for file in files}
+    if len(kinds) > 1 or not kinds <= set(BUILDERS):
+        raise ValueError(
+            f"its files are {', '.join(sorted(kinds))}; files of one of {', '.join(BUILDERS)} can be streamed. Leave "
+            "`streaming` out, or write the rows to shards with `python -m vipolyqwen.data prepare`."
+        )
+    return datasets.load_dataset(BUILDERS[kinds.pop()], data_files={"train": files}, split="train", streaming=True)
+
+
+class RecordStream:
+    """Yields what the records of a source become, without end, each record once an epoch over all consumers.
+
+    The shards of an epoch come in an order drawn for it. With as many shards as consumers or more, each consumer reads
+    every n-th shard, otherwise every n-th record of all. What `shuffle_buffer` records become is shuffled as one
+    block: a state is the place of the library at the beginning of a block and what was taken of it since, so a resumed
+    stream reads the block again and continues exactly. The buffer of the library's own shuffling would be lost.
+
+    Args:
+        opened: the source.
+        convert: returns what a record becomes.
+        number: its number in the recipe, by which the order is drawn.
+        seed: seed of all shuffling.
+        consumer: number of this consumer, a rank's worker.
+        consumers: number of consumers.
+        state: of another stream with the same arguments, at which to continue.
+    """
+
+    def __init__(
+        self,
+        opened: StreamedSource,
+        convert: Callable[[Record], Sequence[Any]],
+        number: int,
+        seed: int,
+        consumer: int,
+        consumers: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.opened, self.convert, self.number, self.seed = opened, convert, number, seed
+        self.consumer, self.consumers = consumer, consumers
+        place = {"epoch": 0, "shard": 0, "row": 0, "library": None} if state is None else state["block"]
+        self._epoch, self._shard, self._row = place["epoch"], place["shard"], place["row"]
+        self._open_shard(place["library"])
+        self._fill()
+        self._taken = 0 if state is None else state["taken"]
+
+    def state(self) -> dict[str, Any]:
+        """Returns where the stream stands, in values of JSON."""
+        return {"block": self._start, "taken": self._taken}
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while self._taken == len(self._block):
+            self._fill()
+        self._taken += 1
+        return self._block[self._taken - 1]
+
+    def _shards(self) -> Sequence[int]:
+        """Returns the shards that this consumer reads in the epoch, in their order."""
+        count = self.opened.dataset.num_shards
+        order = permute(np.arange(count), np.int64(count), key_of(self.seed, SHARDS, self.number, self._epoch))
+        return (order if count < self.consumers else order[self.consumer :: self.consumers]).tolist()
+
+    def _open_shard(self, library: dict[str, Any] | None) -> None:
+        self._opened = self.opened.shard(self._shards()[self._shard])
+        if library is not None:
+            self._opened.load_state_dict(library)
+        self._library = library
+        self._batches = self._opened.iter(min(BATCH, self.opened.source.shuffle_buffer))
+
+    def _fill(self) -> None:
+        """Reads and shuffles the next block; blocks end with the epoch."""
+        self._start = {"epoch": self._epoch, "shard": self._shard, "row": self._row, "library": self._library}
+        records: list[Record] = []
+        ends = 0  # of epochs without a record for this consumer; the first may be that of a complete epoch
+        while len(records) < self.opened.source.shuffle_buffer:
+            batch = next(self._batches, None)
+            if batch is not None:
+                records += self._of_batch(batch)
+                self._library = self._opened.state_dict()
+            elif self._next_shard():
+                if records:
+                    break
+                ends += 1
+                if ends > 1:
+                    raise ValueError(
+                        f"{self.opened.source.path} has no rows, or fewer than the {self.consumers} readers (ranks × "
+                        "data workers) that share them; add rows, or leave `streaming` out."
+                    )
+        key = key_of(self.seed, BLOCK, self.number, self._start["epoch"], self._start["shard"], self._start["row"])
+        items = [item for record in records for item in self.convert(record)]
+        order = permute(np.arange(len(items)), np.int64(len(items)), key)
+        self._block, self._taken = [items[place] for place in order.tolist()], 0
+
+    def _next_shard(self) -> bool:
+        """Opens the next shard; returns whether it is the first of the next epoch."""
+        self._shard, self._row = self._shard + 1, 0
+        is_new = self._shard == len(self._shards())
+        if is_new:
+            self._epoch, self._shard = self._epoch + 1, 0
+        self._open_shard(None)
+        return is_new
+
+    def _of_batch(self, batch: dict[str, list[Any]]) -> Iterator[Record]:
+        """Yields the records of a batch that are this consumer's."""
+        shard, shares_shards = self._shards()[self._shard], self.opened.dataset.num_shards < self.consumers
+        for values in zip(*batch.values(), strict=True):
+            self._row += 1
+            if not shares_shards or self._row % self.consumers == self.consumer:
+                record = name_classes(dict(zip(batch, values, strict=True)), self.opened.labels)
+                yield Record(shard, self._row, self._epoch, record)
