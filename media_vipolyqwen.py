@@ -144,7 +144,7 @@ def open_source(source: Any, allow_urls: bool | str = False, limits: Limits = LI
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"a {type(source).__name__} is neither a path nor the bytes of a file; pass one of them")
-    return _open_file(source, limits)
+    return open_file(source, limits)
 
 
 def is_open_file(source: Any) -> bool:
@@ -166,9 +166,15 @@ def _local_path(text: str) -> str:
     return unquote(urlsplit(text).path) if FILE_URL.match(text) else text
 
 
-def _open_file(path: str | os.PathLike, limits: Limits) -> BinaryIO:
-    """Opens a regular file; O_NONBLOCK keeps a named pipe from blocking until it is refused."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # each missing on some systems
+def open_file(path: str | os.PathLike, limits: Limits = LIMITS) -> BinaryIO:
+    """Opens a regular file.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device, or too large.
+        OSError: it cannot be opened.
+    """
+    # O_NONBLOCK keeps a named pipe from blocking until it is refused; each flag is missing on some systems.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -254,6 +260,7 @@ __all__ = [
     "check_is_text",
     "is_file",
     "is_open_file",
+    "open_file",
     "open_source",
     "show_source",
     "unreadable",

@@ -2,19 +2,24 @@
 
 import glob
 import hashlib
+import io
 import json
 import os
 import re
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
+import pyarrow as pa
 import xxhash
 
 from .atomic import write_atomically
 from .source_config import SourceConfig
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
+TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+FORMATS = (*TEXTS, ".parquet", ".arrow", ".tar")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # of text files, by the names that Arrow gives them
 # Beside the data of a clone or of a model, and not data.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
@@ -23,8 +28,17 @@ SETTLED = 2.0  # seconds; a file that was written less than that ago may be writ
 
 
 def suffix_of(file: str) -> str:
-    """Returns the ending of a file's name in lower case."""
+    """Returns the ending of a file's name in lower case, of a compressed text file that of the text."""
+    endings = [ending.lower() for ending in Path(file).suffixes[-2:]]
+    if len(endings) == 2 and endings[0] in TEXTS and endings[1] in COMPRESSIONS:
+        return endings[0]
     return Path(file).suffix.lower()
+
+
+def open_binary(file: str) -> BinaryIO:
+    """Opens a file to read its bytes, of a compressed text file those of the text."""
+    compression = COMPRESSIONS.get(Path(file).suffix.lower())
+    return open(file, "rb") if compression is None else io.BufferedReader(pa.input_stream(file, compression))
 
 
 def cache_folder() -> Path:
@@ -80,7 +94,10 @@ def find_files(source: SourceConfig) -> list[str]:
         if not os.path.isfile(file):
             raise ValueError(f"{file} is not a regular file; name files, or a folder of them.")
         if suffix_of(file) not in FORMATS:
-            raise ValueError(f"{file}: the format is unknown; known: {', '.join(FORMATS)}.")
+            raise ValueError(
+                f"{file}: the format is unknown; known: {', '.join(FORMATS)}, and text files that end with "
+                f"{', '.join(COMPRESSIONS)} too. Convert it, such as a spreadsheet to .csv."
+            )
     return files
 
 

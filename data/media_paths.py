@@ -2,10 +2,9 @@
 
 import os
 import unicodedata
-from pathlib import Path
 
 from ..download_vipolyqwen import download, is_url
-from ..media_vipolyqwen import LIMITS, open_source
+from ..media_vipolyqwen import LIMITS, open_file
 
 FORMS = ("NFC", "NFD")  # macOS writes names in NFD; archives keep them so on other systems
 
@@ -38,5 +37,5 @@ def read_media(path: str) -> bytes:
     """
     if is_url(path):
         return download(path, True, LIMITS.download_bytes, LIMITS.download_seconds)
-    with open_source(Path(path)) as file:
+    with open_file(path) as file:
         return file.read()

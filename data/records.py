@@ -7,9 +7,9 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from .files import open_binary, suffix_of
 from .schema import RowError
 from .source_config import SourceConfig
 
@@ -44,12 +44,25 @@ def _open(file: str, source: SourceConfig | None) -> TextIO:
         RowError: it is UTF-16 or UTF-32 without a byte order mark.
     """
     given = None if source is None else source.encoding
-    with open(file, "rb") as binary:
-        head = binary.read(HEAD)
+    with open_binary(file) as binary:
+        head = _read(binary, file, HEAD)
     encoding = encoding_of(head, given)
     _refuse_wide(head, encoding, given, file)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    return open(file, encoding=encoding, errors=errors, newline="\n" if b"\n" in head or b"\r" not in head else "\r")
+    newline = "\n" if b"\n" in head or b"\r" not in head else "\r"
+    return io.TextIOWrapper(open_binary(file), encoding=encoding, errors=errors, newline=newline)
+
+
+def _read(binary: BinaryIO, file: str, size: int = -1) -> bytes:
+    """Returns bytes of an open file; one whose compressed content is damaged is an error of the file."""
+    try:
+        return binary.read(size)
+    except OSError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(place: str, error: OSError) -> RowError:
+    return RowError(f"{place}: the file cannot be read: {error}. Write it again.", "invalid file")
 
 
 def _refuse_wide(head: bytes, encoding: str, given: str | None, file: str) -> None:
@@ -96,7 +109,7 @@ def _decoded(lines: Iterable[str], file: str) -> Iterator[tuple[int, str]]:
     """Yields the lines with their numbers; an encoding that does not fit is an error of the file.
 
     Raises:
-        RowError: the file is not in the encoding that its byte order mark or the source names.
+        RowError: the file is not in the encoding that its byte order mark or the source names, or damaged.
     """
     numbers, iterator = itertools.count(1), iter(lines)
     while True:
@@ -108,12 +121,15 @@ def _decoded(lines: Iterable[str], file: str) -> Iterator[tuple[int, str]]:
         except UnicodeError as error:
             problem = f"{file}, line {number}: {error}; name its `encoding` or write the file as UTF-8."
             raise RowError(problem, "invalid encoding", row=number) from error
+        except OSError as error:
+            raise _damaged(f"{file}, line {number}", error) from error
         yield number, line
 
 
 def json_records(file: str, source: SourceConfig | None = None) -> Numbered:
     """Yields the objects of a JSON array, of an array inside an object (`{"data": […]}`), or of JSON lines."""
-    content = Path(file).read_bytes()
+    with open_binary(file) as binary:
+        content = _read(binary, file)
     given = None if source is None else source.encoding
     encoding = encoding_of(content, given)
     _refuse_wide(content, encoding, given, file)
@@ -200,7 +216,7 @@ def _check_header(names: list[str], file: str) -> None:
 
 def _delimiter(head: str, file: str) -> str:
     """Returns the delimiter of a header: the most frequent one outside quotes; a tab in a .tsv file."""
-    if Path(file).suffix.lower() == ".tsv":
+    if suffix_of(file) == ".tsv":
         return "\t"
     outside = "".join(head.split('"')[::2])
     return max(DELIMITERS, key=outside.count)

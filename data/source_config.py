@@ -20,8 +20,8 @@ class SourceConfig:
     """One entry of a recipe's `train_data` or `eval_data`.
 
     Attributes:
-        path: a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .tar (WebDataset) file, a glob or a folder of them, a
-            folder written by `save_to_disk`, or the id of a Hub dataset.
+        path: a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .tar (WebDataset) file, also of text with .gz, .zst or
+            .bz2 after it, a glob or a folder of them, a folder written by `save_to_disk`, or the id of a Hub dataset.
         task: the task of all rows; or
         task_column: the column that holds each row's (`task`, or `data_type`, if neither is given).
         map: value of that column -> task; names of tasks need no entry.

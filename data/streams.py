@@ -1,11 +1,14 @@
 """Reads a source as it comes, without an index: shard by shard, shuffled in blocks, resumable at any row."""
 
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
 
 from .files import find_files, suffix_of
 from .permutation import key_of, permute
@@ -60,7 +63,7 @@ class StreamedSource:
             if dataset.features is None:
                 dataset = dataset._resolve_features()
             dataset = dataset.decode(False)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
             raise ValueError(f"{source.path}: the source cannot be streamed: {error}") from error
         names = list(dataset.features)
         return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)))
@@ -159,7 +162,7 @@ class RecordStream:
         records: list[Record] = []
         ends = 0  # of epochs without a record for this consumer; the first may be that of a complete epoch
         while len(records) < self.opened.source.shuffle_buffer:
-            batch = next(self._batches, None)
+            batch = self._next_batch()
             if batch is not None:
                 records += self._of_batch(batch)
                 self._library = self._opened.state_dict()
@@ -176,6 +179,17 @@ class RecordStream:
         items = [item for record in records for item in self.convert(record)]
         order = permute(np.arange(len(items)), np.int64(len(items)), key)
         self._block, self._taken = [items[place] for place in order.tolist()], 0
+
+    def _next_batch(self) -> dict[str, list[Any]] | None:
+        """Returns the next records, `None` at the end of the shard."""
+        try:
+            return next(self._batches, None)
+        except (OSError, ValueError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError) as error:
+            shard = self._shards()[self._shard]
+            raise ValueError(
+                f"{self.opened.source.path}, shard {shard}, after record {self._row}: the stream cannot be read: "
+                f"{error}. Repair the shard, or resume the run when it can be reached; no row is lost."
+            ) from error
 
     def _next_shard(self) -> bool:
         """Opens the next shard; returns whether it is the first of the next epoch."""

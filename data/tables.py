@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .archives import open_archive
-from .files import cache_folder, content_digest, suffix_of
+from .files import TEXTS, cache_folder, content_digest, suffix_of
 from .source_config import SourceConfig
 
 BATCH = 1000  # records converted at once
@@ -133,7 +133,7 @@ def _open_dataset(file: str, source: SourceConfig) -> Table:
 
 def class_names(file: str, source: SourceConfig) -> dict[str, Any]:
     """Returns the names of the classes of each used column that has classes; none in text files."""
-    if suffix_of(file) in (".jsonl", ".json", ".csv", ".tsv"):
+    if suffix_of(file) in TEXTS:
         return {}
     if suffix_of(file) == ".parquet":
         schema = pq.read_schema(file)

@@ -1,9 +1,12 @@
 """Data as people have it: the same pairs in many formats and shapes."""
 
+import bz2
 import csv
+import gzip
 import json
 import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -616,3 +619,34 @@ def test_parts_with_an_index_take_the_image_of_that_number(folder: Path) -> None
     assert [Path(image).name for image in pairs.row(0).images_a] == ["1.png", "0.png"]
     with pytest.raises(RowError, match="'turns' is 1: a part names this image, of 1"):
         load(write_json(folder / "b.jsonl", rows[1:]), conversation="turns")
+
+
+COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda text: pa.compress(text, "zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_compressed_text_files_give_the_same_rows(folder: Path, kind: str, ending: str) -> None:
+    rows = [{"a": f"câu {number}", "b": f"đáp {number}", "task": "instr"} for number in range(50)]
+    (folder / "plain").mkdir()
+    plain = folder / "plain" / f"x{kind}"
+    write_csv(plain, rows) if kind == ".csv" else write_json(plain, rows)
+    packed = write(folder / f"x{kind}{ending}", COMPRESSED[ending](plain.read_bytes()))
+    assert [pair["b"] for pair in load(packed)] == [pair["b"] for pair in load(plain)] == [row["b"] for row in rows]
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"something else"])
+def test_a_damaged_compressed_file_is_named(folder: Path, ending: str, damage: Callable[[bytes], bytes]) -> None:
+    text = "\n".join(json.dumps({"a": str(number), "b": str(-number), "task": "instr"}) for number in range(20_000))
+    packed = write(folder / f"x.jsonl{ending}", damage(COMPRESSED[ending](text.encode())))
+    for policy in ("error", "skip"):  # the rest of the file is unknown, so no row is skipped
+        with pytest.raises(RowError, match=rf"x.jsonl{ending}.* the file cannot be read: .*Write it again"):
+            load_pairs([{"path": str(packed)}], TASKS, 400, on_bad_row=policy, max_bad_rows=1)
+
+
+def test_an_unknown_format_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"x.xlsx: the format is unknown; .*\.gz.*such as a spreadsheet to .csv"):
+        load(write(folder / "x.xlsx", b"PK"))
+    with pytest.raises(ValueError, match=r"x.parquet.gz: the format is unknown"):
+        load(write(folder / "x.parquet.gz", gzip.compress(b"PAR1")))

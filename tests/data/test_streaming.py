@@ -103,16 +103,11 @@ def test_a_stream_continues_exactly_from_any_record(folder: Path, kind: str, con
 
 
 def test_webdataset_archives_stream_with_the_bytes_of_their_images(folder: Path, rng: np.random.Generator) -> None:
-    with tarfile.open(folder / "w.tar", "w") as archive:
-        for number in range(3):
-            random_image(rng).save(buffer := io.BytesIO(), "png")
-            for name, content in (
-                (f"{number}.png", buffer.getvalue()),
-                (f"{number}.json", b'{"b": "x", "q": "?"}'),
-            ):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    members: dict[str, bytes] = {}
+    for number in range(3):
+        random_image(rng).save(buffer := io.BytesIO(), "png")
+        members |= {f"{number}.png": buffer.getvalue(), f"{number}.json": b'{"b": "x", "q": "?"}'}
+    (folder / "w.tar").write_bytes(archive_of(members))
     config = {"path": str(folder / "w.tar"), "task": "ocr", "columns": {"images": "png"}}
     config["columns"] |= {"a": "json.q", "b": "json.b"}
     batch = next(iter(pairs_of(config, batch_size=3)))
@@ -241,3 +236,24 @@ def test_fewer_rows_than_readers_are_an_error(tmp_path: Path) -> None:
     assert next(stream(source, 1, 3)).values == {"a": "x", "b": "y"}  # row 1 is that of reader 1
     with pytest.raises(ValueError, match="fewer than the 3 readers"):
         stream(source, 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, kind: str) -> None:
+    good = (folder / f"part-0.{kind}").read_bytes() if kind != "tar" else archive_of({"0.txt": b"x", "0.cls": b"1"})
+    (tmp_path / f"0.{kind}").write_bytes(good)
+    cut = good[: 700 if kind == "tar" else len(good) // 2] + (b'{"a": ' if kind == "jsonl" else b"")
+    (tmp_path / f"1.{kind}").write_bytes(cut)
+    columns = {"columns": {"a": "txt", "b": "txt"}} if kind == "tar" else {}
+    pairs = pairs_of({"path": str(tmp_path / f"*.{kind}"), **columns}, batch_size=60)
+    with pytest.raises(ValueError, match=rf"\*.{kind}, shard 1, after record \d+: the stream cannot be read: "):
+        next(iter(pairs))
+
+
+def archive_of(members: dict[str, bytes]) -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
