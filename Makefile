@@ -31,9 +31,10 @@ demo: install
 balance: install
 	$(BIN)/python benchmarks/balance.py
 
-# A few minutes on two idle cores; also runs on CUDA.
+# A quarter of an hour on two idle cores; also runs on CUDA.
 bench: install
-	$(BIN)/python benchmarks/encode_speed.py
+	$(BIN)/python benchmarks/encode_speed.py --long
+	$(BIN)/python benchmarks/query_profile.py
 
 # Waiting threads yield soon; otherwise a second busy process slows every step several times.
 ablations: install

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 MICROBATCH_COST = 64  # tokens; fixed cost of a forward (and backward), compared in benchmarks/length_buckets.py
-INFERENCE_COST = 32  # tokens; of a forward alone on a CPU 55 with 2M parameters, 17 with 108M
+INFERENCE_COST = 16  # tokens; of a forward alone on a CPU, which reads all weights: 17 with 108M parameters, and
+SMALL_LAYER = 740_000  # divided by the square of the width, for the calls of small layers: 61 with 2M
 CUDA_INFERENCE_COST = 1024  # tokens; on CUDA the launches of a forward take as long as many tokens do
 MAX_LENGTH_CLASSES = 256  # bounds the O(classes²) search of `length_buckets`
 
@@ -127,13 +128,18 @@ class Tokens(NamedTuple):
     lengths: list[int]
 
 
+def inference_cost(hidden_size: int, device: torch.device) -> int:
+    """Returns the fixed cost of a forward in inference, in tokens (benchmarks/length_buckets.py)."""
+    return CUDA_INFERENCE_COST if device.type == "cuda" else INFERENCE_COST + SMALL_LAYER // hidden_size**2
+
+
 def divide_batch(
     inputs: Mapping[str, torch.Tensor | None],
     image_token_id: int,
     merge_size: int,
     samples_per_frame: int,
     fewest_samples: int = 1,
-    by_length: bool = True,
+    cost: int | None = INFERENCE_COST,
 ) -> Division | None:
     """Divides a batch by length and finds rows with the same inputs.
 
@@ -143,7 +149,8 @@ def divide_batch(
         merge_size: patches a side of the square that makes a token.
         samples_per_frame: samples of audio that make a frame of the speech encoder.
         fewest_samples: samples of a window that give one frame.
-        by_length: False finds equal rows only, for a model that packs rows without padding.
+        cost: fixed cost of a micro-batch, in tokens; `None` finds equal rows only, for a model that packs rows
+            without padding.
 
     Returns:
         The division; `None` if the inputs contradict each other, of which `forward` raises the error.
@@ -163,10 +170,9 @@ def divide_batch(
     samples = _samples(batch, clips)
     if any(clip >= 0 and count < fewest_samples for clip, count in zip(clips, samples, strict=True)):
         return None
-    if not by_length:
+    if cost is None:
         return Division(batch, [chosen], sources)
     frames = [-(-count // samples_per_frame) for count in samples]
-    cost = CUDA_INFERENCE_COST if batch["attention_mask"].device.type == "cuda" else INFERENCE_COST
     silent = [row for row in chosen if clips[row] < 0]
     heard = [row for row in chosen if clips[row] >= 0]  # apart, since their lengths are those of audio
     units = sharing([images[row][0] if images[row] else -1 for row in silent])
@@ -327,6 +333,7 @@ __all__ = [
     "MICROBATCH_COST",
     "Division",
     "divide_batch",
+    "inference_cost",
     "length_buckets",
     "members",
     "select_media",

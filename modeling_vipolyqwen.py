@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from os import PathLike
@@ -24,7 +24,7 @@ from .audio_vipolyqwen import (
     receptive_field,
 )
 from .configuration_vipolyqwen import HUB_KWARGS, ViPolyQwenConfig, warn_of_untested_version
-from .microbatches_vipolyqwen import Division, divide_batch, take_rows
+from .microbatches_vipolyqwen import Division, divide_batch, inference_cost, take_rows
 from .packing_vipolyqwen import pack, packed_attention, takes_lengths
 from .pooling_vipolyqwen import (
     POOLING_CLASSES,
@@ -132,6 +132,22 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
                 return super().train(mode)
             found.extend(part for part in module._modules.values() if part is not None)
         return self
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the modules as torch does, without a generator for each level: `encode` asks for all each time."""
+        memo = set() if memo is None else memo
+        found: list[tuple[str, nn.Module]] = [(prefix, self)]
+        while found:
+            name, module = found.pop()
+            if module not in memo:
+                if remove_duplicate:
+                    memo.add(module)
+                yield name, module
+                start = f"{name}." if name else ""
+                parts = reversed(module._modules.items())
+                found.extend((start + part, inner) for part, inner in parts if inner is not None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -330,7 +346,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         audio = self.config.audio_config
         of_frames = (1, 1) if audio is None else (math.prod(audio.conv_stride), receptive_field(audio))
         merge_size = self.config.vision_config.spatial_merge_size
-        return divide_batch(inputs, self.config.image_token_id, merge_size, *of_frames, by_length)
+        token = self.config.image_token_id
+        cost = inference_cost(self.config.text_config.hidden_size, self.device) if by_length else None
+        return divide_batch(inputs, token, merge_size, *of_frames, cost)
 
     def _embed_division(self, division: Division, packing: bool, **kwargs: Any) -> ViPolyQwenOutput:
         """Embeds each micro-batch and puts its vectors, (batch, projection_dim), in the order of the rows."""
@@ -433,11 +451,14 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
     ) -> tuple[Pooled, dict[str, Any]]:
         """Embeds rows of tokens, images among them, into (rows, projection_dim) unit vectors."""
         self._check_images(input_ids, pixel_values, image_grid_thw, image_indices)
-        if position_ids is None:
+        starts_at_0 = right_padded or _is_one_text(mask)
+        if position_ids is None and starts_at_0 and image_grid_thw is None:
+            position_ids = torch.arange(mask.shape[1], device=mask.device).expand(3, len(mask), -1)
+        elif position_ids is None:
             grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
             position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)
         # no real position of a causal model sees the padding on its right
-        unmasked = (right_padded or _is_one_text(mask)) and kwargs.get("is_causal") is not False
+        unmasked = starts_at_0 and kwargs.get("is_causal") is not False
         attention = {"attention_mask": None if unmasked else mask.long(), "position_ids": position_ids}
         if packing:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):

@@ -54,7 +54,7 @@ class SourceConfig:
         image_placeholder: marks the position of an image in the text of a side.
         score_range: lowest and highest score of the column; scores are mapped from it to [0, 1].
         streaming: read the rows in training as they come, without an index; see docs/data.md.
-        shuffle_buffer: rows that are shuffled together, of a source that is streamed.
+        shuffle_buffer: records of a streamed source that are shuffled together; each worker holds them in memory.
     """
 
     path: str
@@ -83,7 +83,7 @@ class SourceConfig:
     image_placeholder: str = "<image>"
     score_range: tuple[float, float] = (0.0, 1.0)
     streaming: bool = False
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
         if self.task is not None and (self.task_column is not None or self.map):

@@ -199,8 +199,8 @@ class ResumingTrainer(Trainer):
                 f"An epoch has {rows} rows, fewer than the {self._batches.joined} of a batch of all ranks, "
                 "and `dataloader_drop_last` drops them. Leave it out, or lower `per_device_train_batch_size`."
             )
-        if self._resumed is not None:
-            self._batches.start_at(self._resumed["epoch"], self._resumed["row"], args.gradient_accumulation_steps)
+        epoch, row = (0, 0) if self._resumed is None else (self._resumed["epoch"], self._resumed["row"])
+        self._batches.start_at(epoch, row, args.gradient_accumulation_steps)
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self._batches,

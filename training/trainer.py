@@ -18,7 +18,6 @@ from transformers.utils import CONFIG_NAME, logging
 from ..configuration_vipolyqwen import CHOICES, ViPolyQwenConfig
 from ..data.budget import BudgetBatches
 from ..data.collator import MixedBatchCollator
-from ..data.row_costs import KINDS, row_costs
 from ..data.sampler import MixtureBatches, MixtureSampler
 from ..data.sources import PairDataset
 from ..data.streamed_pairs import StreamedPairs
@@ -31,6 +30,7 @@ from .adapters import ADAPTER, check_adapter, is_adapted
 from .arguments import ViPolyQwenTrainingArguments
 from .bad_rows import ReplacedRows
 from .balance import BalanceMonitor
+from .budgets import budget_batches, has_budget
 from .cached_gradients import DeepSpeedInChunks, embed_in_chunks
 from .callbacks import DiscardCallback, RateCallback
 from .distributed import unsharded_class, unsharded_loading
@@ -120,6 +120,7 @@ class ViPolyQwenTrainer(ResumingTrainer):
             self.add_callback(callback)
         if self.loss_optimizer.parameters:
             self.add_callback(self.loss_optimizer)
+        self._budgeted: BudgetBatches | None = None  # planned once
         self.figures: list[torch.Tensor] = []  # of the batches since the last log, each on its device
 
     def _check_launch(self) -> None:
@@ -346,30 +347,22 @@ class ViPolyQwenTrainer(ResumingTrainer):
 
     def _get_train_batches(self) -> MixtureBatches:
         """Returns the batches of this rank, filled to the budgets if there are any."""
-        args, asked = self.args, (self.args.batch_tokens, self.args.batch_pixels)
-        if asked == (None, None):
+        if not has_budget(self.args):
             return super()._get_train_batches()
-        costs = row_costs(self.train_dataset, self.processing_class)
-        budgets = [math.inf if budget is None else budget for budget in asked]
-        for name, budget, column in zip(KINDS, budgets, costs.T, strict=True):
-            beyond = int((column > budget).sum())
-            if beyond:
-                logger.warning(
-                    f"{beyond} of {len(column)} rows have more than the {budget} {name} of `batch_{name}`, "
-                    f"up to {int(column.max())}; each is a batch of its rank alone."
-                )
-        shares = (args.process_index, args.world_size, args.dataloader_drop_last)
-        return BudgetBatches(self._get_train_sampler(), self._train_batch_size, costs, budgets, *shares)
+        if self._budgeted is None:
+            sampler = self._get_train_sampler()
+            self._budgeted = budget_batches(self.train_dataset, self.processing_class, sampler, self.args)
+        return self._budgeted
 
     def _largest_batch(self) -> int:
         """Returns the rows of the largest batch of all ranks."""
-        if (self.args.batch_tokens, self.args.batch_pixels) == (None, None):
-            return self.args.per_device_train_batch_size * self.args.world_size
-        return self._get_train_batches().largest()
+        if has_budget(self.args):
+            return self._get_train_batches().largest()
+        return self.args.per_device_train_batch_size * self.args.world_size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Counts the pairs of an update, if its batches differ in size by budgets."""
-        if len(batch_samples) < 2 or (self.args.batch_tokens is None and self.args.batch_pixels is None):
+        if len(batch_samples) < 2 or not has_budget(self.args):
             return None
         pairs = torch.tensor([sum(len(batch["ids"]) for batch in batch_samples)], device=device)
         return int(self.accelerator.gather(pairs).sum())

@@ -8,7 +8,7 @@ import torch
 from helpers import build_tiny_model, random_audio, random_image, speech_config
 from torch import Tensor
 
-from vipolyqwen.microbatches_vipolyqwen import INFERENCE_COST, divide_batch, first_equal
+from vipolyqwen.microbatches_vipolyqwen import INFERENCE_COST, divide_batch, first_equal, inference_cost
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
 
@@ -269,3 +269,23 @@ def test_setting_the_mode_reaches_a_module_that_differs(model: ViPolyQwenModel) 
     assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.train().modules())
     model.eval()
+
+
+def test_the_cost_of_a_pass_falls_with_the_width_of_the_model() -> None:
+    costs = [inference_cost(width, torch.device("cpu")) for width in (128, 640, 1536)]
+    assert costs == [61, 17, 16]  # 128: 16 + 740,000 // 16,384
+    assert inference_cost(128, torch.device("cuda")) == 1024
+
+
+@pytest.mark.parametrize("remove_duplicate", [True, False])
+def test_modules_are_named_as_torch_does(model: ViPolyQwenModel, remove_duplicate: bool) -> None:
+    model.twice = model.projection  # a module with two names
+    try:
+        given = {"remove_duplicate": remove_duplicate}
+        found = list(model.named_modules(prefix="x", **given))
+        assert found == list(torch.nn.Module.named_modules(model, prefix="x", **given))
+        outer = torch.nn.ModuleList([model.pooling, model])  # a part that was seen before
+        names = [name for name, _ in outer.named_modules(**given)]
+        assert ("1.pooling" in names) is not remove_duplicate and "1.projection" in names
+    finally:
+        del model.twice
