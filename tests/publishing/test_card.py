@@ -25,6 +25,7 @@ TRAINING = {
         {"name": "sts.parquet", "on_hub": False, "rows": 900, "weight": 2.0, "tasks": {"text_pair": 900}}
         | {"sides": {"text – text": 800, "image + text – audio": 100}},
         {"name": "someone/speech", "on_hub": True, "rows": 50, "weight": 1.0, "data_types": {"audio": 40, "ocr": 10}},
+        {"name": "shards-*.tar", "on_hub": False, "rows": None, "weight": 0.5, "tasks": {}, "sides": {}},
     ],
     "eval_data": [{"name": "dev.jsonl", "on_hub": False, "rows": 7, "weight": 1.0, "tasks": {"audio": 7}}],
     "hardware": "4 × NVIDIA H200",
@@ -77,6 +78,7 @@ def test_the_text_shows_settings_data_hardware_and_results(tiny: tuple, checkpoi
         "| learning_rate | 1e-05 |",
         "| sts.parquet | 900 | 2.0 | text_pair 900 | text – text 800, image + text – audio 100 |",
         "| someone/speech | 50 | 1.0 | audio 40, ocr 10 |  |",
+        "| shards-*.tar | streamed | 0.5 |  |  |",
         "20 steps, 2.00 epochs, 83 s.",
         "Hardware: 4 × NVIDIA H200. Software: torch 2.13.0.",
         "| audio | 0.750 | 0.900 | 0.500 | 0.250 | 7 | 0.1429 |",
