@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +91,7 @@ def find_files(source: SourceConfig) -> list[str]:
         raise FileNotFoundError(
             f"{source.path}: no such file or folder with {', '.join(FORMATS)} files; correct the path."
         )
+    _refuse_twins(files)
     for file in files:
         if not os.path.isfile(file):
             raise ValueError(f"{file} is not a regular file; name files, or a folder of them.")
@@ -99,6 +101,15 @@ def find_files(source: SourceConfig) -> list[str]:
                 f"{', '.join(COMPRESSIONS)} too. Convert it, such as a spreadsheet to .csv."
             )
     return files
+
+
+def _refuse_twins(files: Sequence[str]) -> None:
+    """Raises ValueError for a text file that is there compressed as well, whose rows would come twice."""
+    found = set(files)
+    for file in files:
+        plain, ending = os.path.splitext(file)
+        if ending.lower() in COMPRESSIONS and plain in found:
+            raise ValueError(f"{plain} and {file} would give the same rows twice; name one of them, or move it.")
 
 
 def _refuse_hub_keys(source: SourceConfig, is_folder: bool) -> None:

@@ -650,3 +650,14 @@ def test_an_unknown_format_says_what_to_do(folder: Path) -> None:
         load(write(folder / "x.xlsx", b"PK"))
     with pytest.raises(ValueError, match=r"x.parquet.gz: the format is unknown"):
         load(write(folder / "x.parquet.gz", gzip.compress(b"PAR1")))
+
+
+def test_a_file_beside_its_compressed_form_is_refused(folder: Path) -> None:
+    rows = [{"a": "x", "b": "y", "task": "instr"}]
+    (folder / "both").mkdir()
+    plain = write_json(folder / "both" / "x.jsonl", rows)
+    write(folder / "both" / "x.jsonl.gz", gzip.compress(plain.read_bytes()))
+    for path in (folder / "both", folder / "both" / "x.jsonl*"):
+        with pytest.raises(ValueError, match=r"x.jsonl and .*x.jsonl.gz would give the same rows twice"):
+            load(path)
+    assert len(load(plain)) == 1
