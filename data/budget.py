@@ -14,7 +14,7 @@ class BudgetBatches(MixtureBatches):
     """Yields this rank's share of each global batch, of as many rows as fit its budgets.
 
     A rank's part is a stretch of the epoch's order that ends before the row which would exceed a budget; a row that
-    exceeds it by itself is a part of its own. The parts of all ranks follow each other and make a global batch, so all
+    exceeds it by itself is a part alone. The parts of all ranks follow each other and make a global batch, so all
     ranks have as many. In `homogeneous` order a global batch ends with the stretch of one source, where the last ranks
     may have no row, as in the last global batch of an epoch.
 

@@ -48,7 +48,7 @@ class _Mapped:
     """Reads records value by value, which for rows of many files costs less than gathering columns of each.
 
     Columns without any value in the file are not read: few files have hard negatives, media on both sides and a
-    teacher's vectors, and each column of a row takes pages of its own.
+    teacher's vectors, and each column of a row lies on another page.
 
     Args:
         batches: the record batches of the file.

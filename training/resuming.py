@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..data.budget import BudgetBatches
@@ -42,7 +41,7 @@ from .run_settings import (
     show_table,
     write_settings,
 )
-from .stream_batches import StreamBatches
+from .stream_batches import StreamBatches, loader_options
 
 logger = logging.get_logger(__name__)
 
@@ -205,13 +204,8 @@ class ResumingTrainer(Trainer):
             self.train_dataset,
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            **loader_options(args),
         )
         return prepare_data_loader(  # as for one rank: the batches are split already
             loader,

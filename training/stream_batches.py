@@ -13,6 +13,18 @@ from ..data.streamed_pairs import StreamCollator, StreamedPairs
 from .arguments import ViPolyQwenTrainingArguments
 
 
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """Returns how data workers load batches, for any loader of a run."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "worker_init_fn": partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    }
+
+
 class StreamBatches:
     """Batches of streamed pairs: a run is one epoch of them, whose length `max_steps` says.
 
@@ -37,19 +49,13 @@ class StreamBatches:
 
     def loader(self, collator: Any) -> DataLoader:
         """Returns the stock loader of the batches."""
-        args = self.args
         loader = DataLoader(
             self.sampler,
             batch_size=None,  # the pairs come in batches
             collate_fn=StreamCollator(collator),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            **loader_options(self.args),
         )
-        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=False)
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=False)
 
     def seen(self, stream: tuple[int, dict[str, Any]]) -> None:
         """Records worker and state of a batch that is trained on."""
