@@ -31,11 +31,13 @@ class StreamedBatch:
         rows: as `PairDataset.__getitem__` returns them.
         worker: number of the worker that read them.
         state: of its streams, in values of JSON.
+        bad: unusable rows before the last of `rows`, beyond those whose place `rows` take.
     """
 
     rows: list[dict[str, Any]]
     worker: int
     state: dict[str, Any]
+    bad: list[BadRow]
 
 
 @dataclass
@@ -166,7 +168,8 @@ class StreamedPairs(IterableDataset):
         reader = _Reader(self, self.states[worker])
         while True:
             rows = [reader.row() for _ in range(self.batch_size)]
-            yield StreamedBatch(rows, worker, reader.state())
+            yield StreamedBatch(rows, worker, reader.state(), reader.bad)
+            reader.bad = []
 
 
 class _Reader:
@@ -265,4 +268,8 @@ class StreamCollator:
 
     def __call__(self, batch: StreamedBatch | None) -> dict[str, Any]:
         """Returns the collated batch; an empty one for a batch that was taken before."""
-        return {} if batch is None else {**self.collator(batch.rows), "stream": (batch.worker, batch.state)}
+        if batch is None:
+            return {}
+        collated = self.collator(batch.rows)
+        replaced = [*collated["replaced"], *batch.bad]
+        return {**collated, "replaced": replaced, "stream": (batch.worker, batch.state)}

@@ -17,6 +17,7 @@ from .tables import class_labels, name_classes
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
 BATCH = 32  # records read at once
+PARQUET_BATCH = 1000  # records decoded at once; by default the rows of the first row group, which may be none
 SHARDS, BLOCK = 3, 4  # purpose of a key
 
 
@@ -91,7 +92,9 @@ def _load(source: SourceConfig) -> datasets.IterableDataset:
             f"its files are {', '.join(sorted(kinds))}; files of one of {', '.join(BUILDERS)} can be streamed. Leave "
             "`streaming` out, or write the rows to shards with `python -m vipolyqwen.data prepare`."
         )
-    return datasets.load_dataset(BUILDERS[kinds.pop()], data_files={"train": files}, split="train", streaming=True)
+    builder = BUILDERS[kinds.pop()]
+    options = {"batch_size": PARQUET_BATCH} if builder == "parquet" else {}
+    return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=True, **options)
 
 
 class RecordStream:
@@ -126,6 +129,7 @@ class RecordStream:
         self.consumer, self.consumers = consumer, consumers
         place = {"epoch": 0, "shard": 0, "row": 0, "library": None} if state is None else state["block"]
         self._epoch, self._shard, self._row = place["epoch"], place["shard"], place["row"]
+        self._barren: set[int] = set()  # shards read in succession that had nothing for this consumer
         self._open_shard(place["library"])
         self._fill()
         self._taken = 0 if state is None else state["taken"]
@@ -154,29 +158,25 @@ class RecordStream:
         if library is not None:
             self._opened.load_state_dict(library)
         self._library = library
+        self._is_barren = library is None  # whether nothing of the whole shard came so far
         self._batches = self._opened.iter(min(BATCH, self.opened.source.shuffle_buffer))
 
     def _fill(self) -> None:
         """Reads and shuffles the next block; blocks end with the epoch."""
         self._start = {"epoch": self._epoch, "shard": self._shard, "row": self._row, "library": self._library}
-        records: list[Record] = []
-        ends = 0  # of epochs without a record for this consumer; the first may be that of a complete epoch
-        while len(records) < self.opened.source.shuffle_buffer:
+        items: list[Any] = []
+        count = 0
+        while count < self.opened.source.shuffle_buffer:
             batch = self._next_batch()
             if batch is not None:
-                records += self._of_batch(batch)
+                for record in self._of_batch(batch):
+                    found, count = self.convert(record), count + 1
+                    items += found
+                    self._is_barren = self._is_barren and not found
                 self._library = self._opened.state_dict()
-            elif self._next_shard():
-                if records:
-                    break
-                ends += 1
-                if ends > 1:
-                    raise ValueError(
-                        f"{self.opened.source.path} has no rows, or fewer than the {self.consumers} readers (ranks × "
-                        "data workers) that share them; add rows, or leave `streaming` out."
-                    )
+            elif self._next_shard() and count:
+                break
         key = key_of(self.seed, BLOCK, self.number, self._start["epoch"], self._start["shard"], self._start["row"])
-        items = [item for record in records for item in self.convert(record)]
         order = permute(np.arange(len(items)), np.int64(len(items)), key)
         self._block, self._taken = [items[place] for place in order.tolist()], 0
 
@@ -184,15 +184,27 @@ class RecordStream:
         """Returns the next records, `None` at the end of the shard."""
         try:
             return next(self._batches, None)
-        except (OSError, ValueError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError) as error:
+        except (OSError, ValueError, TypeError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError) as error:
             shard = self._shards()[self._shard]
             raise ValueError(
                 f"{self.opened.source.path}, shard {shard}, after record {self._row}: the stream cannot be read: "
-                f"{error}. Repair the shard, or resume the run when it can be reached; no row is lost."
+                f"{error}. Repair the shard, or resume the run when it can be reached; no row is lost. If its columns "
+                "or their types are not those of the first shard, write all rows to shards with "
+                "`python -m vipolyqwen.data prepare`."
             ) from error
 
     def _next_shard(self) -> bool:
-        """Opens the next shard; returns whether it is the first of the next epoch."""
+        """Opens the next shard; returns whether it is the first of the next epoch.
+
+        Raises:
+            ValueError: no shard has a row for this consumer.
+        """
+        self._barren = self._barren | {self._shards()[self._shard]} if self._is_barren else set()
+        if len(self._barren) == self.opened.dataset.num_shards:
+            raise ValueError(
+                f"{self.opened.source.path} has no rows of the tasks that are trained, or fewer than the "
+                f"{self.consumers} readers (ranks × data workers) that share them; add rows, or leave the source out."
+            )
         self._shard, self._row = self._shard + 1, 0
         is_new = self._shard == len(self._shards())
         if is_new:

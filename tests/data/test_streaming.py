@@ -238,6 +238,47 @@ def test_fewer_rows_than_readers_are_an_error(tmp_path: Path) -> None:
         stream(source, 2, 3)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("sizes", [(0, 1, 7, 0, 12), (3, 0, 0, 0)])  # a reader may draw only empty shards
+def test_empty_shards_are_passed(tmp_path: Path, kind: str, sizes: tuple[int, ...]) -> None:
+    schema = pa.schema({"a": pa.string(), "b": pa.string()})
+    for shard, size in enumerate(sizes):
+        rows = [{"a": a_text(shard, row), "b": "x"} for row in range(size)]
+        pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / f"{shard}.parquet")
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source, seen = opened(tmp_path / f"*.{kind}", shuffle_buffer=5), []
+    for consumer in range(2):
+        records = stream(source, consumer, 2)
+        while (record := next(records)).epoch < 6:
+            seen += [(record.epoch, record.values["a"])]
+    wanted = [a_text(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+    assert sorted(seen) == sorted((epoch, text) for epoch in range(6) for text in wanted)
+
+
+def test_a_source_whose_tasks_are_all_left_out_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"a": "x", "b": "y"}))
+    config = {"path": str(tmp_path / "one.jsonl"), "task": "instr", "streaming": True}
+    pairs = StreamedPairs.of([config], TASKS, Checker(TASKS, 400), ("instr",))
+    pairs.begin_at(0, 0, None)
+    with pytest.raises(ValueError, match="has no rows of the tasks that are trained"):
+        next(iter(pairs))
+
+
+def test_every_bad_row_is_reported_with_the_batch_it_came_before(tmp_path: Path) -> None:
+    rows = [{"a": f"a {row}" if row % 10 == 0 else "", "b": "x"} for row in range(40)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    batch = next(iter(pairs_of({"path": str(tmp_path / "bad.jsonl")}, on_bad_row="skip", batch_size=5)))
+    bad = [row["replaces"] for row in batch.rows if row["replaces"] is not None] + batch.bad
+    assert {each.row for each in bad} >= {row + 1 for row in range(40) if row % 10}  # of a whole epoch
+
+
+def test_a_shard_with_other_columns_is_named_with_the_remedy(tmp_path: Path) -> None:
+    for shard, score in enumerate((None, 0.5)):
+        (tmp_path / f"{shard}.jsonl").write_text(json.dumps({"a": "x", "b": "y", "score": score}))
+    with pytest.raises(ValueError, match=r"shard 1, after record 0: .*not those of the first shard.*prepare"):
+        next(iter(pairs_of({"path": str(tmp_path / "*.jsonl")}, batch_size=3)))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, kind: str) -> None:
     good = (folder / f"part-0.{kind}").read_bytes() if kind != "tar" else archive_of({"0.txt": b"x", "0.cls": b"1"})
