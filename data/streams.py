@@ -66,6 +66,10 @@ class StreamedSource:
             dataset = dataset.decode(False)
         except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
             raise ValueError(f"{source.path}: the source cannot be streamed: {error}") from error
+        except ImportError as error:  # of the file system that the address names
+            raise ValueError(
+                f"{source.path}: the source cannot be streamed: {error}. Install it, or download the files."
+            ) from error
         names = list(dataset.features)
         return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)))
 

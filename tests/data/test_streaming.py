@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import _registry
 from helpers import random_image
 from torch.utils.data import DataLoader
 
@@ -298,3 +300,12 @@ def archive_of(members: dict[str, bytes]) -> bytes:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def test_an_address_whose_file_system_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec.implementations.http", None)  # as without aiohttp
+    monkeypatch.delitem(_registry, "https", raising=False)
+    with pytest.raises(
+        ValueError, match=r"https://host.invalid/a.jsonl: .*cannot be streamed: .*aiohttp.* Install it"
+    ):
+        pairs_of({"path": "https://host.invalid/a.jsonl"})
