@@ -3,6 +3,7 @@
 The training stack is imported where a test needs it, so that tests of the shipped files start fast.
 """
 
+import faulthandler
 import json
 import os
 from collections.abc import Callable
@@ -258,6 +259,7 @@ def run_on_rank(rank: int, work: Callable[..., None], rendezvous: Path, *inputs:
     """Runs in each process of `run_on_two_ranks`."""
     from vipolyqwen.training.distributed import end_process_group
 
+    faulthandler.enable()  # a rank that crashes says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=120))
     work(rank, *inputs)

@@ -1,5 +1,6 @@
 """Cached gradients: the same gradients from chunks as from the whole batch, in one process and in several."""
 
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import EVERYTHING as EVERY_OPTION
 from helpers import (
     KEY_BIAS,
@@ -283,17 +285,24 @@ def learn_from_unlike_gradients(trainer: ViPolyQwenTrainer, rank: int) -> Tensor
 def take_steps(rank: int, folder: Path) -> None:
     """Runs in each of two processes; the first leaves gradients, log and number of reductions of every case."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
-    for name, chunk, batches in CASES:
-        trainer, pairs = build_trainer(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
-        model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
-        for _ in range(batches - 1):
-            accumulate(trainer, rows, model)
-        with CountReductions() as reductions:
-            log = training_step(trainer, rows, model)
-        gradients = gradients_of(trainer)
-        if rank == 0:
-            torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
+    for case in CASES:
+        take_step(rank, folder, *case)
+        gc.collect()  # ends the reducers and shards of the case while no collective runs
+        dist.barrier()
+    trainer, _ = build_trainer(folder, *EVERYTHING)
     torch.save(learn_from_unlike_gradients(trainer, rank), folder / f"learned-{rank}.pt")
+
+
+def take_step(rank: int, folder: Path, name: str, chunk: int | str | None, batches: int) -> None:
+    trainer, pairs = build_trainer(folder, *EVERYTHING, *CHUNK_FLAGS[chunk])
+    model, rows = WRAPPERS[name](trainer.model), rows_of(pairs, rank)
+    for _ in range(batches - 1):
+        accumulate(trainer, rows, model)
+    with CountReductions() as reductions:
+        log = training_step(trainer, rows, model)
+    gradients = gradients_of(trainer)
+    if rank == 0:
+        torch.save((gradients, log, reductions.count), folder / f"{name}-{chunk}-{batches}.pt")
 
 
 @pytest.fixture(scope="module")
