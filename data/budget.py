@@ -43,9 +43,8 @@ class BudgetBatches(MixtureBatches):
         self.budgets = budgets
         self._plans: dict[tuple[int, int], np.ndarray] = {}  # of the last places that were asked for
 
-    def __len__(self) -> int:
-        """Returns the number of batches of the first epoch; another epoch may have a few more or fewer."""
-        return len(self.plan(0))
+    def _batches_from(self, epoch: int, row: int) -> int:
+        return len(self.plan(epoch, row))
 
     def largest(self) -> int:
         """Returns the rows of the largest global batch of the first epoch."""
@@ -56,13 +55,6 @@ class BudgetBatches(MixtureBatches):
         """Starts `epoch` after `row` rows of its order; the visited rows count as complete updates."""
         before = int(np.searchsorted(self.plan(epoch)[:, -1], row, side="right"))
         self._start = (epoch, row, before // accumulation * accumulation)
-
-    def begin(self, epoch: int) -> tuple[int, int, int]:
-        """Returns the first row of an epoch, the batches that earlier rows count as, and the batches in total."""
-        at, row, before = self._start
-        if epoch != at:
-            row, before = 0, 0
-        return row, before, before + len(self.plan(epoch, row))
 
     def position(self, epoch: int, batches: int) -> tuple[int, int]:
         """Returns the epoch and row at which to resume after `batches` batches since the start of `epoch`."""

@@ -141,8 +141,12 @@ class MixtureBatches(Sampler[list[int]]):
         return self.batch_size * self.processes
 
     def __len__(self) -> int:
-        """Returns the number of batches of a complete epoch."""
-        return self._count(len(self.sampler))
+        """Returns the number of batches of the first epoch, complete; filled to a budget, others may differ."""
+        return self._batches_from(0, 0)
+
+    def _batches_from(self, epoch: int, row: int) -> int:
+        """Returns the number of batches of an epoch after `row` rows of its order."""
+        return self._count(len(self.sampler) - row)
 
     def _count(self, rows: int) -> int:
         return rows // self.joined if self.drop_last else -(-rows // self.joined)
@@ -162,7 +166,7 @@ class MixtureBatches(Sampler[list[int]]):
         at, row, before = self._start
         if epoch != at:
             row, before = 0, 0
-        return row, before, before + self._count(len(self.sampler) - row)
+        return row, before, before + self._batches_from(epoch, row)
 
     def position(self, epoch: int, batches: int) -> tuple[int, int]:
         """Returns the epoch and row at which to resume after `batches` batches since the start of `epoch`."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import fsspec.asyn
@@ -136,13 +136,8 @@ class StreamedPairs(IterableDataset):
 
     def launch(self, batch_size: int, rank: int, ranks: int, workers: int, seed: int) -> None:
         """Says for which rank these pairs are, how many there are, and of which size the batches."""
-        self.batch_size, self.rank, self.ranks, self.workers, self.seed = (
-            batch_size,
-            rank,
-            ranks,
-            max(1, workers),
-            seed,
-        )
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.ranks, self.workers = rank, ranks, max(1, workers)
 
     def begin_at(self, batches: int, taken: int, states: Sequence[dict[str, Any]] | None) -> None:
         """Says where a run begins.
@@ -221,21 +216,23 @@ class _Reader:
         )
 
 
-@dataclass
 class _Converter:
     """Turns the records of a source into checked rows."""
 
-    pairs: StreamedPairs
-    number: int
+    def __init__(self, pairs: StreamedPairs, number: int) -> None:
+        self.pairs, self.number = pairs, number
+        source = pairs.sources[number]
+        root = os.path.abspath(os.path.expanduser(source.media_root or ""))
+        self.reader_of = lru_cache(maxsize=1)(  # shards come one after the other
+            lambda shard: RecordReader(source, f"{source.path}, shard {shard}", root)
+        )
 
     def __call__(self, record: Record) -> list[tuple[Row, Place, int] | BadRow]:
-        source = self.pairs.sources[self.number]
-        file = f"{source.path}, shard {record.shard}"
-        reader = RecordReader(source, file, os.path.abspath(os.path.expanduser(source.media_root or "")))
+        reader = self.reader_of(record.shard)
         try:
             pairs = reader.choices(record.values, record.number)
         except RowError as error:
-            return [self.pairs.refused(error, file)]
+            return [self.pairs.refused(error, reader.file)]
         found = [self._row(reader, record, pair, choices) for pair, choices in enumerate(pairs)]
         return [each for each in found if each is not None]
 
@@ -243,8 +240,10 @@ class _Converter:
         self, reader: RecordReader, record: Record, pair: int, choices: Sequence[Mapping[str, Any]]
     ) -> tuple[Row, Place, int] | BadRow | None:
         """Returns a row, of several choices one that the epoch draws; `None` for one of a task that is left out."""
-        drawn = key_of(self.pairs.seed, CHOICE, record.epoch, self.number, record.shard, record.number, pair)
-        values = choices[int(drawn[0] % np.uint64(len(choices)))]
+        values = choices[0]
+        if len(choices) > 1:
+            drawn = key_of(self.pairs.seed, CHOICE, record.epoch, self.number, record.shard, record.number, pair)
+            values = choices[int(drawn[0] % np.uint64(len(choices)))]
         place = reader.place(record.number, pair, values.get("id"), record.values)
         try:
             row = reader.row(values, place)

@@ -133,6 +133,7 @@ class RecordStream:
         self.consumer, self.consumers = consumer, consumers
         place = {"epoch": 0, "shard": 0, "row": 0, "library": None} if state is None else state["block"]
         self._epoch, self._shard, self._row = place["epoch"], place["shard"], place["row"]
+        self._shards = self._drawn_shards()
         self._barren: set[int] = set()  # shards read in succession that had nothing for this consumer
         self._open_shard(place["library"])
         self._fill()
@@ -151,14 +152,14 @@ class RecordStream:
         self._taken += 1
         return self._block[self._taken - 1]
 
-    def _shards(self) -> Sequence[int]:
+    def _drawn_shards(self) -> list[int]:
         """Returns the shards that this consumer reads in the epoch, in their order."""
         count = self.opened.dataset.num_shards
         order = permute(np.arange(count), np.int64(count), key_of(self.seed, SHARDS, self.number, self._epoch))
         return (order if count < self.consumers else order[self.consumer :: self.consumers]).tolist()
 
     def _open_shard(self, library: dict[str, Any] | None) -> None:
-        self._opened = self.opened.shard(self._shards()[self._shard])
+        self._opened = self.opened.shard(self._shards[self._shard])
         if library is not None:
             self._opened.load_state_dict(library)
         self._library = library
@@ -189,7 +190,7 @@ class RecordStream:
         try:
             return next(self._batches, None)
         except (OSError, ValueError, TypeError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError) as error:
-            shard = self._shards()[self._shard]
+            shard = self._shards[self._shard]
             raise ValueError(
                 f"{self.opened.source.path}, shard {shard}, after record {self._row}: the stream cannot be read: "
                 f"{error}. Repair the shard, or resume the run when it can be reached; no row is lost. If its columns "
@@ -203,22 +204,23 @@ class RecordStream:
         Raises:
             ValueError: no shard has a row for this consumer.
         """
-        self._barren = self._barren | {self._shards()[self._shard]} if self._is_barren else set()
+        self._barren = self._barren | {self._shards[self._shard]} if self._is_barren else set()
         if len(self._barren) == self.opened.dataset.num_shards:
             raise ValueError(
                 f"{self.opened.source.path} has no rows of the tasks that are trained, or fewer than the "
                 f"{self.consumers} readers (ranks × data workers) that share them; add rows, or leave the source out."
             )
         self._shard, self._row = self._shard + 1, 0
-        is_new = self._shard == len(self._shards())
+        is_new = self._shard == len(self._shards)
         if is_new:
             self._epoch, self._shard = self._epoch + 1, 0
+            self._shards = self._drawn_shards()
         self._open_shard(None)
         return is_new
 
     def _of_batch(self, batch: dict[str, list[Any]]) -> Iterator[Record]:
         """Yields the records of a batch that are this consumer's."""
-        shard, shares_shards = self._shards()[self._shard], self.opened.dataset.num_shards < self.consumers
+        shard, shares_shards = self._shards[self._shard], self.opened.dataset.num_shards < self.consumers
         for values in zip(*batch.values(), strict=True):
             self._row += 1
             if not shares_shards or self._row % self.consumers == self.consumer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
+from ..data.source_config import SourceConfig
 from ..data.sources import PairDataset
 from ..data.streamed_pairs import StreamedPairs
 from ..publishing.repository import TRAINING_FILE, write_json
@@ -72,33 +73,19 @@ def describe_pairs(pairs: PairDataset | StreamedPairs) -> list[dict[str, Any]]:
     Of a source that is streamed, the rows are not known: `None`.
     """
     if isinstance(pairs, StreamedPairs):
-        names = [(source, _is_hub_id(source.path)) for source in pairs.sources]
-        return [
-            {
-                "name": source.path if on_hub else Path(source.path).name,
-                "on_hub": on_hub,
-                "rows": None,
-                "weight": source.weight,
-                "tasks": {},
-                "sides": {},
-            }
-            for source, on_hub in names
-        ]
+        return [{**_named(source), "rows": None, "tasks": {}, "sides": {}} for source in pairs.sources]
     described, start = [], 0
     for source, rows in zip(pairs.sources, pairs.source_lengths, strict=True):
-        on_hub = _is_hub_id(source.path)
-        described.append(
-            {
-                "name": source.path if on_hub else Path(source.path).name,
-                "on_hub": on_hub,
-                "rows": rows,
-                "weight": source.weight,
-                "tasks": pairs.task_counts(start, start + rows),
-                "sides": pairs.modality_counts(start, start + rows),
-            }
-        )
+        tasks, sides = (count(start, start + rows) for count in (pairs.task_counts, pairs.modality_counts))
+        described.append({**_named(source), "rows": rows, "tasks": tasks, "sides": sides})
         start += rows
     return described
+
+
+def _named(source: SourceConfig) -> dict[str, Any]:
+    """Returns the name of a source without its folder, whether it is that of a Hub dataset, and its weight."""
+    on_hub = _is_hub_id(source.path)
+    return {"name": source.path if on_hub else Path(source.path).name, "on_hub": on_hub, "weight": source.weight}
 
 
 def _origin(model_args: ModelArguments) -> dict[str, Any]:

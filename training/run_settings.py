@@ -45,17 +45,8 @@ FREE |= {"model", "vlm", "audio", "train_data", "eval_data", "without_tasks"}
 
 # How long and in which portions a run computes: a resumed run applies them, and its record says so.
 APPLIED = {"processes", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}
-APPLIED |= {
-    "batch_tokens",
-    "batch_pixels",
-    "embed_chunk",
-    "embed_chunk_tokens",
-    "packing",
-    "attn_implementation",
-    "use_cpu",
-    "tf32",
-    "fsdp",
-}
+APPLIED |= {"embed_chunk", "embed_chunk_tokens", "packing", "attn_implementation", "use_cpu", "tf32", "fsdp"}
+APPLIED |= {"batch_tokens", "batch_pixels"}
 APPLIED |= {"fsdp_config", "parallelism_config", "accelerator_config", "auto_find_batch_size", "full_determinism"}
 APPLIED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"}
 APPLIED |= {"activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
