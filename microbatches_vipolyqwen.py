@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 MICROBATCH_COST = 64  # tokens; fixed cost of a forward (and backward), compared in benchmarks/length_buckets.py
-INFERENCE_COST = 16  # tokens; of a forward alone on a CPU, which reads all weights: 17 with 108M parameters, and
-SMALL_LAYER = 740_000  # divided by the square of the width, for the calls of small layers: 61 with 2M
+INFERENCE_COST = 45  # tokens; of a forward alone on a CPU, which reads all weights: 49 with 108M parameters, and
+SMALL_LAYER = 2_600_000  # divided by the square of the width, for the calls of small layers: 215 with 2M
 CUDA_INFERENCE_COST = 1024  # tokens; on CUDA the launches of a forward take as long as many tokens do
 MAX_LENGTH_CLASSES = 256  # bounds the O(classes²) search of `length_buckets`
 

@@ -24,6 +24,7 @@ from .audio_vipolyqwen import (
     receptive_field,
 )
 from .configuration_vipolyqwen import HUB_KWARGS, ViPolyQwenConfig, warn_of_untested_version
+from .linear_vipolyqwen import use_onednn
 from .microbatches_vipolyqwen import Division, divide_batch, inference_cost, take_rows
 from .packing_vipolyqwen import pack, packed_attention, takes_lengths
 from .pooling_vipolyqwen import (
@@ -35,6 +36,7 @@ from .pooling_vipolyqwen import (
     ZeroLinear,
     unit_vectors,
 )
+from .vision_vipolyqwen import use_faster_vision
 
 logger = logging.get_logger(__name__)
 
@@ -145,9 +147,10 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
                 if remove_duplicate:
                     memo.add(module)
                 yield name, module
-                start = f"{name}." if name else ""
-                parts = reversed(module._modules.items())
-                found.extend((start + part, inner) for part, inner in parts if inner is not None)
+                if module._modules:
+                    start = f"{name}." if name else ""
+                    parts = reversed(module._modules.items())
+                    found += [(start + part, inner) for part, inner in parts if inner is not None]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -213,7 +216,13 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if config.towers is not None:
             absent = {"image": r"^vlm\.visual\.", "audio": r"^audio_"}
             self._keys_to_ignore_on_load_unexpected = [absent[name] for name in absent if not config.loads(name)]
+        self.use_faster_layers()
         self.post_init()
+
+    def use_faster_layers(self) -> None:
+        """Turns stock layers into faster ones with the same weights and values; again if a backbone is replaced."""
+        use_faster_vision(self)
+        use_onednn(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the model as `PreTrainedModel.save_pretrained` does.
@@ -421,7 +430,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
 
         Training names the rows instead; an input may also overflow float16, which whoever encodes it has to see.
         """
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or embeddings.isfinite().all():
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or embeddings.sum().isfinite():
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():  # weights may be shards
             return
@@ -453,7 +462,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         self._check_images(input_ids, pixel_values, image_grid_thw, image_indices)
         starts_at_0 = right_padded or _is_one_text(mask)
         if position_ids is None and starts_at_0 and image_grid_thw is None:
-            position_ids = torch.arange(mask.shape[1], device=mask.device).expand(3, len(mask), -1)
+            rows = len(mask) if packing else 1  # else the same for all
+            position_ids = torch.arange(mask.shape[1], device=mask.device).expand(3, rows, -1)
         elif position_ids is None:
             grids = image_grid_thw if image_indices is None else image_grid_thw[image_indices]
             position_ids = self._position_ids(input_ids, mask, inputs_embeds, grids)

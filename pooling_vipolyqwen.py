@@ -77,7 +77,7 @@ def _weighted_sum(states: torch.Tensor, weights: torch.Tensor, mask: torch.Tenso
         weighted = weights[mask][:, None] * states  # (T, D)
         return weighted.new_zeros(len(mask), states.shape[1]).index_add(0, rows, weighted)
     with torch.autocast(states.device.type, enabled=False):
-        return torch.einsum("bn,bnd->bd", weights, states)
+        return (weights[:, None] @ states)[:, 0]
 
 
 def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:

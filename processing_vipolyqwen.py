@@ -556,8 +556,12 @@ class ViPolyQwenProcessor(ProcessorMixin):
 
     def _pad(self, rows: list[list[int]], side: str | None, multiple: int) -> dict[str, np.ndarray]:
         """Returns the rows padded to the longest as arrays, as `tokenizer.pad` does by way of lists."""
-        lengths = np.array([len(row) for row in rows])
-        width = -(-int(lengths.max()) // multiple) * multiple
+        counts = [len(row) for row in rows]
+        width = -(-max(counts) // multiple) * multiple
+        if min(counts) == width:
+            ids = np.array(rows, np.int64)
+            return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        lengths = np.array(counts)
         mask = np.arange(width) < lengths[:, None]
         if (side or self.tokenizer.padding_side) == "left":
             mask = mask[:, ::-1]

@@ -4,15 +4,15 @@
 
 Stock is sentence-transformers' Transformer on the language model alone, mean pooling and normalisation; bare is the
 language model on one text after another, without padding. Texts are of random syllables, the numbers of words
-log-normal; a mixture of modalities is compared with this model in one pass of each batch (`divide=False`). `--long`
-adds 4,096 texts, which take sentence-transformers' order by length best. The vectors of both ways are compared.
-Writes benchmarks/results/encode_speed.json and the table of docs/performance.md.
+log-normal, other ones in each round; a mixture of modalities is compared with this model in one pass of each batch
+(`divide=False`). `--long` adds 4,096 texts, which take sentence-transformers' order by length best. The vectors of
+both ways are compared. Writes benchmarks/results/encode_speed.json and the table of docs/performance.md.
 """
 
 import argparse
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,10 @@ class Contest:
         """Returns a row of the table for each workload and each alternative."""
         rng = np.random.default_rng(1)
         rows = []
-        for workload, inputs in self.workloads(rng, long):
-            seconds = alternate(self.runs(workload, inputs), repeats)
-            error = self.difference(inputs) if workload in ("mixed_lengths", "modalities") else None
+        for workload, rounds in self.workloads(rng, long, 1 + repeats):
+            ways = self.ways(workload)
+            seconds = alternate({name: in_turn(way, rounds) for name, way in ways.items()}, repeats)
+            error = self.difference(rounds[0]) if workload in ("mixed_lengths", "modalities") else None
             for over in [name for name in seconds if name != "ours"]:
                 ratio = speedup(seconds, "ours", over)
                 bar = BARS.get((workload, over, self.dtype)) if self.name == "mid" or over == "stock" else None
@@ -117,34 +118,39 @@ class Contest:
                 print(rows[-1], flush=True)
         return rows
 
-    def workloads(self, rng: np.random.Generator, long: bool) -> Iterator[tuple[str, list[Any]]]:
-        """Returns name -> inputs."""
-        texts = [words(rng, int(n)) for n in np.clip(np.exp(rng.normal(4.2, 1.0, MODELS[self.name][1])), 8, 1024)]
-        yield "mixed_lengths", texts
-        short = [words(rng, int(n)) for n in rng.integers(3, 12, 256)]
-        yield "short", short
-        yield "one_by_one", short[:32]
-        yield "preprocess", short[:1] * 300
-        yield "modalities", mixture(rng, texts[:64])
-        if long and self.name == "demo":
-            yield "sorted", [words(rng, int(n)) for n in np.clip(np.exp(rng.normal(4.2, 1.0, 4096)), 8, 1024)]
+    def workloads(self, rng: np.random.Generator, long: bool, rounds: int) -> Iterator[tuple[str, list[list[Any]]]]:
+        """Returns name -> inputs of each round; other ones each time, since new lengths may take longer."""
 
-    def runs(self, workload: str, inputs: list[Any]) -> dict[str, Any]:
-        """Returns the alternatives of a workload."""
+        def mixed(count: int) -> list[str]:
+            return [words(rng, int(n)) for n in np.clip(np.exp(rng.normal(4.2, 1.0, count)), 8, 1024)]
+
+        texts = [mixed(MODELS[self.name][1]) for _ in range(rounds)]
+        yield "mixed_lengths", texts
+        short = [[words(rng, int(n)) for n in rng.integers(3, 12, 256)] for _ in range(rounds)]
+        yield "short", short
+        yield "one_by_one", [inputs[:32] for inputs in short]
+        yield "preprocess", [inputs[:1] * 300 for inputs in short]
+        yield "modalities", [mixture(rng, inputs[:64]) for inputs in texts]
+        if long and self.name == "demo":
+            yield "sorted", [mixed(4096)] * rounds
+
+    def ways(self, workload: str) -> dict[str, Callable[[list[Any]], Any]]:
+        """Returns the alternatives of a workload, each a function of its inputs."""
         if workload == "modalities":
-            return {"ours": lambda: self.encode(self.ours, inputs), "undivided": lambda: self.undivided(inputs)}
+            return {"ours": lambda inputs: self.encode(self.ours, inputs), "undivided": self.undivided}
+        models = {"ours": self.ours, "stock": self.stock}
         if workload == "preprocess":
             return {
-                name: lambda model=model: [model.preprocess([text]) for text in inputs]
-                for name, model in (("ours", self.ours), ("stock", self.stock))
+                name: lambda inputs, model=model: [model.preprocess([text]) for text in inputs]
+                for name, model in models.items()
             }
         if workload == "one_by_one":
             return {
-                name: lambda model=model: [self.encode(model, text) for text in inputs]
-                for name, model in (("ours", self.ours), ("stock", self.stock))
+                name: lambda inputs, model=model: [self.encode(model, text) for text in inputs]
+                for name, model in models.items()
             }
-        runs = {name: lambda m=m: self.encode(m, inputs) for name, m in (("ours", self.ours), ("stock", self.stock))}
-        return runs | ({"bare": lambda: self.bare(inputs)} if workload == "mixed_lengths" else {})
+        ways = {name: lambda inputs, model=model: self.encode(model, inputs) for name, model in models.items()}
+        return ways | ({"bare": self.bare} if workload == "mixed_lengths" else {})
 
     def encode(self, model: SentenceTransformer, inputs: Any) -> torch.Tensor:
         """Encodes as a user does."""
@@ -169,6 +175,12 @@ class Contest:
         divided, joint = self.encode(self.ours, inputs).float(), self.undivided(inputs).float()
         cosines = torch.nn.functional.cosine_similarity(divided, joint)
         return {"largest_difference": float((divided - joint).abs().max()), "least_cosine": float(cosines.min())}
+
+
+def in_turn(way: Callable[[list[Any]], Any], rounds: list[list[Any]]) -> Callable[[], Any]:
+    """Returns a function that passes the inputs of the next round to `way` at each call."""
+    following = iter(rounds)
+    return lambda: way(next(following))
 
 
 @contextmanager

@@ -350,7 +350,7 @@ def linear_flops(module: nn.Module) -> int:
     """FLOPs of all linear layers for one position; an adapted layer counts as its base layer."""
     names = {name for name, _ in module.named_modules() if ".lora_" in f".{name}"}
     layers = (layer for name, layer in module.named_modules() if name not in names)
-    return sum(2 * layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
+    return sum(2 * layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
 
 
 def best_mfu(rows: list[dict[str, Any]], bar: float, device: torch.device) -> dict[str, Any]:

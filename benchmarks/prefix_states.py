@@ -136,7 +136,7 @@ def hidden_states(model: ViPolyQwenModel) -> Iterator[list[torch.Tensor]]:
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """The mean 1 − cosine of two (tokens, D)."""
-    return (1 - cosine_similarity(one.float(), other.float(), dim=-1)).mean().item()
+    return (1 - cosine_similarity(one.float(), other.float(), dim=-1)).clamp(min=0).mean().item()
 
 
 def report(result: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def write_table(page: str, name: str, header: Sequence[str], rows: Sequence[Sequ
 
 def machine() -> str:
     """What the numbers were measured on."""
-    processor = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    processor = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else f"{processor}, CPU"
 
 

@@ -92,6 +92,7 @@ def build_model(
             setattr(model, name, towers[name])
         else:
             module.to_empty(device=towers["vlm"].device).apply(model._init_weights)
+    model.use_faster_layers()
     return model
 
 

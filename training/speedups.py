@@ -1,101 +1,13 @@
-"""Faster layers: images of one size together, `torch.compile` of layers, Liger kernels in the language model."""
-
-from itertools import groupby
-from typing import Any
+"""Faster layers of a run: `torch.compile` of layers, Liger kernels in the language model."""
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 from transformers.utils import is_liger_kernel_available
-
-from ..packing_vipolyqwen import TORCH_VARLEN
 
 # The blocks of the vision tower loop over a list of lengths and would recompile for each number of images.
 COMPILED = ("Qwen2VLDecoderLayer", "HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
 VARIANTS = 64  # graphs of a layer: with or without gradient, mask, autocast; one row or many (torch: 8)
-
-
-class BatchedVisionAttention(VisionAttention):
-    """Attends to the images of a run of one size in one call; the stock layer, with SDPA, to one image after another.
-
-    Queries and keys are rotated together, in three passes over them.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Returns (patches, width) for the hidden states of the patches of all images.
-
-        Args:
-            hidden_states: (patches, width) float, image after image.
-            cu_seqlens: (images + 1,) int32, cumulative patches, from 0.
-            position_embeddings: cosine and sine of the patches, (patches, head size) each.
-            **kwargs: unused.
-        """
-        patches = len(hidden_states)
-        states = self.qkv(hidden_states).view(patches, 3, self.num_heads, -1)
-        cosine, sine = (x[:, None, None].float() for x in position_embeddings)
-        rotated = _Rotation.apply(states[:, :2], cosine, sine)
-        attended, first = [], 0
-        for size, run in groupby((cu_seqlens[1:] - cu_seqlens[:-1]).tolist()):
-            images = len(list(run))
-            last = first + images * size
-            parts = (rotated[first:last, 0], rotated[first:last, 1], states[first:last, 2])
-            by_image = (part.unflatten(0, (images, size)).transpose(1, 2) for part in parts)
-            values = scaled_dot_product_attention(*by_image, scale=self.scaling)  # (images, heads, size, head size)
-            attended.append(values.transpose(1, 2).reshape(last - first, -1))
-            first = last
-        return self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotates pairs of dimensions d and d + head size / 2 by an angle each; the gradient rotates back."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _rotate(states, cosine, sine)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return _rotate(gradient, cosine, -sine), None, None
-
-
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Computes in float32, (patches, 2, heads, head size), and returns the dtype of the states."""
-    half = states.shape[-1] // 2
-    values = states.float()
-    rotated = values * cosine
-    rotated[..., :half].addcmul_(values[..., half:], sine[..., :half], value=-1)
-    rotated[..., half:].addcmul_(values[..., :half], sine[..., half:])
-    return rotated.to(states.dtype)
-
-
-def batch_vision_attention(model: nn.Module) -> int:
-    """Lets the vision tower attend to images of one size together, in place; names of weights do not change.
-
-    FlashAttention, which takes all sizes in one call, and eager attention stay as they are.
-
-    Args:
-        model: a `ViPolyQwenModel`.
-
-    Returns:
-        the number of layers changed.
-    """
-    layers = [module for module in model.modules() if type(module) is VisionAttention]
-    layers = [layer for layer in layers if layer.config._attn_implementation in ("sdpa", TORCH_VARLEN)]
-    for layer in layers:
-        layer.__class__ = BatchedVisionAttention
-    return len(layers)
 
 
 def compile_layers(model: nn.Module, backend: str, mode: str | None) -> int:

@@ -46,7 +46,7 @@ from .parts import plain_name
 from .restoring import fitting_state, group_values, restore_by_name, restore_rates, restore_schedule
 from .resuming import ResumingTrainer
 from .run_settings import OPTIMIZER, SCHEDULE, check_differences, read_settings
-from .speedups import batch_vision_attention, compile_layers, use_liger_kernels
+from .speedups import compile_layers, use_liger_kernels
 from .stream_batches import launch_streams
 
 logger = logging.get_logger(__name__)
@@ -139,7 +139,6 @@ class ViPolyQwenTrainer(ResumingTrainer):
         args = self.args
         pays = takes_lengths(model.vlm.language_model.config, args.device)
         self.packing = args.packing == "true" or (args.packing == "auto" and pays)
-        batch_vision_attention(model)
         if args.use_liger_kernel:
             use_liger_kernels(model, args.device)
         if args.torch_compile:

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = re.compile(
-    r"(arguments|audio|configuration|conversations|download|fingerprint|headers|images|media|microbatches|modeling"
-    r"|packing|pooling|processing|tasks|waveforms)_vipolyqwen"
+    r"(arguments|audio|configuration|conversations|download|fingerprint|headers|images|linear|media|microbatches|modeling"
+    r"|packing|pooling|processing|tasks|vision|waveforms)_vipolyqwen"
 )
 COMMANDS = re.compile(r"(train|evaluate|publish|embed|serve|demo|export)_vipolyqwen|doctor|app|__main__")
 ROOMS = ["data", "evaluation", "publishing", "training", "serving", "demo"]

@@ -29,6 +29,7 @@ SHIPPED = {
     "fingerprint_vipolyqwen.py",
     "headers_vipolyqwen.py",
     "images_vipolyqwen.py",
+    "linear_vipolyqwen.py",
     "media_vipolyqwen.py",
     "microbatches_vipolyqwen.py",
     "modeling_vipolyqwen.py",
@@ -36,6 +37,7 @@ SHIPPED = {
     "pooling_vipolyqwen.py",
     "processing_vipolyqwen.py",
     "tasks_vipolyqwen.py",
+    "vision_vipolyqwen.py",
     "waveforms_vipolyqwen.py",
 }
 # What sentence-transformers brings along.

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.training import speedups
-from vipolyqwen.training.speedups import BatchedVisionAttention, batch_vision_attention, use_liger_kernels
+from vipolyqwen.training.speedups import use_liger_kernels
 
 SHORT = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "4", "--save_steps", "2"]
 
@@ -56,46 +56,6 @@ def test_bfloat16_with_checkpointing_micro_batches_and_packing_learns_as_float32
         assert {value.dtype for value in weights.values()} == {torch.float32}
     assert losses["saving"] != losses["plain"]
     assert losses["saving"] == pytest.approx(losses["plain"], rel=0.05)
-
-
-# --- images of one size together
-
-
-def features(tower: nn.Module, pixels: Tensor, grids: Tensor) -> Tensor:
-    """Features of images, and gradients of the tower in place."""
-    merged = tower(pixels, grids).pooler_output
-    merged.square().mean().backward()
-    return merged
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_images_of_one_size_share_a_call_and_keep_their_features(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
-) -> None:
-    stock, batched = (ViPolyQwenModel.from_pretrained(corpus / "base", dtype=dtype).vlm.visual for _ in range(2))
-    assert batch_vision_attention(batched) == len(batched.blocks)
-    grids = torch.tensor([[1, 4, 4], [1, 2, 8], [1, 4, 6], [1, 4, 4]])  # runs of 16, 24 and 16 patches
-    torch.manual_seed(0)
-    pixels = torch.randn(int(grids.prod(dim=-1).sum()), stock.patch_embed.proj.weight[0].numel()).to(dtype)
-    calls = []
-    attend = speedups.scaled_dot_product_attention
-    monkeypatch.setattr(
-        speedups,
-        "scaled_dot_product_attention",
-        lambda *states, **more: calls.append(states[0].shape[::2]) or attend(*states, **more),
-    )
-    wanted, found = (features(tower, pixels, grids) for tower in (stock, batched))
-    assert calls == [(2, 16), (1, 24), (1, 16)] * len(batched.blocks)
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-    for (name, value), other in zip(batched.named_parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(value.grad, other.grad, rtol=tolerance, atol=tolerance, msg=name)
-
-
-def test_training_batches_images_unless_attention_takes_all_sizes(corpus: Path) -> None:
-    trainer, _ = build_trainer(corpus)
-    assert {type(block.attn) for block in trainer.model.vlm.visual.blocks} == {BatchedVisionAttention}
-    eager = ViPolyQwenModel.from_pretrained(corpus / "base", attn_implementation="eager")
-    assert batch_vision_attention(eager) == 0
 
 
 # --- compiled layers
