@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..data.budget import BudgetBatches
 from ..data.sampler import MixtureBatches
 from ..data.streamed_pairs import StreamedPairs
+from .bad_rows import ReplacedRows
 from .balance import paper_steps
 from .checkpoints import (
     UNFINISHED,
@@ -68,6 +69,7 @@ class ResumingTrainer(Trainer):
         self.changed: set[str] = set()  # settings that this resumption changes
         self.group_names: list[list[str]] = []  # parameters of each group of the optimizer
         self.saved_groups: list[list[str]] = []  # the same of the optimizer in the checkpoint
+        self.replaced: ReplacedRows | None = None  # counts the rows that turn bad, if these are skipped
         self.stop = StopCallback()
         self.add_callback(self.stop)
 
@@ -101,6 +103,8 @@ class ResumingTrainer(Trainer):
         if self.args.should_save:
             delete_unfinished(Path(self.args.output_dir))
         self._resumed, self.history, self.changed = None, [], set()
+        if self.replaced is not None:
+            self.replaced.restore({})
         check_names(self.args.resume_with)
         self._chosen = self._find_checkpoint(wanted)
         if self._chosen is not None:
@@ -150,6 +154,8 @@ class ResumingTrainer(Trainer):
         self._take_over(saved, differences, place["step"])
         if place["order"] != now:
             self.args.ignore_data_skip = True
+        elif self.replaced is not None:
+            self.replaced.restore(place.get("bad_rows", {}))  # which earlier versions did not save
         self._resumed = None if self.args.ignore_data_skip else place
 
     def _take_over(self, saved: dict[str, Any] | None, differences: dict[str, tuple[Any, Any]], step: int) -> None:
@@ -323,7 +329,7 @@ class ResumingTrainer(Trainer):
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path, final: Path) -> None:
         """Writes the stock checkpoint and the position in the data to `written`, then renames it."""
-        streams = self._batches.place() if isinstance(self._batches, StreamBatches) else {}
+        place = self._place()
         self._unfinished = written.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -333,9 +339,7 @@ class ResumingTrainer(Trainer):
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            (written / SAMPLER_STATE).write_text(
-                json.dumps(self._place() | streams, indent=2) + "\n", encoding="utf-8"
-            )
+            (written / SAMPLER_STATE).write_text(json.dumps(place, indent=2) + "\n", encoding="utf-8")
             if self.settings is not None:
                 write_settings(written, self.settings, self.history, self.group_names)
         self.accelerator.wait_for_everyone()  # every rank writes its random state
@@ -374,6 +378,7 @@ class ResumingTrainer(Trainer):
         return "FSDP with any number of processes" if self.is_fsdp_enabled else "one process, or several with DDP"
 
     def _place(self) -> dict[str, Any]:
+        """Returns the position in the data, and the bad rows so far; every rank has to call it."""
         epoch, step = self._epoch_start
         batches = (self.state.global_step - step) * self.args.gradient_accumulation_steps
         epoch, row = self._batches.position(epoch, batches)
@@ -383,4 +388,6 @@ class ResumingTrainer(Trainer):
             "step": self.state.global_step,
             "order": self._batches.sampler.identity(),
             "launch": self._launch(),
+            **(self._batches.place() if isinstance(self._batches, StreamBatches) else {}),
+            **({} if self.replaced is None else {"bad_rows": self.replaced.state()}),
         }

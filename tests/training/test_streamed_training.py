@@ -70,16 +70,26 @@ def test_another_number_of_data_workers_is_refused_and_another_accumulation_cont
 def train_on_rank(rank: int, world: Path, output: Path) -> None:
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
     os.environ |= {name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    main = ["--output_dir", str(output), *PLAIN, "--max_steps", "4"]
+    main = ["--output_dir", str(output), *PLAIN, "--max_steps", "4", "--on_bad_row", "skip", "--max_bad_rows", "1.0"]
+    sources = yaml.safe_load((world / "recipe.yaml").read_text(encoding="utf-8"))["train_data"]
+    main += ["--train_data", json.dumps([{**sources[0], "path": str(output.parent / "part-*.jsonl")}])]
     train_main([str(world / "recipe.yaml"), *main])
     train_main([str(world / "recipe.yaml"), *main, "--max_steps", "5", "--resume_from_checkpoint", "true"])
 
 
-def test_two_ranks_read_other_shards_and_resume(world: Path, tmp_path: Path) -> None:
+def test_two_ranks_read_other_shards_and_resume_with_their_bad_rows(world: Path, tmp_path: Path) -> None:
+    for shard in range(2):  # every other row is bad
+        rows = [{"a": f"{row}" if row % 2 else "", "b": f"{shard} {row}"} for row in range(ROWS)]
+        (tmp_path / f"part-{shard}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     run_on_two_ranks(train_on_rank, tmp_path, world, tmp_path / "out")
     place = json.loads((tmp_path / "out" / "checkpoint-5" / SAMPLER_STATE).read_text(encoding="utf-8"))
     assert place["row"] == 5 * 2 * 4
     assert [rank[0]["drawn"] for rank in place["streams"]] == [20, 20]
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    bad = place["bad_rows"]["rows"]  # of both ranks, each its shard: all, since blocks of 16 were read
+    counts = {entry["step"]: entry["bad_rows"] for entry in log}
+    assert len({(row["file"], row["row"]) for row in bad}) == len(bad) == counts[5] >= counts[4] > 10
+    assert {row["file"][-1] for row in bad} == {"0", "1"} and place["bad_rows"]["seen"] == 5 * 2 * 4
 
 
 def test_bad_rows_are_counted_and_limited(world: Path, tmp_path: Path) -> None:
