@@ -60,8 +60,9 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _suits_onednn(values: Tensor, weight: Tensor) -> bool:
     """Returns whether oneDNN can compute a product, and is faster at it."""
-    watched = torch._C._len_torch_dispatch_stack() > 0  # FLOP counters and the like know torch's operators only
-    if watched or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:  # FLOP counters and the like know torch's operators only
         return False
     plain = type(values) is Tensor and type(weight) in (nn.Parameter, Tensor)  # not fake, quantized or sharded
     if not plain or values.dim() < 2 or values.shape[-1] != weight.shape[1]:
