@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 FEWEST_PRODUCTS = 2**22  # of a call; with fewer, oneDNN saves less than it takes to call (benchmarks/linear_speed.py)
-FEWEST_PRODUCTS_WITH_GRADIENT = 2**26  # in training most batches have a new shape, for which oneDNN prepares itself
+FEWEST_PRODUCTS_WITH_GRADIENT = 2**27  # in training most batches have a new shape, for which oneDNN prepares itself
 READING_ROWS = 7  # reading the weights takes as long as the products of so many rows
 
 

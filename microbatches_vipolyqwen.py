@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-MICROBATCH_COST = 64  # tokens; fixed cost of a forward (and backward), compared in benchmarks/length_buckets.py
+MICROBATCH_COST = 100  # tokens; fixed cost of a forward and backward, compared in benchmarks/length_buckets.py
 INFERENCE_COST = 45  # tokens; of a forward alone on a CPU, which reads all weights: 49 with 108M parameters, and
 SMALL_LAYER = 2_600_000  # divided by the square of the width, for the calls of small layers: 215 with 2M
 CUDA_INFERENCE_COST = 1024  # tokens; on CUDA the launches of a forward take as long as many tokens do
@@ -126,6 +126,11 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray
     lengths: list[int]
+
+
+def training_cost(hidden_size: int) -> int:
+    """Returns the fixed cost of a forward and backward, in tokens (benchmarks/length_buckets.py)."""
+    return MICROBATCH_COST + SMALL_LAYER // hidden_size**2
 
 
 def inference_cost(hidden_size: int, device: torch.device) -> int:
@@ -339,4 +344,5 @@ __all__ = [
     "select_media",
     "sharing",
     "take_rows",
+    "training_cost",
 ]

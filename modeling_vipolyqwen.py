@@ -268,6 +268,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         all_windows_at_once: bool = False,
         output_pooling_weights: bool = False,
         divide: bool = True,
+        right_padded: bool = False,
         **kwargs: Any,
     ) -> ViPolyQwenOutput:
         """Embeds a batch whose rows may be text, images, audio or any mix of them.
@@ -293,6 +294,8 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             divide: in inference, embed equal rows once and rows of like length together, without padding where the
                 attention takes lengths, unless outputs of every position are wanted. False, or `all_windows_at_once`,
                 makes one pass of all rows, as ranks need it that join collectives in a forward (FSDP, ZeRO-3).
+            right_padded: all padding stands on the right of its row, where no position of a causal model sees it, so
+                that attention takes no mask; `forward` finds out itself where it divides a batch.
             **kwargs: passed to the language model: `output_hidden_states`, `output_attentions`, `is_causal`.
 
         Returns:
@@ -327,7 +330,7 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
             if division is not None:
                 return self._embed_division(division, packing or not by_length, **kwargs)
         options = {"all_windows_at_once": all_windows_at_once, "output_pooling_weights": output_pooling_weights}
-        return self._embed_batch(**inputs, packing=packing, **options, **kwargs)
+        return self._embed_batch(**inputs, packing=packing, right_padded=right_padded, **options, **kwargs)
 
     def _refuse_padding(self, input_ids: torch.LongTensor) -> None:
         """Raises ValueError if ids without a mask have padding, which would be embedded; no text gives that token."""

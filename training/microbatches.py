@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..microbatches_vipolyqwen import length_buckets, sharing
+from ..microbatches_vipolyqwen import MICROBATCH_COST, length_buckets, sharing
 
 
 class RowSize(NamedTuple):
@@ -73,8 +73,10 @@ class MicrobatchLimit:
         return max(1, by_rows, 1 if self.tokens is None else -(-tokens // self.tokens))
 
 
-def plan_microbatches(sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[list[int]]:
-    """Assigns every row to one micro-batch and returns the row indices of each.
+def plan_microbatches(
+    sizes: Sequence[RowSize], limit: MicrobatchLimit, cost: int = MICROBATCH_COST
+) -> list[list[int]]:
+    """Assigns every row to one micro-batch and returns the row indices of each; `cost` tokens are its fixed cost.
 
     Groups rows of similar length, since padding short answers to the longest question costs more than additional
     micro-batches. Packed texts have no padding and are not grouped by length. Keeps rows with the same first image
@@ -85,7 +87,7 @@ def plan_microbatches(sizes: Sequence[RowSize], limit: MicrobatchLimit) -> list[
     buckets = [list(range(len(units)))]
     if not limit.packed:
         buckets = length_buckets(
-            longest, counts=[len(unit) for unit in units], least_microbatches=limit.least_microbatches
+            longest, cost, counts=[len(unit) for unit in units], least_microbatches=limit.least_microbatches
         )
     microbatches = []
     for bucket in buckets:

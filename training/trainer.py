@@ -22,6 +22,7 @@ from ..data.sampler import MixtureBatches, MixtureSampler
 from ..data.sources import PairDataset
 from ..data.streamed_pairs import StreamedPairs
 from ..evaluation.metrics import pair_retrieval, spearman
+from ..microbatches_vipolyqwen import training_cost
 from ..modeling_vipolyqwen import ViPolyQwenModel
 from ..packing_vipolyqwen import takes_lengths
 from ..processing_vipolyqwen import ViPolyQwenProcessor
@@ -229,9 +230,11 @@ class ViPolyQwenTrainer(ResumingTrainer):
         microbatches, device = self._microbatches(inputs), self.args.device
         extra = range(_row_count(inputs), len(inputs["attention_mask"]))
         feed = MicrobatchFeed(inputs, microbatches, extra, device)
+        mask = inputs["attention_mask"]  # on the host
+        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
 
         def embed(rows: Sequence[int]) -> torch.Tensor:
-            vectors = _embed_rows(model, feed.take(rows), len(rows), len(extra) > 0, self.packing)
+            vectors = _embed_rows(model, feed.take(rows), len(rows), len(extra) > 0, self.packing, right_padded)
             feed.move_ahead(rows)
             return vectors
 
@@ -251,7 +254,9 @@ class ViPolyQwenTrainer(ResumingTrainer):
         columns = (row_lengths(inputs), frames, first_images(inputs), windows)
         sizes = [RowSize(*row) for row in torch.stack(columns, dim=1)[:rows].tolist()]
         limit = MicrobatchLimit(self.embed_chunk, self.args.embed_chunk_tokens, self.packing)
-        microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit))
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        cost = training_cost(model.config.text_config.hidden_size)
+        microbatches: list[Sequence[int]] = list(plan_microbatches(sizes, limit, cost))
         if self.in_chunks and self.args.world_size > 1:
             count = torch.tensor([len(microbatches)], device=self.args.device)
             microbatches += [()] * (int(self.accelerator.gather(count).max()) - len(microbatches))
@@ -566,11 +571,19 @@ def _row_count(batch: Mapping[str, Any]) -> int:
 
 
 def _embed_rows(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], rows: int, with_extra: bool, packing: bool
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    rows: int,
+    with_extra: bool,
+    packing: bool,
+    right_padded: bool,
 ) -> torch.Tensor:
     """Embeds the rows of a micro-batch in one forward, together with the row for every tower at weight 0.
 
     That row means several ranks, which have to call a sharded tower equally often: all windows of audio at once.
     """
-    vectors = model(**inputs, packing=packing, divide=False, all_windows_at_once=with_extra).embeddings
+    if right_padded and "pixel_values" not in inputs:
+        inputs.pop("position_ids", None)  # of texts they count from 0, the same in all rows
+    options = {"packing": packing, "right_padded": right_padded, "all_windows_at_once": with_extra}
+    vectors = model(**inputs, divide=False, **options).embeddings
     return vectors[:rows] + 0.0 * vectors[rows:].sum()

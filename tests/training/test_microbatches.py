@@ -75,7 +75,7 @@ def sizes(*tokens: int) -> list[RowSize]:
 
 
 def test_without_a_limit_rows_of_similar_length_go_together() -> None:
-    assert plan_microbatches(sizes(3, 40, 0, 41, 4), MicrobatchLimit()) == [[3, 1], [4, 0, 2]]
+    assert plan_microbatches(sizes(3, 40, 0, 41, 4), MicrobatchLimit(), cost=64) == [[3, 1], [4, 0, 2]]
     assert plan_microbatches([], MicrobatchLimit()) == []
 
 
@@ -106,7 +106,7 @@ def test_audio_frames_count_as_tokens_and_audio_of_similar_length_goes_together(
 
 def test_rows_of_one_image_stay_together_within_the_limit() -> None:
     rows = [RowSize(9, image=1), RowSize(50, image=0), RowSize(8), RowSize(10, image=0), RowSize(9, image=1)]
-    assert plan_microbatches(rows, MicrobatchLimit()) == [[1, 3], [0, 4, 2]]
+    assert plan_microbatches(rows, MicrobatchLimit(), cost=64) == [[1, 3], [0, 4, 2]]
     assert plan_microbatches(rows, MicrobatchLimit(rows=2)) == [[1, 3], [0, 4], [2]]
     assert plan_microbatches(rows, MicrobatchLimit(rows=1)) == [[1], [3], [0], [4], [2]]
 

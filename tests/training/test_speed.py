@@ -58,6 +58,26 @@ def test_bfloat16_with_checkpointing_micro_batches_and_packing_learns_as_float32
     assert losses["saving"] == pytest.approx(losses["plain"], rel=0.05)
 
 
+# --- attention without a mask
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_only_batches_padded_on_the_left_need_a_mask_and_gradients_do_not_differ(
+    corpus: Path, plain: dict[str, Tensor], side: str
+) -> None:
+    trainer, pairs = build_trainer(corpus, "--embed_chunk", "3")
+    trainer.processing_class.tokenizer.padding_side = side
+    masks = []
+
+    def note(_: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        masks.append((kwargs["attention_mask"] is not None, len(kwargs["inputs_embeds"])))
+
+    trainer.model.vlm.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    training_step(trainer, list(pairs))
+    assert_same_gradients(gradients_of(trainer), plain)
+    assert {masked for masked, rows in masks if rows > 1} == {side == "left"}
+
+
 # --- compiled layers
 
 
