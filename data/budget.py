@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -95,39 +96,46 @@ class BudgetBatches(MixtureBatches):
                 plan.extend(full)
         return np.array(plan, np.int64).reshape(-1, ranks + 1)
 
-    def _last_of_stretch(self, row: int) -> int:
-        """Returns the row before which the stretch of one source ends that a row belongs to; else the last row."""
-        rows = len(self.sampler)
+    def _last_of_stretch(self, rows: Any) -> Any:
+        """Returns the row before which the stretch of one source ends that a row belongs to, else the last row.
+
+        Args:
+            rows: a number, or numbers (n,) int64.
+        """
+        count = len(self.sampler)
         if self.sampler.batching != "homogeneous":
-            return rows
+            return count
         size = self.sampler.batch_rows
-        return min((row // size + 1) * size, rows)
+        return np.minimum((rows // size + 1) * size, count)
 
     def _part_ends(self, epoch: int, row: int) -> np.ndarray:
         """Returns where the parts end from a row of an epoch's order on, (parts,) int64."""
         found, held = array("q"), max(PLANNED, self.batch_size)
         while row < len(self.sampler):
             last = min(row + held, len(self.sampler))
-            costs = self.costs[self.sampler.visited(row, last, epoch)].astype(np.int64)
-            for end in self._filled(np.cumsum(costs, axis=0), row, last == len(self.sampler)):
-                found.append(end)
+            ends = self._ends(self.costs[self.sampler.visited(row, last, epoch)], row)
+            start, place = row, 0
+            while place < len(ends):
+                if ends[place] >= len(ends) and last < len(self.sampler) and place:
+                    break  # the part may go on in the next rows
+                place = ends[place]
+                found.append(start + place)
             row = found[-1]
         return np.array(found, np.int64)
 
-    def _filled(self, sums: np.ndarray, first: int, is_last: bool) -> Sequence[int]:
-        """Returns where parts end among rows of these cumulated costs, without one that may continue after them."""
-        ends, start, rows = array("q"), 0, len(sums)
-        columns = list(sums.T)
-        while start < rows:
-            before = sums[start - 1] if start else np.zeros_like(sums[0])
-            fits = [
-                int(np.searchsorted(column, spent + budget, side="right"))
-                for column, spent, budget in zip(columns, before, self.budgets, strict=True)
-            ]
-            limit = min(start + self.batch_size, self._last_of_stretch(first + start) - first)
-            end = max(start + 1, min(*fits, limit))
-            if end >= rows and not is_last and ends:
-                break
-            ends.append(first + min(end, rows))
-            start = end
-        return ends
+    def _ends(self, costs: np.ndarray, first: int) -> list[int]:
+        """Returns where a part would end that began at each row, as numbers among these rows.
+
+        All of them are found at once: a search for each part would read the sums of the other rows again.
+
+        Args:
+            costs: of rows that follow each other, (rows, kinds).
+            first: place of the first of them in the epoch's order.
+        """
+        starts = np.arange(len(costs))
+        ends = np.minimum(starts + self.batch_size, self._last_of_stretch(first + starts) - first)
+        for column, budget in zip(costs.T, self.budgets, strict=True):
+            sums = np.cumsum(column, dtype=np.int64)
+            most = min(budget, sums[-1])  # beyond which a budget of any size bounds nothing
+            ends = np.minimum(ends, np.searchsorted(sums, np.append(0, sums[:-1]) + int(most), side="right"))
+        return np.clip(ends, starts + 1, len(costs)).tolist()

@@ -194,9 +194,15 @@ class PairDataset(torch.utils.data.Dataset):
             yield from ((row.a, row.b) for row in rows)
 
     def chunks(self) -> Iterator[list[Row]]:
-        """Yields all rows in their order, `CHUNK` together, without opening media."""
-        for first in range(0, len(self), CHUNK):
-            yield [row for _, row, _ in self._read(range(first, min(first + CHUNK, len(self))))]
+        """Yields all rows in their order, up to `CHUNK` together, without opening media."""
+        for _, rows in self.chunks_of_sources():
+            yield rows
+
+    def chunks_of_sources(self) -> Iterator[tuple[SourceConfig, list[Row]]]:
+        """Yields all rows as `chunks`, those of one file together, with their source."""
+        for piece, end in zip(self.pieces, self.ends, strict=True):
+            for first in range(end - len(piece), end, CHUNK):
+                yield piece.reader.source, [row for _, row, _ in self._read(range(first, min(first + CHUNK, end)))]
 
     def unfolded(self) -> "PairDataset":
         """Returns the pairs with a row for each entry of the lists that are `random`."""

@@ -1,10 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from helpers import load_with_prefixes, save_tiny_model, write_pairs
+from helpers import load_with_prefixes, random_image, save_tiny_model, write_pairs
 
 from vipolyqwen.data.budget import BudgetBatches
 from vipolyqwen.data.collator import MixedBatchCollator
@@ -72,6 +73,23 @@ def test_budgets_are_filled_by_hand() -> None:
     assert parts == [[0, 1, 2], [3], [4], [5]]  # 3 + 3 + 4 = 10; 11 alone; then one pixel each
 
 
+def test_planning_searches_the_sums_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    search = np.searchsorted
+    monkeypatch.setattr(
+        np, "searchsorted", lambda sums, *rest, **kw: searches.append(len(sums)) or search(sums, *rest, **kw)
+    )
+    (part,) = shares(1, budgets=(1, math.inf))
+    assert len(part.plan(0)) == sum(SIZES)  # each row alone, of 801
+    assert searches.count(sum(SIZES)) == 2
+
+
+@pytest.mark.parametrize("budget", [10**20, math.inf, 1e300])
+def test_a_budget_of_any_size_bounds_nothing(budget: float) -> None:
+    (part,) = shares(1, budgets=(budget, budget))
+    assert [len(rows) for rows in part] == [ROWS] * (sum(SIZES) // ROWS) + [sum(SIZES) % ROWS]
+
+
 @pytest.mark.parametrize("batching", BATCHING)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (3, 2), (2, 3)])
 def test_a_run_resumes_at_the_same_row_with_another_number_of_ranks(batching: str, before: int, after: int) -> None:
@@ -132,9 +150,80 @@ def test_costs_are_those_of_the_collated_rows(tmp_path: Path) -> None:
     frames = np.zeros(2 * len(pairs))
     frames[batch["has_audio"].numpy()] = batch["audio_attention_mask"].sum(dim=1).numpy() // 320
     found = (batch["attention_mask"].sum(dim=1).numpy() + frames).reshape(2, -1).sum(axis=0)
-    assert (costs[:, 0] - found >= 0).all() and (costs[:, 0] - found <= 2).all()  # sides without a prefix
+    assert (costs[:, 0] - found >= 0).all() and (costs[:, 0] - found <= 3).all()  # no prefix; a part of a frame
     shown = batch["image_grid_thw"].prod(dim=1)[batch["image_indices"]].sum() * processor.image_processor.patch_size**2
     assert costs[:, 1].sum() == shown
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """A folder with images of noise, and a processor of inputs of 120 tokens and of images of up to 400."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_tiny_model(folder / "base")
+    _, processor, tasks = load_with_prefixes(folder / "base")
+    processor.tokenizer.model_max_length = 120
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 400 * 28 * 28}
+    for name, size in {"large.png": (700, 500), "small.png": (60, 48)}.items():
+        random_image(RNG, *size).save(folder / name)
+    return folder, processor, tasks
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"a": "một", "b": "hai", "images_a": ["large.png"]},  # shrunk to the tokens of an input
+        {"a": "một", "b": "hai", "images_a": ["large.png"] * 4},
+        {"a": "dài " * 200, "b": "hai", "images_a": ["small.png", "large.png"]},  # of which text keeps a quarter
+        {"a": "<image> một <image> hai", "b": "ba", "images_a": ["small.png", "small.png"]},  # no text of the marks
+        {
+            "a": "một",
+            "b": "hai",
+            "negatives": [{"text": "[x]", "images": ["large.png"]}],
+            "negative_images": "small.png",
+        },
+    ],
+)
+def test_images_cost_what_their_input_has_room_for(wide: tuple, tmp_path: Path, row: dict) -> None:
+    folder, processor, tasks = wide
+    write_rows(tmp_path / "pairs.jsonl", [row])
+    source = {"path": str(tmp_path / "pairs.jsonl"), "task": "instr", "media_root": str(folder)}
+    pairs = load_pairs([source], tasks, 400)
+    ((tokens, pixels),) = row_costs(pairs, processor).tolist()
+    batch = MixedBatchCollator(processor, tasks, prefix_dropout=0.0)([pairs[0]])
+    inputs = len(batch["input_ids"])
+    side = processor.image_processor.patch_size
+    shown = int(batch["image_grid_thw"].prod(dim=1)[batch["image_indices"]].sum()) * side**2
+    # without a prefix, an image may have a row of tokens more
+    assert 0 <= tokens - int(batch["attention_mask"].sum()) <= inputs + 15 * (shown != pixels)
+    assert shown <= pixels <= 1.15 * shown
+    assert tokens <= inputs * 120
+
+
+def test_another_mark_of_images_costs_other_tokens(wide: tuple, tmp_path: Path) -> None:
+    folder, processor, tasks = wide
+    write_rows(tmp_path / "pairs.jsonl", [{"a": "<image> một", "b": "hai", "images_a": "small.png"}])
+    source = {"path": str(tmp_path / "pairs.jsonl"), "task": "instr", "media_root": str(folder)}
+    marked, plain = (
+        row_costs(load_pairs([source | more], tasks, 400), processor)[0, 0]
+        for more in ({}, {"image_placeholder": "[x]"})
+    )
+    assert plain > marked
+
+
+def test_a_url_costs_as_much_as_its_file(wide: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, processor, tasks = wide
+    url = "https://example.org/small.png"
+    rows = [{"a": "một", "b": "hai", "images_a": image} for image in (url, "small.png", url)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    source = {"path": str(tmp_path / "pairs.jsonl"), "task": "instr", "media_root": str(folder), "allow_urls": True}
+    fetched = []
+    monkeypatch.setattr(
+        "vipolyqwen.data.row_costs.read_media",
+        lambda path: fetched.append(path) or (folder / "small.png").read_bytes(),
+    )
+    of_url, of_file, again = row_costs(load_pairs([source], tasks, 400), processor).tolist()
+    assert of_url == of_file == again and of_file[1] > 0
+    assert fetched == [url]
 
 
 def test_costs_are_measured_once_for_the_content_and_the_processor(
