@@ -26,20 +26,11 @@ from .conversations_vipolyqwen import (
 )
 from .images_vipolyqwen import ImageScaler, load_image, loaded_size
 from .media_vipolyqwen import Limits, check_is_text
-from .tasks_vipolyqwen import AUTO_TASK, infer_task
+from .tasks_vipolyqwen import AUTO_TASK, PREFIX_SIDES, TASK_PREFIXES, infer_task
 from .waveforms_vipolyqwen import load_audio, resample
 
 logger = logging.get_logger(__name__)
 
-TASK_PREFIXES = {
-    "text_pair": "<text_pair>",
-    "instr": "<instr>",
-    "ocr": "<ocr>",
-    "vqa_single": "<vqa_single>",
-    "vqa_multi": "<vqa_multi>",
-    "audio": "<audio>",
-}
-PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
 MODALITIES = {
     "text_kwargs": "tokenizer",
     "images_kwargs": "image_processor",

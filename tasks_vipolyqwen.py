@@ -1,7 +1,16 @@
-"""Rule of thumb for `task="auto"`: infers the task of an input from its modalities and its words."""
+"""Prefixes of the tasks; the rule of thumb of `task="auto"`, which infers a task from modalities and words."""
 
 import re
 
+TASK_PREFIXES = {
+    "text_pair": "<text_pair>",
+    "instr": "<instr>",
+    "ocr": "<ocr>",
+    "vqa_single": "<vqa_single>",
+    "vqa_multi": "<vqa_multi>",
+    "audio": "<audio>",
+}
+PREFIX_SIDES = ("a", "both", "none")  # the sides of a task's pairs that carry its prefix
 AUTO_TASK = "auto"
 TURN = re.compile(r"^[^\n:：]{1,20}[:：] ?\S", re.MULTILINE)  # `User: …` at the beginning of a line
 READING = re.compile(
@@ -53,4 +62,4 @@ def infer_task(text: str, images: int, has_audio: bool) -> str | None:
     return "instr" if REQUEST.search(text.strip()) else "text_pair"
 
 
-__all__ = ["AUTO_TASK", "infer_task"]
+__all__ = ["AUTO_TASK", "PREFIX_SIDES", "TASK_PREFIXES", "infer_task"]

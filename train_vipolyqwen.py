@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 from vipolyqwen.data.command_line import run_command
+
+if {"-h", "--help"} & {*sys.argv[1:]}:
+    sys.modules["peft"] = None  # pyright: ignore[reportArgumentType]  # transformers would take 2 s to import it
+
 from vipolyqwen.training.arguments import Arguments, read_arguments, read_paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..download_vipolyqwen import is_url, show_url
-from ..processing_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
+from ..tasks_vipolyqwen import PREFIX_SIDES, TASK_PREFIXES
 
 COLUMNS = ("id", "task", "a", "b", "images_a", "audio_a", "images_b", "audio_b", "score", "group")
 COLUMNS += ("negatives", "negative_images", "negative_audio", "teacher_a", "teacher_b")

@@ -13,7 +13,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .. import __version__
 from ..configuration_vipolyqwen import CHOICES
-from ..data.checks import HEADER, NONE, Checker
 from ..data.mixing import BATCHING
 from ..data.names import did_you_mean, rename_old_keys
 from ..data.schema import SIDES_OF_TASKS, declare_tasks, with_ready_tasks
@@ -190,11 +189,12 @@ class DataArguments:
         Raises:
             ValueError: an option is unknown.
         """
+        from ..data.checks import HEADER, NONE, Checker  # load the processor and datasets, which `--help` need not
+        from ..data.sources import check_bad_rows
+
         choice = str(self.check_media).lower()  # YAML reads true as a boolean
         self.check_media = {"true": HEADER, "false": NONE}.get(choice, choice)
         Checker({}, media=self.check_media, on_bad_row=self.on_bad_row)
-        from ..data.sources import check_bad_rows  # loads datasets, which `--help` need not
-
         check_bad_rows([], 0, self.max_bad_rows)
         sources = [each for each in (self.train_data or []) + (self.eval_data or []) if isinstance(each, Mapping)]
         self.tasks = with_ready_tasks(self.tasks, sources)
