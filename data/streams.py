@@ -1,23 +1,24 @@
 """Reads a source as it comes, without an index: shard by shard, shuffled in blocks, resumable at any row."""
 
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from datasets.exceptions import DatasetsError
+from datasets.table import CastError
 
+from ..download_vipolyqwen import show_url
 from .files import find_files, suffix_of
 from .permutation import key_of, permute
+from .remote import explain, is_unreadable, patiently, storage_options, without_their_retries
 from .source_config import SourceConfig
 from .tables import class_labels, name_classes
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
 BATCH = 32  # records read at once
 PARQUET_BATCH = 1000  # records decoded at once; by default the rows of the first row group, which may be none
+LASTING = (FileNotFoundError, ValueError, StopIteration)  # when a source is opened: an address, its settings, no rows
 SHARDS, BLOCK = 3, 4  # purpose of a key
 
 
@@ -46,11 +47,13 @@ class StreamedSource:
         source: the entry of the recipe.
         dataset: all shards; media are not decoded.
         labels: column -> names of its classes.
+        files: addresses of the shards; empty if they are not known.
     """
 
     source: SourceConfig
     dataset: datasets.IterableDataset
     labels: dict[str, Any]
+    files: list[str]
 
     @classmethod
     def open(cls, source: SourceConfig) -> "StreamedSource":
@@ -60,45 +63,64 @@ class StreamedSource:
             ValueError: the source cannot be streamed.
         """
         try:
-            dataset = _load(source)
-            if dataset.features is None:
-                dataset = dataset._resolve_features()
-            dataset = dataset.decode(False)
-        except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
-            raise ValueError(f"{source.path}: the source cannot be streamed: {error}") from error
+            dataset, files = _load(source)
         except ImportError as error:  # of the file system that the address names
             raise ValueError(
                 f"{source.path}: the source cannot be streamed: {error}. Install it, or download the files."
             ) from error
+        except Exception as error:
+            if not is_unreadable(error):
+                raise
+            raise ValueError(f"{source.path}: the source cannot be streamed: {explain(error)}") from error
         names = list(dataset.features)
-        return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)))
+        files = files if len(files) == dataset.num_shards else []
+        return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)), files)
 
     @property
     def columns(self) -> list[str]:
         """Returns the names of the columns."""
         return list(self.dataset.features)
 
+    @property
+    def is_remote(self) -> bool:
+        """Returns whether the shards are read over a network."""
+        return not self.files or "://" in self.files[0]
+
     def shard(self, number: int) -> datasets.IterableDataset:
         """Returns one shard."""
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=number)
 
 
-def _load(source: SourceConfig) -> datasets.IterableDataset:
+def _load(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
+    """Returns the data set of a source with its features, and the addresses of its files as far as they are known."""
     remote = "://" in source.path
     files = [source.path] if remote else find_files(source)
-    if not files:
-        return datasets.load_dataset(
-            source.path, source.name, split=source.split, revision=source.revision, streaming=True
-        )
     kinds = {suffix_of(file.partition("?")[0]) for file in files}
     if len(kinds) > 1 or not kinds <= set(BUILDERS):
         raise ValueError(
             f"its files are {', '.join(sorted(kinds))}; files of one of {', '.join(BUILDERS)} can be streamed. Leave "
             "`streaming` out, or write the rows to shards with `python -m vipolyqwen.data prepare`."
         )
-    builder = BUILDERS[kinds.pop()]
-    options = {"batch_size": PARQUET_BATCH} if builder == "parquet" else {}
-    return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=True, **options)
+    kind = BUILDERS[kinds.pop()] if files else None
+    if kind is not None and not remote:
+        return _opened(source, kind, files)
+    return patiently(lambda: _opened(source, kind, files), source.path, lasting=LASTING)
+
+
+def _opened(source: SourceConfig, kind: str | None, files: list[str]) -> tuple[datasets.IterableDataset, list[str]]:
+    """Returns the same of files of a kind; `None`: of a data set of the Hub."""
+    split = "train" if kind is not None else source.split
+    if kind is None:
+        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
+    else:
+        options: dict[str, Any] = {"batch_size": PARQUET_BATCH} if kind == "parquet" else {}
+        options |= {"storage_options": storage_options()} if "://" in source.path else {}
+        builder = datasets.load_dataset_builder(kind, data_files={split: files}, **options)
+    with without_their_retries():
+        dataset = builder.as_streaming_dataset(split=split)
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
+    return dataset.decode(False), (builder.config.data_files or {}).get(split, [])
 
 
 class RecordStream:
@@ -186,17 +208,35 @@ class RecordStream:
         self._block, self._taken = [items[place] for place in order.tolist()], 0
 
     def _next_batch(self) -> dict[str, list[Any]] | None:
-        """Returns the next records, `None` at the end of the shard."""
+        """Returns the next records, `None` at the end of the shard; if the network breaks, reads the shard again."""
         try:
-            return next(self._batches, None)
-        except (OSError, ValueError, TypeError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError) as error:
-            shard = self._shards[self._shard]
-            raise ValueError(
-                f"{self.opened.source.path}, shard {shard}, after record {self._row}: the stream cannot be read: "
-                f"{error}. Repair the shard, or resume the run when it can be reached; no row is lost. If its columns "
-                "or their types are not those of the first shard, write all rows to shards with "
-                "`python -m vipolyqwen.data prepare`."
-            ) from error
+            with without_their_retries():
+                if not self.opened.is_remote:
+                    return next(self._batches, None)
+                return patiently(lambda: next(self._batches, None), self._place(), self._reopen)
+        except Exception as error:
+            if not is_unreadable(error):
+                raise
+            remedy = "Repair the shard, or resume the run when it can be reached; no row is lost."
+            if not self.opened.is_remote or isinstance(error, CastError):
+                remedy += (
+                    " If its columns or their types are not those of the first shard, write all rows to shards with "
+                    "`python -m vipolyqwen.data prepare`."
+                )
+            raise ValueError(f"{self._place()}: the stream cannot be read: {explain(error)}. {remedy}") from error
+
+    def _place(self) -> str:
+        """Returns the shard and the record where the stream stands, for messages."""
+        number = self._shards[self._shard]
+        files = self.opened.files
+        named = f" ({show_url(files[number])})" if self.opened.is_remote and files else ""
+        return f"{self.opened.source.path}, shard {number}{named}, after record {self._row}"
+
+    def _reopen(self) -> None:
+        """Opens the shard once more where the stream stands."""
+        barren = self._is_barren
+        self._open_shard(self._library)
+        self._is_barren = barren
 
     def _next_shard(self) -> bool:
         """Opens the next shard; returns whether it is the first of the next epoch.
