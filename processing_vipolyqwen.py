@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import Qwen2VLImageProcessorPil
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -450,6 +451,8 @@ class ViPolyQwenProcessor(ProcessorMixin):
             data.update(self._encode_tokens(inputs, texts, image_tokens, merged["text_kwargs"]))
         if any(item.audio is not None for item in inputs):
             data.update(self._encode_audio(inputs, {**merged["audio_kwargs"], "return_tensors": tensors}))
+        if tensors == "pt" and all(isinstance(values, np.ndarray) for values in data.values()):
+            return BatchFeature({name: torch.from_numpy(values) for name, values in data.items()})
         return BatchFeature(data, tensor_type=tensors)
 
     def _encode_audio(self, inputs: list[EmbeddingInput], audio_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from vipolyqwen.data.command_line import run_command
 
-if {"-h", "--help"} & {*sys.argv[1:]}:
-    sys.modules["peft"] = None  # pyright: ignore[reportArgumentType]  # transformers would take 2 s to import it
+if {"-h", "--help"} & {*sys.argv[1:]}:  # for which transformers need not import peft, half of the time
+    sys.modules.setdefault("peft", None)  # pyright: ignore[reportArgumentType]
 
 from vipolyqwen.training.arguments import Arguments, read_arguments, read_paths
+
+if sys.modules.get("peft", sys) is None:
+    del sys.modules["peft"]
 
 
 def main(argv: list[str] | None = None) -> None:
