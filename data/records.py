@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from .files import open_binary, suffix_of
@@ -35,7 +35,7 @@ def encoding_of(head: bytes, given: str | None = None) -> str:
     return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), given or "utf-8")
 
 
-def _open(file: str, source: SourceConfig | None) -> TextIO:
+def _open(file: str, source: SourceConfig | None, opener: Callable[[str], BinaryIO] = open_binary) -> TextIO:
     """Opens a text file; bytes that are not UTF-8 become lone surrogates, so that they spoil their row alone.
 
     Lines end with a line feed; those of a file that begins with carriage returns alone, with a carriage return.
@@ -44,13 +44,13 @@ def _open(file: str, source: SourceConfig | None) -> TextIO:
         RowError: it is UTF-16 or UTF-32 without a byte order mark.
     """
     given = None if source is None else source.encoding
-    with open_binary(file) as binary:
+    with opener(file) as binary:
         head = _read(binary, file, HEAD)
     encoding = encoding_of(head, given)
     _refuse_wide(head, encoding, given, file)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     newline = "\n" if b"\n" in head or b"\r" not in head else "\r"
-    return io.TextIOWrapper(open_binary(file), encoding=encoding, errors=errors, newline=newline)
+    return io.TextIOWrapper(opener(file), encoding=encoding, errors=errors, newline=newline)
 
 
 def _read(binary: BinaryIO, file: str, size: int = -1) -> bytes:
@@ -93,6 +93,12 @@ def json_lines(file: str, source: SourceConfig | None = None) -> Numbered:
     """Yields line numbers and objects; a line that cannot be parsed is an error of that row."""
     with _open(file, source) as lines:
         yield from _parsed(lines, file)
+
+
+def text_lines(file: str, source: SourceConfig, opener: Callable[[str], BinaryIO]) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a file that are not blank, with their numbers; `opener` opens it, as `open_binary`."""
+    with _open(file, source, opener) as lines:
+        yield from ((number, line) for number, line in _decoded(lines, file) if line.strip())
 
 
 def _parsed(lines: Iterable[str], file: str) -> Numbered:

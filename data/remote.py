@@ -4,14 +4,18 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import datasets
+import fsspec
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from datasets.table import CastError
 from fsspec.caching import BytesCache, Fetcher, register_cache
 from transformers.utils import logging
+
+from .files import COMPRESSIONS
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +48,13 @@ def storage_options() -> dict[str, Any]:
         "headers": {"Accept-Encoding": "identity"},  # ranges and sizes are those of the file
     }
     return {"http": options, "https": options}
+
+
+def open_remote(url: str) -> BinaryIO:
+    """Opens a file at an address to read its bytes, of a compressed text file those of the text."""
+    protocol, _, place = url.partition("://")
+    compression = COMPRESSIONS.get(Path(place.partition("?")[0]).suffix.lower())
+    return fsspec.open(url, "rb", compression=compression, **storage_options().get(protocol, {})).open()
 
 
 class WholeBytes(BytesCache):

@@ -230,6 +230,8 @@ class _Converter:
     def __call__(self, record: Record) -> list[tuple[Row, Place, int] | BadRow]:
         reader = self.reader_of(record.shard)
         try:
+            if isinstance(record.values, RowError):
+                raise record.values
             pairs = reader.choices(record.values, record.number)
         except RowError as error:
             return [self.pairs.refused(error, reader.file)]

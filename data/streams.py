@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -9,13 +10,17 @@ import numpy as np
 from datasets.table import CastError
 
 from ..download_vipolyqwen import show_url
-from .files import find_files, suffix_of
+from .files import find_files, open_binary, suffix_of
 from .permutation import key_of, permute
-from .remote import explain, is_unreadable, patiently, storage_options, without_their_retries
+from .records import parse_object, text_lines
+from .remote import explain, is_unreadable, open_remote, patiently, storage_options, without_their_retries
+from .schema import RowError
 from .source_config import SourceConfig
-from .tables import class_labels, name_classes
+from .tables import cast_shard, class_labels, name_classes
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
+BUILDERS = {".parquet": "parquet", ".jsonl": "text", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
+Loaded = tuple[datasets.IterableDataset, list[str], list[str] | None]
+FIRST = 100  # lines whose columns are those of a source
 BATCH = 32  # records read at once
 PARQUET_BATCH = 1000  # records decoded at once; by default the rows of the first row group, which may be none
 LASTING = (FileNotFoundError, ValueError, StopIteration)  # when a source is opened: an address, its settings, no rows
@@ -30,13 +35,13 @@ class Record:
         shard: number of its shard.
         number: its number in the shard, from 1.
         epoch: of the source.
-        values: column -> value, classes by their names.
+        values: column -> value, classes by their names; the fault of a line that is not a record.
     """
 
     shard: int
     number: int
     epoch: int
-    values: dict[str, Any]
+    values: dict[str, Any] | RowError
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,14 @@ class StreamedSource:
         dataset: all shards; media are not decoded.
         labels: column -> names of its classes.
         files: addresses of the shards; empty if they are not known.
+        of_lines: columns of the first lines, if the shards are JSON lines, whose records may have others.
     """
 
     source: SourceConfig
     dataset: datasets.IterableDataset
     labels: dict[str, Any]
     files: list[str]
+    of_lines: list[str] | None = None
 
     @classmethod
     def open(cls, source: SourceConfig) -> "StreamedSource":
@@ -63,7 +70,7 @@ class StreamedSource:
             ValueError: the source cannot be streamed.
         """
         try:
-            dataset, files = _load(source)
+            dataset, files, columns = _load(source)
         except ImportError as error:  # of the file system that the address names
             raise ValueError(
                 f"{source.path}: the source cannot be streamed: {error}. Install it, or download the files."
@@ -72,14 +79,15 @@ class StreamedSource:
             if not is_unreadable(error):
                 raise
             raise ValueError(f"{source.path}: the source cannot be streamed: {explain(error)}") from error
-        names = list(dataset.features)
+        names = list(dataset.features) if columns is None else columns
         files = files if len(files) == dataset.num_shards else []
-        return cls(source, dataset, class_labels(dataset.features, source.used_columns(names)), files)
+        labels = {} if columns is not None else class_labels(dataset.features, source.used_columns(names))
+        return cls(source, dataset, labels, files, columns)
 
     @property
     def columns(self) -> list[str]:
         """Returns the names of the columns."""
-        return list(self.dataset.features)
+        return list(self.dataset.features) if self.of_lines is None else self.of_lines
 
     @property
     def is_remote(self) -> bool:
@@ -91,8 +99,8 @@ class StreamedSource:
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=number)
 
 
-def _load(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
-    """Returns the data set of a source with its features, and the addresses of its files as far as they are known."""
+def _load(source: SourceConfig) -> Loaded:
+    """Returns the data set of a source, the addresses of its files as far as they are known, and see `of_lines`."""
     remote = "://" in source.path
     files = [source.path] if remote else find_files(source)
     kinds = {suffix_of(file.partition("?")[0]) for file in files}
@@ -107,7 +115,7 @@ def _load(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
     return patiently(lambda: _opened(source, kind, files), source.path, lasting=LASTING)
 
 
-def _opened(source: SourceConfig, kind: str | None, files: list[str]) -> tuple[datasets.IterableDataset, list[str]]:
+def _opened(source: SourceConfig, kind: str | None, files: list[str]) -> Loaded:
     """Returns the same of files of a kind; `None`: of a data set of the Hub."""
     split = "train" if kind is not None else source.split
     if kind is None:
@@ -116,11 +124,38 @@ def _opened(source: SourceConfig, kind: str | None, files: list[str]) -> tuple[d
         options: dict[str, Any] = {"batch_size": PARQUET_BATCH} if kind == "parquet" else {}
         options |= {"storage_options": storage_options()} if "://" in source.path else {}
         builder = datasets.load_dataset_builder(kind, data_files={split: files}, **options)
+    found = (builder.config.data_files or {}).get(split, [])
+    if kind == "text":  # each line is parsed as without `streaming`: no type is inferred from those before it
+        dataset = datasets.IterableDataset.from_generator(
+            _lines, gen_kwargs={"files": [str(file) for file in found], "source": source}
+        )
+        records = (_record(line, source.path) for line in dataset.take(FIRST))
+        columns = dict.fromkeys(name for record in records if isinstance(record, dict) for name in record)
+        if not columns:
+            raise ValueError("its first lines have no JSON object")
+        return dataset, found, list(columns)
     with without_their_retries():
         dataset = builder.as_streaming_dataset(split=split)
         if dataset.features is None:
             dataset = dataset._resolve_features()
-    return dataset.decode(False), (builder.config.data_files or {}).get(split, [])
+    if kind in ("parquet", "arrow"):
+        builder._cast_table = partial(cast_shard, source, dataset.features)
+    return dataset.decode(False), found, None
+
+
+def _lines(files: list[str], source: SourceConfig) -> Iterator[dict[str, Any]]:
+    """Yields the lines of files that are not blank."""
+    for file in files:
+        for number, line in text_lines(file, source, open_remote if "://" in file else open_binary):
+            yield {"number": number, "line": line}
+
+
+def _record(line: dict[str, Any], file: str) -> dict[str, Any] | RowError:
+    """Returns the record of a line of a file, or its fault."""
+    try:
+        return parse_object(line["line"], file, line["number"])
+    except RowError as error:
+        return error
 
 
 class RecordStream:
@@ -264,5 +299,9 @@ class RecordStream:
         for values in zip(*batch.values(), strict=True):
             self._row += 1
             if not shares_shards or self._row % self.consumers == self.consumer:
-                record = name_classes(dict(zip(batch, values, strict=True)), self.opened.labels)
-                yield Record(shard, self._row, self._epoch, record)
+                record = dict(zip(batch, values, strict=True))
+                if self.opened.of_lines is None:
+                    yield Record(shard, self._row, self._epoch, name_classes(record, self.opened.labels))
+                else:
+                    parsed = _record(record, f"{self.opened.source.path}, shard {shard}")
+                    yield Record(shard, record["number"], self._epoch, parsed)

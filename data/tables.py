@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import table_cast
 
 from .archives import open_archive
 from .files import TEXTS, cache_folder, content_digest, suffix_of
@@ -191,6 +192,38 @@ def _features(schema: pa.Schema, used: list[str]) -> datasets.Features:
     """Returns the features of the used columns; `datasets` knows no maps, which have no classes."""
     known = [schema.field(name) for name in used if not pa.types.is_map(schema.field(name).type)]
     return datasets.Features.from_arrow_schema(pa.schema(known, schema.metadata))
+
+
+def cast_shard(source: SourceConfig, features: datasets.Features, table: pa.Table) -> pa.Table:
+    """Casts a table of a shard to the columns and types of the first, where that changes no value.
+
+    Columns that are not read are dropped, absent ones are null, numbers widen.
+
+    Raises:
+        ValueError: a column has texts, and numbers in the first shard, or the other way round, or cannot be cast.
+    """
+    used = source.used_columns(table.column_names)
+    table = table.select([name for name in table.column_names if name in features or name in used])
+    wanted = features.arrow_schema
+    for name in [name for name in used if name in features]:
+        found, first = table.schema.field(name).type, wanted.field(name).type
+        lost = pa.types.is_null(first) and not pa.types.is_null(found)
+        if lost or len({_kind(found), _kind(first)} - {None}) > 1:
+            raise ValueError(f"the column {name!r} has the type {found}, and {first} in the first shard")
+    return table_cast(table, wanted)
+
+
+def _kind(kind: pa.DataType) -> str | None:
+    """Returns text, number, truth or time, of lists that of their values; `None` for other types."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = {
+        "text": (pa.types.is_string, pa.types.is_large_string),
+        "number": (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal),
+        "truth": (pa.types.is_boolean,),
+        "time": (pa.types.is_temporal,),
+    }
+    return next((name for name, of in tests.items() if any(test(kind) for test in of)), None)
 
 
 def class_labels(features: datasets.Features, used: list[str]) -> dict[str, Any]:
