@@ -50,8 +50,7 @@ class BatchedVisionAttention(VisionAttention):
         cosine, sine = (x[:, None, None].float() for x in position_embeddings)
         rotated = _Rotation.apply(states[:, :2], cosine, sine)
         attended, first = [], 0
-        for size, run in groupby((cu_seqlens[1:] - cu_seqlens[:-1]).tolist()):
-            images = len(list(run))
+        for size, images in _runs_of(cu_seqlens):
             last = first + images * size
             parts = (rotated[first:last, 0], rotated[first:last, 1], states[first:last, 2])
             by_image = (part.unflatten(0, (images, size)).transpose(1, 2) for part in parts)
@@ -59,6 +58,20 @@ class BatchedVisionAttention(VisionAttention):
             attended.append(values.transpose(1, 2).reshape(last - first, -1))
             first = last
         return self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
+
+
+_last_runs: list[tuple[Tensor, list[tuple[int, int]]]] = []  # of one tower's pass
+
+
+def _runs_of(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """Returns patches and number of the images of each run; the host waits once for the layers of a tower."""
+    for seen, runs in _last_runs:
+        if seen is cu_seqlens:
+            return runs
+    sizes = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    runs = [(size, len(list(run))) for size, run in groupby(sizes)]
+    _last_runs[:] = [(cu_seqlens, runs)]
+    return runs
 
 
 class _Rotation(torch.autograd.Function):

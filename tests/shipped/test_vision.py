@@ -1,5 +1,7 @@
 """The faster layers of the vision tower compute what the stock ones do."""
 
+from itertools import groupby
+
 import pytest
 import torch
 from helpers import build_tiny_model
@@ -64,6 +66,18 @@ def test_a_change_of_the_attention_is_followed(
     found = ours(pixels_for(ours, torch.float32), GRIDS).pooler_output
     assert len(stock_calls) == (len(ours.blocks) if implementation == "eager" else 0)
     torch.testing.assert_close(found, stock(pixels_for(stock, torch.float32), GRIDS).pooler_output)
+
+
+def test_the_layers_of_a_pass_ask_once_for_the_sizes_of_its_images(
+    processor: ViPolyQwenProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, stock = towers(processor, torch.float32)
+    asked = []
+    monkeypatch.setattr(vision_vipolyqwen, "groupby", lambda sizes: asked.append(sizes) or groupby(sizes))
+    pixels = pixels_for(ours, torch.float32)
+    for grids in (GRIDS, GRIDS.flip(0), GRIDS):
+        torch.testing.assert_close(ours(pixels, grids).pooler_output, stock(pixels, grids).pooler_output)
+    assert asked == [[16, 16, 24, 16], [16, 24, 16, 16], [16, 16, 24, 16]]
 
 
 def test_patches_are_projected_without_a_convolution(processor: ViPolyQwenProcessor) -> None:
