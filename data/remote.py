@@ -29,10 +29,7 @@ BUSY = {408, 425, 429}  # statuses of a server that may answer later; other 4xx 
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, StopIteration, tarfile.TarError)
 UNREADABLE += (pa.ArrowException, DatasetsError)
 NETWORK = {"aiohttp", "botocore", "fsspec", "http", "httpx", "httpx2", "requests", "urllib3"}  # packages of its errors
-WORDS = {  # of errors that say nothing of it: `datasets` takes a file that is not found for a folder
-    "NonHttpUrlClientError": "the file is not found, or its server does not answer",
-    "StopIteration": "its files have no rows",
-}
+WORDS = {"StopIteration": "its files have no rows"}  # of errors that say nothing
 
 
 def storage_options() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .tables import cast_shard, class_labels, name_classes
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "text", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`
 Loaded = tuple[datasets.IterableDataset, list[str], list[str] | None]
+LINES = "ExamplesIterable"  # in the library's state of lines
 FIRST = 100  # lines whose columns are those of a source
 BATCH = 32  # records read at once
 PARQUET_BATCH = 1000  # records decoded at once; by default the rows of the first row group, which may be none
@@ -218,6 +219,10 @@ class RecordStream:
     def _open_shard(self, library: dict[str, Any] | None) -> None:
         self._opened = self.opened.shard(self._shards[self._shard])
         if library is not None:
+            fresh = self._opened.state_dict()
+            if self.opened.of_lines is not None and library["examples_iterable"].get("type") != LINES:
+                fresh["examples_iterable"]["shard_example_idx"] = self._row  # of a checkpoint before lines were parsed
+                library = fresh
             self._opened.load_state_dict(library)
         self._library = library
         self._is_barren = library is None  # whether nothing of the whole shard came so far

@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(content if fault not in ("drop", "stall") else content[: len(content) // 2])
         if fault in ("drop", "stall"):
-            time.sleep(0.6 if fault == "stall" else 0)
+            time.sleep(0.35 if fault == "stall" else 0)
             self.close_connection = True
             self.connection.shutdown(2)
 

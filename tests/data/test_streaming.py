@@ -105,6 +105,23 @@ def test_a_stream_continues_exactly_from_any_record(folder: Path, kind: str, con
         assert take(resumed, 8) == found[taken + 1 : taken + 9]
 
 
+def test_a_checkpoint_from_before_lines_were_parsed_continues(folder: Path) -> None:
+    records = stream(opened(folder / "part-*.jsonl", shuffle_buffer=10))
+    take(records, 13)
+    state = json.loads(json.dumps(records.state()))
+    read = {"shard_idx": 0, "shard_example_idx": 23, "type": "ArrowExamplesIterable"}
+    state["block"]["library"]["examples_iterable"] = {
+        "examples_iterable": read,
+        "previous_state": {**read, "shard_example_idx": 0},
+        "batch_idx": 1,
+        "num_chunks_since_previous_state": 1,
+        "cropped_chunk_length": 0,
+        "type": "RebatchedArrowExamplesIterable",
+    }
+    resumed = stream(opened(folder / "part-*.jsonl", shuffle_buffer=10), state=state)
+    assert take(resumed, 20) == take(records, 20)
+
+
 def test_webdataset_archives_stream_with_the_bytes_of_their_images(folder: Path, rng: np.random.Generator) -> None:
     members: dict[str, bytes] = {}
     for number in range(3):
