@@ -66,7 +66,7 @@ def _samples(file: str) -> Iterator[dict[str, Any]]:
             content = archive.extractfile(member).read()
             try:
                 sample |= {column: _decoded(column, content), "__key__": key, "__url__": file}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}: the member {member.name!r} cannot be read: {error}. Repair it.") from error
     if sample:
         yield sample

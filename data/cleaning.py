@@ -217,7 +217,7 @@ def _clean_audio(column: str, value: Any, place: Place, root: str) -> str | byte
         raise place.error(column, array, "integer samples; scale them to [-1, 1].")
     try:
         samples, rate = load_audio({"array": array, "sampling_rate": value.get("sampling_rate")})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise place.error(column, array, str(error)) from error
     return {"array": samples, "sampling_rate": rate}
 
@@ -232,7 +232,7 @@ def _clean_vector(column: str, value: Any, place: Place) -> np.ndarray | None:
     if not is_list or not value:
         raise place.error(column, value, "a list of numbers is expected; correct it or leave the vector out.")
     with np.errstate(over="ignore"):
-        vector = np.array(value, np.float32)
+        vector = np.array([_as_float(number) for number in value], np.float32)
     if not np.isfinite(vector).all():
         position = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise place.error(
@@ -243,6 +243,14 @@ def _clean_vector(column: str, value: Any, place: Place) -> np.ndarray | None:
     if not vector.any():
         raise place.error(column, value, "the vector is 0 and has no direction; embed the row again or leave it out.")
     return vector
+
+
+def _as_float(number: float) -> float:
+    """Returns a number as Python's float; infinity for an integer beyond it."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _clean_score(value: Any, place: Place) -> float | None:

@@ -25,6 +25,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # of text files, 
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "eval"}}
 PIECE = 2**24  # bytes hashed at once
+SURROGATE = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
 SETTLED = 2.0  # seconds; a file that was written less than that ago may be written again within one tick of its clock
 
 
@@ -91,7 +92,7 @@ def find_files(source: SourceConfig) -> list[str]:
         raise FileNotFoundError(
             f"{source.path}: no such file or folder with {', '.join(FORMATS)} files; correct the path."
         )
-    _refuse_twins(files)
+    _refuse_names(files)
     for file in files:
         if not os.path.isfile(file):
             raise ValueError(f"{file} is not a regular file; name files, or a folder of them.")
@@ -103,10 +104,12 @@ def find_files(source: SourceConfig) -> list[str]:
     return files
 
 
-def _refuse_twins(files: Sequence[str]) -> None:
-    """Raises ValueError for a text file that is there compressed as well, whose rows would come twice."""
+def _refuse_names(files: Sequence[str]) -> None:
+    """Raises ValueError for a name that is not UTF-8, and for a text file that is there compressed as well."""
     found = set(files)
     for file in files:
+        if SURROGATE.search(file):
+            raise ValueError(f"{file!r}: the name is not UTF-8; rename the file or its folder.")
         plain, ending = os.path.splitext(file)
         if ending.lower() in COMPRESSIONS and plain in found:
             raise ValueError(f"{plain} and {file} would give the same rows twice; name one of them, or move it.")

@@ -30,7 +30,9 @@ from .stored_rows import SCHEMA, media_slots, restored, stored
 from .tables import BATCH, Table, no_rows, open_table
 
 # Part of every cache key: results of an earlier version of the reading or checking code are not reused.
-CODE_FILES = "schema cleaning checks readers records row_keys shapes source_config sources stored_rows tables"
+CODE_FILES = (
+    "schema cleaning checks json_arrays readers records row_keys shapes source_config sources stored_rows tables"
+)
 CODE = hashlib.blake2b(
     b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE_FILES.split()),
     digest_size=16,

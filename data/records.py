@@ -7,13 +7,17 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, BinaryIO, TextIO
 
 from .files import open_binary, suffix_of
+from .json_arrays import array_entries
 from .schema import RowError
 from .source_config import SourceConfig
 
-csv.field_size_limit(2**31 - 1)  # characters of a cell; the default, 131072, is less than a long document
+LONGEST = 2**26  # characters of a line, a cell or an entry; more is a damaged file, which must not fill the memory
+WHOLE = 2**29  # characters of JSON that is neither an array nor lines, and is parsed at once
+csv.field_size_limit(LONGEST)  # the default, 131072, is less than a long document
 BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -22,8 +26,17 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 DELIMITERS = ",;\t|"
+UNENDED = ("unexpected end", "field limit")  # errors of a quote that is never closed
 SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line, as Excel writes it
 HEAD = 2**16  # bytes by which encoding and line ends are known
+OTHERS = {  # how files begin that are no text, and what they are
+    b"\x1f\x8b\x08": "compressed; end its name with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed; end its name with .zst",
+    b"BZh91AY&SY": "compressed; end its name with .bz2",
+    b"PAR1": "a table; end its name with .parquet",
+    b"ARROW1": "a table; end its name with .arrow",
+    b"PK\x03\x04": "an archive or a spreadsheet; unpack it, or export it as .csv",
+}
 WRAPPERS = ("data", "rows", "train", "validation", "test")  # keys of an object around the rows of a JSON file
 Numbered = Iterator[
     tuple[int, dict[str, Any] | RowError]
@@ -45,28 +58,31 @@ def _open(file: str, source: SourceConfig | None, opener: Callable[[str], Binary
     """
     given = None if source is None else source.encoding
     with opener(file) as binary:
-        head = _read(binary, file, HEAD)
+        try:
+            head = binary.read(HEAD)
+        except OSError as error:
+            raise _unreadable(file, error) from error
     encoding = encoding_of(head, given)
-    _refuse_wide(head, encoding, given, file)
+    _refuse_others(head, encoding, given, file)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     newline = "\n" if b"\n" in head or b"\r" not in head else "\r"
     return io.TextIOWrapper(opener(file), encoding=encoding, errors=errors, newline=newline)
 
 
-def _read(binary: BinaryIO, file: str, size: int = -1) -> bytes:
-    """Returns bytes of an open file; one whose compressed content is damaged is an error of the file."""
-    try:
-        return binary.read(size)
-    except OSError as error:
-        raise _damaged(file, error) from error
+def _unreadable(place: str, error: UnicodeError | OSError, row: int | None = None) -> RowError:
+    """Returns the error of a file in another encoding, or whose compressed content is damaged."""
+    if isinstance(error, UnicodeError):
+        problem = f"{place}: {error}; name its `encoding` or write the file as UTF-8."
+        return RowError(problem, "invalid encoding", row=row)
+    remedy = "Write it again; a file that is not compressed does not end with .gz, .zst or .bz2."
+    return RowError(f"{place}: the file cannot be read: {error}. {remedy}", "invalid file")
 
 
-def _damaged(place: str, error: OSError) -> RowError:
-    return RowError(f"{place}: the file cannot be read: {error}. Write it again.", "invalid file")
-
-
-def _refuse_wide(head: bytes, encoding: str, given: str | None, file: str) -> None:
-    """Refuses a text of two or four bytes a character that has no mark to say so."""
+def _refuse_others(head: bytes, encoding: str, given: str | None, file: str) -> None:
+    """Refuses what is no text by its first bytes, and text of two or four bytes a character without a mark."""
+    for magic, what in OTHERS.items():
+        if head.startswith(magic):
+            raise RowError(f"{file}: its content is {what}.", "invalid file")
     if given is None and encoding == "utf-8" and b"\0" in head[:4]:
         problem = f"{file}: it begins with NUL bytes, as UTF-16 without a byte order mark; name its `encoding`."
         raise RowError(problem, "invalid encoding")
@@ -101,9 +117,8 @@ def text_lines(file: str, source: SourceConfig, opener: Callable[[str], BinaryIO
         yield from ((number, line) for number, line in _decoded(lines, file) if line.strip())
 
 
-def _parsed(lines: Iterable[str], file: str) -> Numbered:
-    numbered = _decoded(lines, file)
-    for number, line in numbered:
+def _parsed(lines: TextIO, file: str) -> Numbered:
+    for number, line in _decoded(lines, file):
         if line.strip():
             try:
                 yield number, parse_object(line, file, number)
@@ -111,51 +126,83 @@ def _parsed(lines: Iterable[str], file: str) -> Numbered:
                 yield number, error
 
 
-def _decoded(lines: Iterable[str], file: str) -> Iterator[tuple[int, str]]:
+def _decoded(lines: TextIO, file: str) -> Iterator[tuple[int, str]]:
     """Yields the lines with their numbers; an encoding that does not fit is an error of the file.
 
     Raises:
-        RowError: the file is not in the encoding that its byte order mark or the source names, or damaged.
+        RowError: the file is not in the encoding that its byte order mark or the source names, damaged, or has a line
+            of more than `LONGEST` characters.
     """
-    numbers, iterator = itertools.count(1), iter(lines)
-    while True:
-        number = next(numbers)
+    for number in itertools.count(1):
         try:
-            line = next(iterator)
-        except StopIteration:
+            line = lines.readline(LONGEST + 1)
+        except (UnicodeError, OSError) as error:
+            raise _unreadable(f"{file}, line {number}", error, number) from error
+        if not line:
             return
-        except UnicodeError as error:
-            problem = f"{file}, line {number}: {error}; name its `encoding` or write the file as UTF-8."
-            raise RowError(problem, "invalid encoding", row=number) from error
-        except OSError as error:
-            raise _damaged(f"{file}, line {number}", error) from error
+        if len(line) > LONGEST:
+            problem = f"{file}, line {number}: it has more than {LONGEST} characters, the limit; split the line."
+            raise RowError(problem, "too long line", row=number)
         yield number, line
 
 
 def json_records(file: str, source: SourceConfig | None = None) -> Numbered:
-    """Yields the objects of a JSON array, of an array inside an object (`{"data": […]}`), or of JSON lines."""
-    with open_binary(file) as binary:
-        content = _read(binary, file)
-    given = None if source is None else source.encoding
-    encoding = encoding_of(content, given)
-    _refuse_wide(content, encoding, given, file)
+    """Yields the objects of a JSON array, of an array inside an object (`{"data": […]}`), or of JSON lines.
+
+    Raises:
+        RowError: an array cannot be parsed, or an object is larger than `WHOLE`.
+    """
     try:
-        text = content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
-    except UnicodeError as error:
-        problem = f"{file}: {error}; name its `encoding` or write the file as UTF-8."
-        raise RowError(problem, "invalid encoding") from error
+        with _open(file, source) as text:
+            begins = _first_character(text)
+            if begins == "[":
+                yield from _numbered(array_entries(text, file, LONGEST), file)
+                return
+        with _open(file, source) as text:
+            are_lines = _are_lines(text)
+        with _open(file, source) as text:
+            yield from _parsed(text, file) if are_lines else _parsed_whole(text, file)
+    except (UnicodeError, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _first_character(text: TextIO) -> str:
+    """Returns the first character that is no space, after which the text goes on."""
+    while (character := text.read(1)).isspace():
+        pass
+    return character
+
+
+def _are_lines(text: TextIO) -> bool:
+    """Returns whether a text has several lines of which the first is a JSON object."""
+    lines = (line for line in iter(partial(text.readline, LONGEST), "") if line.strip())
+    first, second = next(lines, ""), next(lines, None)
     try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise RowError(f"{file}: invalid JSON: {error}. Repair it.", "invalid JSON") from error
-        yield from _parsed(io.StringIO(text, newline="\n"), file)
+        return second is not None and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parsed_whole(text: TextIO, file: str) -> Numbered:
+    """Yields the records of an object, or of lines of which the first is none."""
+    content = text.read(WHOLE + 1)
+    if len(content) > WHOLE:
+        problem = f"{file}: it is one JSON object of more than {WHOLE} characters, the limit; write lines or an array."
+        raise RowError(problem, "invalid JSON")
+    try:
+        records = json.loads(content)
+    except (ValueError, RecursionError):
+        yield from _parsed(io.StringIO(content, newline="\n"), file)
         return
     if isinstance(records, dict):
         wrapped = [records[key] for key in WRAPPERS if isinstance(records.get(key), list)]
         records = wrapped[0] if wrapped else [records]
     if not isinstance(records, list):
         raise _not_an_object(f"{file}, row 1", records, 1)
+    yield from _numbered(records, file)
+
+
+def _numbered(records: Iterable[Any], file: str) -> Numbered:
     for number, record in enumerate(records, start=1):
         is_object = isinstance(record, dict)
         yield number, record if is_object else _not_an_object(f"{file}, row {number}", record, number)
@@ -192,13 +239,13 @@ def _csv_rows(reader: Any, file: str, before: int) -> Numbered:
             return
         except csv.Error as error:
             fault = _csv_error(file, before + reader.line_num, str(error))
-            if names is None or "unexpected end" in str(error):  # the rest of the file is inside the quotes
+            if names is None or any(each in str(error) for each in UNENDED):  # the rest may be inside the quotes
                 raise fault from error
             yield before + reader.line_num, fault
             continue
         if names is None:
             names = [name.strip() for name in fields]
-            _check_header(names, file)
+            check_names(names, file)
         elif len(fields) > len(names) and any(fields[len(names) :]):
             problem = f"{fields[len(names) :]!r:.100} is beyond the last column; quote fields that hold commas"
             yield before + reader.line_num, _csv_error(file, before + reader.line_num, problem)
@@ -215,7 +262,8 @@ def _csv_error(file: str, line: int, problem: str) -> RowError:
     )
 
 
-def _check_header(names: list[str], file: str) -> None:
+def check_names(names: list[str], file: str) -> None:
+    """Raises ValueError if two columns have one name."""
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{file}: the columns {twice} occur twice; rename them.")
 

@@ -13,10 +13,15 @@ from datasets.table import table_cast
 
 from .archives import open_archive
 from .files import TEXTS, cache_folder, content_digest, suffix_of
+from .records import Numbered, check_names
+from .schema import RowError
 from .source_config import SourceConfig
 
 BATCH = 1000  # records converted at once
 MEDIA_COLUMNS = ("images_a", "audio_a", "images_b", "audio_b", "negatives", "negative_images", "negative_audio")
+
+INDEXED = b"ARROW1"  # how an Arrow file with an index begins, unlike a stream
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Table:
     opened: pq.ParquetFile | datasets.Dataset
     used: list[str]
 
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the number of each row, from 1, and its record, classes by name.
+    def records(self) -> Numbered:
+        """Yields the number of each row, from 1, and its record, classes by name, or its fault.
 
         Raises:
             ValueError: the file is damaged.
@@ -50,11 +55,15 @@ class Table:
         number = 0
         try:
             for batch in self._batches():
-                for record in batch.to_pylist():
+                for record in _converted(batch):
                     number += 1
-                    yield number, self.named(record)
+                    yield number, self.named(record) if isinstance(record, dict) else self._fault(number, record)
         except (pa.ArrowException, OSError) as error:
             raise unreadable(self.file, error) from error
+
+    def _fault(self, number: int, error: Exception) -> RowError:
+        problem = f"{self.file}, row {number}: a value cannot be read: {error}. Repair or drop the row."
+        return RowError(problem, "invalid value", row=number)
 
     def row(self, number: int) -> dict[str, Any]:
         """Returns the record of row `number`, from 1, of a table that may hold media."""
@@ -70,6 +79,20 @@ class Table:
         else:
             for first in range(0, len(self.opened), BATCH):
                 yield self.opened[first : first + BATCH]
+
+
+def _converted(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | Exception]:
+    """Yields the records of a batch; of one with a value that Python cannot hold, such as a text, the error."""
+    try:
+        records = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            for row in range(batch.num_rows):
+                yield from _converted(batch.slice(row, 1))
+        else:
+            yield error
+        return
+    yield from records
 
 
 def unreadable(file: str, error: Exception) -> ValueError:
@@ -97,6 +120,7 @@ def open_table(file: str, source: SourceConfig) -> Table:
 def _open_parquet(file: str, source: SourceConfig) -> Table:
     opened = pq.ParquetFile(file)
     schema, digest = opened.schema_arrow, content_digest(file)
+    check_names(schema.names, file)
     if opened.metadata.num_rows == 0:  # `datasets` cannot load it
         raise no_rows(file)
     used = source.used_columns(schema.names)
@@ -115,7 +139,7 @@ def _open_parquet(file: str, source: SourceConfig) -> Table:
 
 def _open_dataset(file: str, source: SourceConfig) -> Table:
     if suffix_of(file) == ".arrow":
-        table = datasets.Dataset.from_file(file)
+        table = _open_arrow(file)
     elif suffix_of(file) == ".tar":
         table = open_archive(file)
     else:
@@ -130,6 +154,28 @@ def _open_dataset(file: str, source: SourceConfig) -> Table:
     opened = table.select_columns(used).with_format("arrow")
     digest = repr((digests or table._fingerprint, table._indices is not None and table._fingerprint))
     return Table(file, table.column_names, digest, opened if has_media else None, labels, opened, used)
+
+
+def _open_arrow(file: str) -> datasets.Dataset:
+    """Opens an Arrow stream; a file with an index at its end, as Feather and polars write it, is converted once.
+
+    Raises:
+        ValueError: `datasets` does not know the type of a column, or two columns have one name.
+    """
+    with pa.memory_map(file) as content:
+        is_stream = content.read(len(INDEXED)) != INDEXED
+        content.seek(0)
+        schema = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(content).schema
+    check_names(schema.names, file)
+    try:
+        if is_stream:
+            return datasets.Dataset.from_file(file)
+        cache = str(cache_folder() / content_digest(file))
+        return datasets.load_dataset("arrow", data_files=glob.escape(file), split="train", cache_dir=cache)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise unreadable(file, error.__cause__ or error) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Leave that column out, or write it in another type.") from error
 
 
 def class_names(file: str, source: SourceConfig) -> dict[str, Any]:
@@ -181,10 +227,10 @@ def _media_columns(existing: list[str], source: SourceConfig) -> list[str]:
 
 def _holds_media(kind: pa.DataType) -> bool:
     """Returns whether values of a type may contain the bytes of files or samples."""
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_floating(kind):
+    if any(test(kind) for test in BINARY) or pa.types.is_floating(kind) or isinstance(kind, pa.ExtensionType):
         return True
-    if isinstance(kind, pa.ExtensionType):
-        return True
+    if pa.types.is_dictionary(kind):  # a type without fields
+        return _holds_media(kind.value_type)
     return any(_holds_media(kind.field(number).type) for number in range(kind.num_fields))
 
 
