@@ -212,6 +212,7 @@ def test_another_mark_of_images_costs_other_tokens(wide: tuple, tmp_path: Path) 
 
 def test_a_url_costs_as_much_as_its_file(wide: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, processor, tasks = wide
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # fetched by no earlier run
     url = "https://example.org/small.png"
     rows = [{"a": "một", "b": "hai", "images_a": image} for image in (url, "small.png", url)]
     write_rows(tmp_path / "pairs.jsonl", rows)
