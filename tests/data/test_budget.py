@@ -217,7 +217,6 @@ def test_a_url_costs_as_much_as_its_file(wide: tuple, tmp_path: Path, monkeypatc
     rows = [{"a": "một", "b": "hai", "images_a": image} for image in (url, "small.png", url)]
     write_rows(tmp_path / "pairs.jsonl", rows)
     source = {"path": str(tmp_path / "pairs.jsonl"), "task": "instr", "media_root": str(folder), "allow_urls": True}
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     fetched = []
     monkeypatch.setattr(
         "vipolyqwen.data.row_costs.read_media",
