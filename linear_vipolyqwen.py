@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 FEWEST_PRODUCTS = 2**22  # of a call; with fewer, oneDNN saves less than it takes to call (benchmarks/linear_speed.py)
@@ -26,7 +26,17 @@ def _onednn_is_faster() -> bool:
 ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
-class Linear(nn.Linear):
+class _LikeStock(type):
+    """Makes `Linear` equal `nn.Linear`, so that tables of layers by class, as `quantize_dynamic` has, hold it too."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or (other is nn.Linear and cls is Linear)
+
+    def __hash__(cls) -> int:
+        return hash(nn.Linear) if cls is Linear else super().__hash__()
+
+
+class Linear(nn.Linear, metaclass=_LikeStock):
     """A linear layer with the parameters and values, to rounding, of `nn.Linear`; computes with `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -53,7 +63,7 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (…, out_features) float.
     """
-    if ONEDNN_IS_FASTER and values.is_cpu and _suits_onednn(values, weight):
+    if ONEDNN_IS_FASTER and type(values) is Tensor and values.is_cpu and _suits_onednn(values, weight):
         return _by_onednn(values, weight, bias)
     return F.linear(values, weight, bias)
 
@@ -64,7 +74,9 @@ def _suits_onednn(values: Tensor, weight: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0:  # FLOP counters and the like know torch's operators only
         return False
-    plain = type(values) is Tensor and type(weight) in (nn.Parameter, Tensor)  # not fake, quantized or sharded
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False  # vmap, jacobians and derivatives in forward mode know torch's operators only, too
+    plain = type(weight) in (nn.Parameter, Tensor)  # not fake, quantized or sharded; the caller checks the values
     if not plain or values.dim() < 2 or values.shape[-1] != weight.shape[1]:
         return False
     rows = values.shape[:-1].numel()
@@ -89,8 +101,10 @@ class _OneDNNLinear(torch.autograd.Function):
         return _by_onednn(values, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, weight, _ = inputs
+        of_values, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(values if of_weight else None, weight if of_values else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -112,18 +112,23 @@ class ViPolyQwenPreTrainedModel(PreTrainedModel):
             if verify:
                 raise ValueError(f"`verify` compares all towers, but `towers` is {towers!r}; leave one of them out.")
             kwargs |= _with_towers(towers, kwargs.get("config"))
-        if not verify:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # imports the processor too
-
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        dtype_was_asked_for = kwargs.get("dtype", "auto") != "auto"
-        compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
+        model.use_faster_layers()
+        if verify:
+            from .fingerprint_vipolyqwen import verify as compare_with_fingerprint  # imports the processor too
+
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+            dtype_was_asked_for = kwargs.get("dtype", "auto") != "auto"
+            compare_with_fingerprint(model, report, pretrained_model_name_or_path, dtype_was_asked_for, **hub_kwargs)
         return (model, report) if wants_report else model
+
+    def use_faster_layers(self) -> None:
+        """Turns stock layers into faster ones with the same weights and values; again if a backbone is replaced."""
+        use_faster_vision(self)
+        use_onednn(self)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of all modules as torch does, unless they have it: `encode` calls `eval()` each time."""
@@ -216,13 +221,9 @@ class ViPolyQwenModel(ViPolyQwenPreTrainedModel):
         if config.towers is not None:
             absent = {"image": r"^vlm\.visual\.", "audio": r"^audio_"}
             self._keys_to_ignore_on_load_unexpected = [absent[name] for name in absent if not config.loads(name)]
-        self.use_faster_layers()
+        if self.device.type != "meta":  # else when it is loaded: some quantizers take layers of the stock class only
+            self.use_faster_layers()
         self.post_init()
-
-    def use_faster_layers(self) -> None:
-        """Turns stock layers into faster ones with the same weights and values; again if a backbone is replaced."""
-        use_faster_vision(self)
-        use_onednn(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the model as `PreTrainedModel.save_pretrained` does.
@@ -705,6 +706,7 @@ def _rebuild(
     for name, buffer in buffers.items():  # a state dict lacks them
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    model.use_faster_layers()
     return model.train(training)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
@@ -77,16 +77,20 @@ def _runs_of(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 class _Rotation(torch.autograd.Function):
     """Rotates pairs of dimensions d and d + head size / 2 by an angle each; the gradient rotates back."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: FunctionCtx, states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
+    def forward(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         return _rotate(states, cosine, sine)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _rotate(gradient, cosine, -sine), None, None
+        return _Rotation.apply(gradient, cosine, -sine), None, None
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -3,17 +3,22 @@
 import copy
 import pickle
 import sys
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import build_tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from vipolyqwen import linear_vipolyqwen
 from vipolyqwen.linear_vipolyqwen import Linear, linear, use_onednn
+from vipolyqwen.modeling_vipolyqwen import ViPolyQwenModel
 from vipolyqwen.processing_vipolyqwen import ViPolyQwenProcessor
+from vipolyqwen.vision_vipolyqwen import PatchProjection
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch lacks oneDNN")
 
@@ -208,3 +213,75 @@ def test_adapters_take_and_merge_these_layers(calls: list[Any]) -> None:
     assert type(merged[0]) is Linear
     torch.testing.assert_close(merged(values), wanted)
     assert "peft" in sys.modules
+
+
+def _of_forward_mode(layer: nn.Module, values: Tensor) -> Tensor:
+    with torch.no_grad(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(values, values))).tangent
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        _of_forward_mode,
+        lambda layer, values: torch.func.vmap(layer)(values.view(2, 2, 5)),
+        lambda layer, values: torch.func.jvp(layer, (values,), (values,))[1],
+        lambda layer, values: torch.func.jacrev(layer)(values),
+        lambda layer, values: torch.fx.symbolic_trace(nn.Sequential(layer))(values),
+    ],
+    ids=["forward mode", "vmap", "jvp", "jacrev", "fx"],
+)
+def test_transforms_of_functions_see_the_stock_operator(calls: list[Any], derive: Any) -> None:
+    values = torch.linspace(-1, 1, 20).view(4, 5)
+    wanted, found = (derive(layer, values) for layer in layers())
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_frozen_layer_keeps_no_activations_and_a_first_layer_not_its_weight(calls: list[Any]) -> None:
+    for stock_or_ours in layers():
+        kept: list[tuple[int, ...]] = []
+
+        def keep(values: Tensor, kept: list[tuple[int, ...]] = kept) -> Tensor:
+            kept.append(tuple(values.shape))
+            return values
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+            stock_or_ours(torch.randn(4, 5))
+            stock_or_ours.requires_grad_(False)(torch.randn(2, 5, requires_grad=True))
+        assert len(kept) == 2  # the values alone, then the weight alone
+        assert kept[0] == (4, 5)
+        assert sorted(kept[1]) == [3, 5]
+    assert calls
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_of_layers_by_class_hold_these_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_vipolyqwen, "ONEDNN_IS_FASTER", True)
+    assert Linear == nn.Linear
+    assert Linear in {nn.Linear: 1}
+    assert Linear != Doubled
+    assert type("Derived", (Linear,), {}) not in {nn.Linear: 1, Linear: 1}
+    _, ours = layers()
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(ours), {nn.Linear})
+    assert isinstance(quantized[0], torch.ao.nn.quantized.dynamic.Linear)
+
+
+def test_layers_change_their_class_after_quantizers_have_seen_them(
+    tmp_path: Path, processor: ViPolyQwenProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_vipolyqwen, "ONEDNN_IS_FASTER", True)
+    build_tiny_model(processor).save_pretrained(tmp_path)
+    seen: list[type] = []
+    prepare = ViPolyQwenModel.post_init
+    monkeypatch.setattr(
+        ViPolyQwenModel,
+        "post_init",
+        lambda model: seen.extend(type(m) for m in model.modules() if isinstance(m, nn.Linear)) or prepare(model),
+    )
+    loaded = ViPolyQwenModel.from_pretrained(tmp_path)
+    pickled = pickle.loads(bytes(ForkingPickler.dumps(loaded)))
+    assert len(seen) > 10
+    assert all(kind is nn.Linear for kind in seen)
+    for model in (loaded, pickled):
+        assert not [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        assert type(model.vlm.visual.patch_embed.proj) is PatchProjection

@@ -87,3 +87,17 @@ def test_patches_are_projected_without_a_convolution(processor: ViPolyQwenProces
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ours.patch_embed(pixels_for(ours, torch.float32))
     assert not [event.name for event in profile.events() if "conv" in event.name]
+
+
+def test_transforms_of_functions_pass_through_the_tower(processor: ViPolyQwenProcessor) -> None:
+    ours, stock = towers(processor, torch.float32)
+    pixels = pixels_for(ours, torch.float32)
+    for tower in (ours, stock):
+        tower.requires_grad_(False)
+    found, wanted = (
+        torch.func.grad(lambda x, tower=tower: tower(x, GRIDS).pooler_output.square().mean())(pixels)
+        for tower in (ours, stock)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    found = torch.func.vmap(lambda x: ours(x, GRIDS).pooler_output)(torch.stack([pixels, -pixels]))
+    torch.testing.assert_close(found[1], stock(-pixels, GRIDS).pooler_output, rtol=1e-5, atol=1e-5)
