@@ -110,7 +110,7 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         of_values, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # (R, out_features)
+        rows = grad.reshape(-1, grad.shape[-1])  # (R, out_features); a batch of gradients cannot be flattened
         return (
             _by_onednn(grad, weight.t(), None) if of_values else None,
             _by_onednn(rows.t(), values.flatten(0, -2).t(), None) if of_weight else None,

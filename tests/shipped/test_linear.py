@@ -228,10 +228,13 @@ def _of_forward_mode(layer: nn.Module, values: Tensor) -> Tensor:
         lambda layer, values: torch.func.jvp(layer, (values,), (values,))[1],
         lambda layer, values: torch.func.jacrev(layer)(values),
         lambda layer, values: torch.fx.symbolic_trace(nn.Sequential(layer))(values),
+        lambda layer, values: torch.autograd.grad(
+            layer(values), layer.weight, torch.arange(24.0).view(2, 4, 3), is_grads_batched=True
+        )[0],
     ],
-    ids=["forward mode", "vmap", "jvp", "jacrev", "fx"],
+    ids=["forward mode", "vmap", "jvp", "jacrev", "fx", "batch of gradients"],
 )
-def test_transforms_of_functions_see_the_stock_operator(calls: list[Any], derive: Any) -> None:
+def test_transforms_of_functions_give_the_values_of_the_stock_layer(calls: list[Any], derive: Any) -> None:
     values = torch.linspace(-1, 1, 20).view(4, 5)
     wanted, found = (derive(layer, values) for layer in layers())
     torch.testing.assert_close(found, wanted)
