@@ -31,7 +31,7 @@ demo: install
 balance: install
 	$(BIN)/python benchmarks/balance.py
 
-# Twelve minutes on two idle cores; also runs on CUDA.
+# Ten minutes on two idle cores; also runs on CUDA.
 bench: install
 	$(BIN)/python benchmarks/encode_speed.py --long
 	$(BIN)/python benchmarks/query_profile.py
