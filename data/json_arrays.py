@@ -16,7 +16,7 @@ def array_entries(text: TextIO, file: str, longest: int) -> Iterator[Any]:
     """Yields the entries of an array; `text` is read up to its opening bracket.
 
     Raises:
-        RowError: it is no valid JSON, or an entry has more than `longest` characters.
+        RowError: the text is invalid JSON, or an entry has more than `longest` characters.
     """
     array = _Array(text, file, longest)
     following = array.next_character()
@@ -49,7 +49,7 @@ class _Array:
         self._decode = json.JSONDecoder().raw_decode
 
     def next_character(self) -> str:
-        """Returns the next character that is no space, which stays; empty at the end."""
+        """Returns the next character that is not a space, without passing it; empty at the end."""
         while True:
             self._place = SPACE.match(self._held, self._place).end()
             if self._place < len(self._held):

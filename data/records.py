@@ -29,7 +29,7 @@ DELIMITERS = ",;\t|"
 UNENDED = ("unexpected end", "field limit")  # errors of a quote that is never closed
 SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line, as Excel writes it
 HEAD = 2**16  # bytes by which encoding and line ends are known
-OTHERS = {  # how files begin that are no text, and what they are
+OTHERS = {  # first bytes of binary files -> what they are, and the remedy
     b"\x1f\x8b\x08": "compressed; end its name with .gz",
     b"\x28\xb5\x2f\xfd": "compressed; end its name with .zst",
     b"BZh91AY&SY": "compressed; end its name with .bz2",
@@ -79,7 +79,7 @@ def _unreadable(place: str, error: UnicodeError | OSError, row: int | None = Non
 
 
 def _refuse_others(head: bytes, encoding: str, given: str | None, file: str) -> None:
-    """Refuses what is no text by its first bytes, and text of two or four bytes a character without a mark."""
+    """Refuses binary files by their first bytes, and text of two or four bytes a character without a mark."""
     for magic, what in OTHERS.items():
         if head.startswith(magic):
             raise RowError(f"{file}: its content is {what}.", "invalid file")
@@ -167,7 +167,7 @@ def json_records(file: str, source: SourceConfig | None = None) -> Numbered:
 
 
 def _first_character(text: TextIO) -> str:
-    """Returns the first character that is no space, after which the text goes on."""
+    """Reads up to the first character that is not a space, and returns it."""
     while (character := text.read(1)).isspace():
         pass
     return character

@@ -58,7 +58,7 @@ class WholeBytes(BytesCache):
     """The read-ahead of a file over HTTP, which repeats a request that failed or brought too few bytes.
 
     Repeated here, the bytes come from the right place also where they are decompressed: `datasets` repeats reads of
-    the decompressed file, which then goes on after what was lost. Too few bytes would be the end of the file.
+    the decompressed file, which then miss the bytes that were lost. Too few bytes would be the end of the file.
     """
 
     name = "vipolyqwen"
