@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,18 +139,12 @@ class Contest:
         """Returns the alternatives of a workload, each a function of its inputs."""
         if workload == "modalities":
             return {"ours": lambda inputs: self.encode(self.ours, inputs), "undivided": self.undivided}
-        models = {"ours": self.ours, "stock": self.stock}
-        if workload == "preprocess":
-            return {
-                name: lambda inputs, model=model: [model.preprocess([text]) for text in inputs]
-                for name, model in models.items()
-            }
-        if workload == "one_by_one":
-            return {
-                name: lambda inputs, model=model: [self.encode(model, text) for text in inputs]
-                for name, model in models.items()
-            }
-        ways = {name: lambda inputs, model=model: self.encode(model, inputs) for name, model in models.items()}
+        one_by_one = {
+            "preprocess": lambda model, inputs: [model.preprocess([text]) for text in inputs],
+            "one_by_one": lambda model, inputs: [self.encode(model, text) for text in inputs],
+        }
+        run = one_by_one.get(workload, self.encode)
+        ways = {name: partial(run, model) for name, model in (("ours", self.ours), ("stock", self.stock))}
         return ways | ({"bare": self.bare} if workload == "mixed_lengths" else {})
 
     def encode(self, model: SentenceTransformer, inputs: Any) -> torch.Tensor:

@@ -114,16 +114,24 @@ def json_lines(file: str, source: SourceConfig | None = None) -> Numbered:
 def text_lines(file: str, source: SourceConfig, opener: Callable[[str], BinaryIO]) -> Iterator[tuple[int, str]]:
     """Yields the lines of a file that are not blank, with their numbers; `opener` opens it, as `open_binary`."""
     with _open(file, source, opener) as lines:
-        yield from ((number, line) for number, line in _decoded(lines, file) if line.strip())
+        yield from _written(lines, file)
 
 
 def _parsed(lines: TextIO, file: str) -> Numbered:
-    for number, line in _decoded(lines, file):
-        if line.strip():
-            try:
-                yield number, parse_object(line, file, number)
-            except RowError as error:
-                yield number, error
+    yield from ((number, record_of(line, file, number)) for number, line in _written(lines, file))
+
+
+def record_of(line: str, file: str, number: int) -> dict[str, Any] | RowError:
+    """Returns the record of a line of JSON, or its fault."""
+    try:
+        return parse_object(line, file, number)
+    except RowError as error:
+        return error
+
+
+def _written(lines: TextIO, file: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines that are not blank, with their numbers."""
+    yield from ((number, line) for number, line in _decoded(lines, file) if line.strip())
 
 
 def _decoded(lines: TextIO, file: str) -> Iterator[tuple[int, str]]:

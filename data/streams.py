@@ -12,7 +12,7 @@ from datasets.table import CastError
 from ..download_vipolyqwen import show_url
 from .files import find_files, open_binary, suffix_of
 from .permutation import key_of, permute
-from .records import parse_object, text_lines
+from .records import record_of, text_lines
 from .remote import explain, is_unreadable, open_remote, patiently, storage_options, without_their_retries
 from .schema import RowError
 from .source_config import SourceConfig
@@ -130,7 +130,7 @@ def _opened(source: SourceConfig, kind: str | None, files: list[str]) -> Loaded:
         dataset = datasets.IterableDataset.from_generator(
             _lines, gen_kwargs={"files": [str(file) for file in found], "source": source}
         )
-        records = (_record(line, source.path) for line in dataset.take(FIRST))
+        records = (record_of(line["line"], source.path, line["number"]) for line in dataset.take(FIRST))
         columns = dict.fromkeys(name for record in records if isinstance(record, dict) for name in record)
         if not columns:
             raise ValueError("its first lines have no JSON object")
@@ -149,14 +149,6 @@ def _lines(files: list[str], source: SourceConfig) -> Iterator[dict[str, Any]]:
     for file in files:
         for number, line in text_lines(file, source, open_remote if "://" in file else open_binary):
             yield {"number": number, "line": line}
-
-
-def _record(line: dict[str, Any], file: str) -> dict[str, Any] | RowError:
-    """Returns the record of a line of a file, or its fault."""
-    try:
-        return parse_object(line["line"], file, line["number"])
-    except RowError as error:
-        return error
 
 
 class RecordStream:
@@ -308,5 +300,5 @@ class RecordStream:
                 if self.opened.of_lines is None:
                     yield Record(shard, self._row, self._epoch, name_classes(record, self.opened.labels))
                 else:
-                    parsed = _record(record, f"{self.opened.source.path}, shard {shard}")
+                    parsed = record_of(record["line"], f"{self.opened.source.path}, shard {shard}", record["number"])
                     yield Record(shard, record["number"], self._epoch, parsed)

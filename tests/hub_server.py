@@ -118,17 +118,24 @@ class HubServer:
 
 
 @contextmanager
+def serving_in_thread(http: ThreadingHTTPServer) -> Iterator[None]:
+    """Lets a server answer inside the context; each connection has its thread."""
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+@contextmanager
 def running_hub() -> Iterator[HubServer]:
     """A server on a free port, in threads of this process."""
     hub = HubServer()
-    thread = threading.Thread(target=hub.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving_in_thread(hub.http):
         yield hub
-    finally:
-        hub.http.shutdown()
-        hub.http.server_close()
-        thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -5,7 +5,6 @@ import io
 import json
 import random
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from hub_server import serving_in_thread
 
 from vipolyqwen.data import remote
 from vipolyqwen.data.remote import WholeBytes, explain, is_unreadable, may_pass, patiently
@@ -139,14 +139,8 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(kind: str) -> Iterator[Server]:
     server = Server(shards(kind))
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving_in_thread(server.http):
         yield server
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()
 
 
 @pytest.fixture
